@@ -1,0 +1,362 @@
+"""`LMDataModule`: from a corpus to batches of rows, for every model of this project.
+
+Whole batches are composed once for the entire split and then dealt to the ranks, so a batch holds
+the same rows however many ranks there are, and every token is scored exactly once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.binarize import (
+    TokenStream,
+    binarize,
+    count_symbols,
+    default_workers,
+    smallest_unsigned,
+)
+from datamodules.blocks import BreakMode, Rows, make_batches, make_rows
+from datamodules.corpora import CorpusFiles, resolve_corpus
+from datamodules.dictionary import EOS, PAD, Dictionary
+from errors import InputError
+
+SPLITS = ("train", "valid", "test")
+CACHE_VERSION = 1  # of the binarised files; raise it when their meaning changes
+
+
+class LMBatch(NamedTuple):
+    """Rows of a split, padded on the right; every tensor is `[B, T]`.
+
+    Attributes:
+        tokens: int64, what the model reads.
+        targets: int64, the token that follows each.
+        positions: int64, offset of each target in the split's stream, -1 where padded.
+        scored: bool, False for padding and for tokens that only give context.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    scored: Tensor
+
+
+class RowDataset(Dataset):
+    """The rows of one split; indexed by an array of row numbers, it gives an `LMBatch`.
+
+    Args:
+        stream: the split's tokens.
+        rows: which offsets each row reads and scores.
+    """
+
+    def __init__(self, stream: TokenStream, rows: Rows) -> None:
+        self.stream = stream
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row_numbers: np.ndarray) -> LMBatch:
+        """An empty array gives a batch that scores nothing, for ranks that have run out."""
+        begin = self.rows.context_starts[row_numbers, None]
+        scored_from = self.rows.starts[row_numbers, None]
+        end = self.rows.ends[row_numbers, None]
+        if len(row_numbers) == 0:
+            begin = scored_from = end = np.zeros((1, 1), dtype=np.int64)
+        width = max(int((end - begin).max()), 1)
+        positions = begin + np.arange(width)
+        inside = positions < end
+        tokens = np.full(positions.shape, PAD, dtype=np.int64)
+        targets = np.full(positions.shape, PAD, dtype=np.int64)
+        targets[inside] = self.stream.tokens[positions[inside]]
+        before = positions[inside] - 1
+        tokens[inside] = np.where(before < 0, EOS, self.stream.tokens[np.maximum(before, 0)])
+        return LMBatch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
+            torch.from_numpy(np.where(inside, positions, -1)),
+            torch.from_numpy(inside & (positions >= scored_from)),
+        )
+
+
+class DealtBatches(Sampler[np.ndarray]):
+    """Batches of row numbers, dealt round-robin to the ranks.
+
+    For evaluation the batches keep one order and ranks that run out get empty ones, so that all
+    take as many steps and nothing is repeated. For training rows and batches are shuffled anew
+    each epoch, and the first batches come again where the ranks do not divide them evenly.
+
+    Args:
+        lengths: int64 [rows], tokens of each row.
+        max_tokens: most tokens in a batch, padding included.
+        shuffle_seed: seed of the shuffling; None for evaluation.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, max_tokens: int, shuffle_seed: int | None = None
+    ) -> None:
+        self.lengths = lengths
+        self.max_tokens = max_tokens
+        self.shuffle_seed = shuffle_seed
+        self.epoch = 0
+        self.first = 0  # batches of this rank to pass over: a continued epoch
+        self.batches = self._compose()
+
+    def _compose(self) -> list[np.ndarray]:
+        order = np.arange(len(self.lengths))
+        if self.shuffle_seed is None:
+            return make_batches(self.lengths, order, self.max_tokens)
+        generator = np.random.default_rng((self.shuffle_seed, self.epoch))
+        batches = make_batches(self.lengths, generator.permutation(order), self.max_tokens)
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of every training epoch."""
+        if epoch != self.epoch and self.shuffle_seed is not None:
+            self.epoch = epoch
+            self.batches = self._compose()
+
+    def __len__(self) -> int:
+        _, ranks = _rank_and_ranks()
+        return -(-len(self.batches) // ranks)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        rank, ranks = _rank_and_ranks()
+        empty = np.empty(0, dtype=np.int64)
+        first, self.first = self.first, 0
+        for step in range(first, len(self)):
+            number = step * ranks + rank
+            if number < len(self.batches):
+                yield self.batches[number]
+            elif self.shuffle_seed is None:
+                yield empty
+            else:
+                yield self.batches[number % len(self.batches)]
+
+
+class ResumableLoader(DataLoader):
+    """A training loader whose place in the epoch is saved with Lightning's checkpoints."""
+
+    consumed = 0
+
+    def __iter__(self) -> Iterator[LMBatch]:
+        self.consumed = self.sampler.first
+        for batch in super().__iter__():
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the current epoch this rank has had."""
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next epoch begin after the batches that were had."""
+        self.sampler.first = state["consumed"]
+
+
+def _rank_and_ranks() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class LMDataModule(pl.LightningDataModule):
+    """Blocks of tokens of a corpus, with left context for evaluation.
+
+    Args:
+        corpus: a folder with train.txt, valid.txt and test.txt (or wiki.*.tokens), or the name of
+            a known corpus: python_docs, wikitext-2, wikitext-103, enwik8, lm1b.
+        break_mode: where blocks end: `none` anywhere, `complete` at line ends, `eos` at every
+            line end.
+        tokens_per_sample: length of a row in tokens, its left context included.
+        context_window: how many of those only give context, at evaluation.
+        max_tokens: most tokens in a batch, padding included.
+        level: what a token is: a white-space separated `word`, a `char`(acter) or a `byte`.
+        threshold: words rarer than this in the training text become <unk>.
+        dictionary: an existing dict.txt to use instead of the training text's own.
+        cache_dir: where downloads and binarised corpora are kept.
+        num_workers: processes that make batches; 0 makes them in the main process.
+        seed: of the order of the training batches.
+
+    Raises:
+        InputError: the settings contradict one another.
+    """
+
+    def __init__(
+        self,
+        corpus: str,
+        break_mode: BreakMode = "none",
+        tokens_per_sample: int = 512,
+        context_window: int = 0,
+        max_tokens: int = 4096,
+        level: Literal["word", "char", "byte"] = "word",
+        threshold: int = 0,
+        dictionary: str | None = None,
+        cache_dir: str = ".cache",
+        num_workers: int = 0,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        if tokens_per_sample < 1 or not 0 <= context_window < tokens_per_sample:
+            raise InputError(
+                f"--data.context_window is {context_window} and --data.tokens_per_sample "
+                f"{tokens_per_sample}; expected 0 <= context window < tokens per sample"
+            )
+        if max_tokens < 1:
+            raise InputError(f"--data.max_tokens is {max_tokens}; expected at least 1")
+        self.corpus = corpus
+        self.break_mode = break_mode
+        self.tokens_per_sample = tokens_per_sample
+        self.context_window = context_window
+        self.max_tokens = max_tokens
+        self.level = level
+        self.threshold = threshold
+        self.dictionary_path = dictionary
+        self.cache_dir = Path(cache_dir)
+        self.num_workers = num_workers
+        self.seed = seed
+        self.max_target_positions = tokens_per_sample
+        """Longest row the model reads; lines that are longer are cut (set it to the model's)."""
+
+    # -- the corpus ------------------------------------------------------------------------------
+
+    @cached_property
+    def files(self) -> CorpusFiles:
+        """The corpus's text files, downloaded or made when they are missing."""
+        return resolve_corpus(self.corpus, self.cache_dir)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The binarised corpus: dict.txt and a folder per split; made when missing."""
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        folder = self.cache_dir / f"{self.files.name}-{self._fingerprint_of_input()}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "meta.json").is_file():
+                self._binarize_into(folder)
+        return folder
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """The vocabulary."""
+        return Dictionary.load(self.folder / "dict.txt")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special symbols included."""
+        return len(self.dictionary)
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of `train`, `valid` or `test`."""
+        return TokenStream.open(self.folder / split)
+
+    def fingerprint(self, split: str) -> str:
+        """Identifies the split's tokens."""
+        return json.loads((self.folder / "meta.json").read_text())["fingerprints"][split]
+
+    def _fingerprint_of_input(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        settings = [CACHE_VERSION, self.level, self.threshold]
+        digest.update(json.dumps(settings).encode())
+        if self.dictionary_path is not None:
+            digest.update(Dictionary.load(self.dictionary_path).fingerprint.encode())
+        for split in SPLITS:
+            with open(self.files.split(split), "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
+    def _binarize_into(self, folder: Path) -> None:
+        """Makes the binarised corpus under a temporary name, then publishes it."""
+        making = folder.with_name(f"{folder.name}.making")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir()
+        workers = default_workers()
+        if self.dictionary_path is not None:
+            dictionary = Dictionary.load(self.dictionary_path)
+        else:
+            counts = count_symbols(self.files.train, self.level, workers)
+            dictionary = Dictionary.from_counts(counts, self.threshold)
+        dictionary.save(making / "dict.txt")
+        fingerprints = {}
+        for split in SPLITS:
+            (making / split).mkdir()
+            binarize(self.files.split(split), dictionary, self.level, making / split, workers)
+            fingerprints[split] = _fingerprint_of_tokens(TokenStream.open(making / split))
+        (making / "meta.json").write_text(json.dumps({"fingerprints": fingerprints}))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(making, folder)
+
+    # -- batches ---------------------------------------------------------------------------------
+
+    def rows(self, split: str, context_window: int) -> Rows:
+        """How a split is cut into rows."""
+        return make_rows(
+            self.stream(split).line_starts,
+            self.break_mode,
+            self.tokens_per_sample,
+            context_window,
+            self.max_target_positions,
+        )
+
+    def evaluation_dataloader(
+        self, split: str, skip: Callable[[np.ndarray], bool] | None = None
+    ) -> DataLoader:
+        """Every token of `split` once, in rows with left context.
+
+        Args:
+            skip: called with the int64 offsets that a batch scores; True leaves the batch out.
+        """
+        dataset = RowDataset(self.stream(split), self.rows(split, self.context_window))
+        sampler = DealtBatches(dataset.rows.lengths, self.max_tokens)
+        if skip is not None:
+            starts, ends = dataset.rows.starts, dataset.rows.ends
+            sampler.batches = [
+                batch
+                for batch in sampler.batches
+                if not skip(np.concatenate([np.arange(starts[r], ends[r]) for r in batch]))
+            ]
+        return self._loader(DataLoader, dataset, sampler)
+
+    def train_dataloader(self) -> DataLoader:
+        """The training split in blocks of `tokens_per_sample`, shuffled."""
+        dataset = RowDataset(self.stream("train"), self.rows("train", context_window=0))
+        return self._loader(
+            ResumableLoader,
+            dataset,
+            DealtBatches(dataset.rows.lengths, self.max_tokens, self.seed),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation split, as `evaluate.py --split valid` scores it."""
+        return self.evaluation_dataloader("valid")
+
+    def _loader(self, kind: type[DataLoader], dataset: RowDataset, sampler: Sampler) -> DataLoader:
+        return kind(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _fingerprint_of_tokens(stream: TokenStream) -> str:
+    """A hash of the ids and of where lines end, whatever integer type holds them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in (stream.tokens, stream.line_starts):
+        step = 1 << 22
+        for start in range(0, len(array), step):
+            digest.update(array[start : start + step].astype("<i8").tobytes())
+    return digest.hexdigest()

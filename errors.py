@@ -1,0 +1,28 @@
+"""How the programs tell their user what is wrong: one sentence on stderr and exit status 2."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one sentence that names the file or flag,
+    what was found and what was expected."""
+
+
+def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a program's `main`: an InputError ends it with its sentence and exit status 2, an
+    interrupt with status 130; everything else is a defect of ours and keeps its traceback."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted: the same command continues from here", file=sys.stderr)
+            sys.exit(130)
+
+    return run

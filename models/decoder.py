@@ -1,0 +1,200 @@
+"""The transformer decoder: token ids to hidden vectors, and the features that make datastore keys.
+
+Vaswani et al. (2017) with the layer norms in front (pre-norm) as in Baevski & Auli (ICLR 2019), or
+behind (post-norm).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from errors import InputError
+
+POSITION_OFFSET = 2  # fairseq's: the row after the padding id
+
+
+def key_layer(key_type: str, layers: int) -> tuple[int, Literal["ffn_input", "output"]] | None:
+    """The layer (from 0) and point in it that a key type names; None for `last_hidden`.
+
+    Key types: `last_ffn_input` (input of the last layer's feed-forward block, after its layer
+    norm when the model is pre-norm: the best of Khandelwal et al., 2020, table 5), `last_hidden`
+    (output of the stack), `layer:<i>:ffn_input` and `layer:<i>:output`.
+
+    Raises:
+        InputError: any other name, or a layer that the model does not have.
+
+    >>> key_layer("last_ffn_input", 16)
+    (15, 'ffn_input')
+    """
+    if key_type == "last_hidden":
+        return None
+    if key_type == "last_ffn_input":
+        return layers - 1, "ffn_input"
+    match key_type.split(":"):
+        case ["layer", number, ("ffn_input" | "output") as point] if number.isdecimal():
+            if int(number) < layers:
+                return int(number), point
+            raise InputError(
+                f"--knn.key_type is {key_type}, but the model's layers are 0 to {layers - 1}"
+            )
+    raise InputError(
+        f"--knn.key_type is {key_type!r}; expected last_ffn_input, last_hidden, "
+        "layer:<i>:ffn_input or layer:<i>:output"
+    )
+
+
+class SinusoidalPositions(nn.Module):
+    """A sine block, then a cosine block, of frequencies 10000^(-j / (width/2 - 1)), j = 0, 1, …"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        frequencies = torch.exp(torch.arange(half) * -(math.log(10000) / max(half - 1, 1)))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.width = width
+
+    def forward(self, length: int) -> Tensor:
+        """fp32 `[length, width]` for the first `length` places of a row."""
+        places = torch.arange(length, device=self.frequencies.device) + POSITION_OFFSET
+        angles = places[:, None].float() * self.frequencies
+        table = torch.cat([angles.sin(), angles.cos()], dim=1)
+        return F.pad(table, (0, self.width - table.shape[1]))
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each place of a row."""
+
+    def __init__(self, width: int, max_positions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_positions, width))
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, length: int) -> Tensor:
+        """`[length, width]` for the first `length` places of a row."""
+        return self.weight[:length]
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention and a feed-forward block, each with residual and layer norm."""
+
+    def __init__(
+        self,
+        width: int,
+        ffn_width: int,
+        heads: int,
+        pre_norm: bool,
+        activation: Literal["relu", "gelu"],
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.pre_norm = pre_norm
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[activation]
+        self.dropout = nn.Dropout(dropout)
+        self.attention_dropout = attention_dropout
+        self.activation_dropout = nn.Dropout(activation_dropout)
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn_width)
+        self.fc2 = nn.Linear(ffn_width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for all weights, each of the three attention inputs on its own; biases zero."""
+        for linear in (self.qkv, self.attention_out, self.fc1, self.fc2):
+            nn.init.zeros_(linear.bias)
+        for part in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(part, gain=2**-0.5)
+        for linear in (self.attention_out, self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Causal multi-head attention, `[B, T, width]` to the same."""
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The two-layer perceptron, `[..., width]` to the same."""
+        return self.fc2(self.activation_dropout(self.activation(self.fc1(x))))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, T, width]` to the layer's output and the input of its feed-forward block."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attend(self.attention_norm(x)))
+            ffn_input = self.ffn_norm(x)
+            return x + self.dropout(self.feed_forward(ffn_input)), ffn_input
+        ffn_input = self.attention_norm(x + self.dropout(self.attend(x)))
+        return self.ffn_norm(ffn_input + self.dropout(self.feed_forward(ffn_input))), ffn_input
+
+
+class Decoder(nn.Module):
+    """Embedding, positions and a stack of layers.
+
+    Args:
+        embedding: module from ids `[B, T]` to `[B, T, width]`.
+        layers: the stack.
+        positions: module from a length to `[length, width]`.
+        scale: what the embedding is multiplied with.
+        final_norm: layer norm after the last layer.
+        checkpoint_layers: compute activations again in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        layers: Sequence[DecoderLayer],
+        positions: nn.Module,
+        width: int,
+        scale: float,
+        dropout: float,
+        final_norm: bool,
+        checkpoint_layers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.positions = positions
+        self.layers = nn.ModuleList(layers)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.final_norm = nn.LayerNorm(width) if final_norm else nn.Identity()
+        self.checkpoint_layers = checkpoint_layers
+
+    def forward(
+        self, tokens: Tensor, key_types: Sequence[str] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Padding must be on the right: causality alone keeps it from the rest.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            key_types: the features to return besides; see `key_layer`.
+
+        Returns:
+            The output of the stack `[B, T, width]`, and each asked-for feature in that shape.
+        """
+        wanted = {key_type: key_layer(key_type, len(self.layers)) for key_type in key_types}
+        x = self.scale * self.embedding(tokens)
+        x = self.dropout(x + self.positions(tokens.shape[1]).to(x.dtype))
+        features: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x, ffn_input = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x, ffn_input = layer(x)
+            points = {(i, "ffn_input"): ffn_input, (i, "output"): x}
+            features |= {name: points[at] for name, at in wanted.items() if at in points}
+        x = self.final_norm(x)
+        features |= {name: x for name, at in wanted.items() if at is None}
+        return x, features
