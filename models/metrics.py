@@ -13,8 +13,8 @@ class TokenLoss(Metric):
 
     >>> loss = TokenLoss()
     >>> loss.update(torch.tensor([0.5, 0.25]).log())
-    >>> round(loss.compute().exp().item(), 4)
-    2.8284
+    >>> loss.compute()
+    {'loss': tensor(1.0397, dtype=torch.float64), 'tokens': tensor(2)}
     """
 
     full_state_update = False
@@ -29,6 +29,6 @@ class TokenLoss(Metric):
         self.total -= log_probs.double().sum()
         self.tokens += log_probs.numel()
 
-    def compute(self) -> Tensor:
-        """float64 scalar; NaN when no token was added."""
-        return self.total / self.tokens
+    def compute(self) -> dict[str, Tensor]:
+        """Over all ranks: `loss`, float64 (NaN when no token was added), and `tokens`, int64."""
+        return {"loss": self.total / self.tokens, "tokens": self.tokens}

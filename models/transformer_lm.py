@@ -132,6 +132,10 @@ class TransformerLM(pl.LightningModule):
         self.test_loss = TokenLoss()
         self.key_type: str | None = None
         """Which feature test and predict steps return as keys."""
+        self.dictionary_fingerprint: str | None = None
+        """Of the vocabulary that it was trained with; saved with checkpoints."""
+        self.updates = 0
+        """Optimiser steps it had when it was saved."""
         if compile:
             self.decoder.compile()
 
@@ -255,7 +259,7 @@ class TransformerLM(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/loss` and `val/ppl`."""
-        loss = self.val_loss.compute()
+        loss = self.val_loss.compute()["loss"]
         self.val_loss.reset()
         self.log_dict({"val/loss": loss.float(), "val/ppl": loss.exp().float()}, prog_bar=True)
 
@@ -272,6 +276,10 @@ class TransformerLM(pl.LightningModule):
     def predict_step(self, batch, batch_idx: int) -> TokenScores:
         """Keys of the batch, without the softmax."""
         return self.score(batch, with_log_probs=False)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Records which dictionary the ids belong to."""
+        checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of the gradient before it is clipped."""

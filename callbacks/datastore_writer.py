@@ -1,0 +1,71 @@
+"""`DatastoreWriter`: one pass of `trainer.predict` over a split fills its datastore."""
+
+import time
+
+import numpy as np
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter
+
+from callbacks.background import Background
+from datamodules.blocks import Rows
+from retrieval.datastore import Datastore, DatastoreBuilder
+
+
+class DatastoreWriter(BasePredictionWriter):
+    """Writes each token's key and value to the row of its position, while the model goes on.
+
+    Every rank opens the same store and writes the rows of its own batches.
+
+    Args:
+        builder: the datastore in the making.
+        sync_seconds: how often what was written is brought to disk and marked as done.
+    """
+
+    def __init__(self, builder: DatastoreBuilder, sync_seconds: float = 10.0) -> None:
+        super().__init__(write_interval="batch")
+        self.builder = builder
+        self.sync_seconds = sync_seconds
+        self.background = Background()
+        self.last_sync = time.perf_counter()
+        self.datastore: Datastore | None = None
+
+    def write_on_batch_end(
+        self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx
+    ) -> None:
+        """Queues a batch's keys."""
+        self.background.submit(
+            self._write,
+            prediction.positions.cpu().numpy(),
+            prediction.keys.float().cpu().numpy(),
+            prediction.targets.cpu().numpy(),
+        )
+
+    def _write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+        self.builder.write(rows, keys, values)
+        if time.perf_counter() - self.last_sync > self.sync_seconds:
+            self.builder.sync()
+            self.last_sync = time.perf_counter()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publishes the datastore once all ranks have written theirs."""
+        self.background.drain()
+        self.builder.sync()
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            self.builder.finish()
+        trainer.strategy.barrier()
+        self.datastore = Datastore.open(self.builder.path)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Keeps what was written so far."""
+        self.background.drain()
+        self.builder.sync()
+
+
+def rows_with_less_context(rows: Rows, min_context: int) -> np.ndarray:
+    """Ascending int64 offsets that are scored behind fewer than `min_context` tokens."""
+    short = np.clip(min_context - (rows.starts - rows.context_starts), 0, rows.ends - rows.starts)
+    first = np.repeat(np.cumsum(short) - short, short)
+    return np.repeat(rows.starts, short) + np.arange(short.sum()) - first

@@ -1,0 +1,56 @@
+"""`IndexBuilder`: builds the index when a datastore has been written, or on its own."""
+
+from pathlib import Path
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from retrieval.datastore import Datastore
+from retrieval.index import IndexBuilding, is_path, resolve
+from retrieval.retriever import Metric
+
+
+class IndexBuilder(Callback):
+    """Builds what `--knn.index` names, unless it is there already.
+
+    Args:
+        datastore: directory of the datastore, complete by the time the index is built.
+        index: `auto`, `flat` (nothing to build) or a faiss factory string.
+        metric: how keys are compared.
+        seed: of the training sample.
+    """
+
+    def __init__(self, datastore: Path, index: str, metric: Metric, seed: int = 1) -> None:
+        self.datastore = datastore
+        self.index = index
+        self.metric = metric
+        self.seed = seed
+        self.seconds: dict[str, float] = {}
+        """Time spent in `train` and `add`; empty when nothing was built."""
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the datastore's writer has published it."""
+        if trainer.is_global_zero:
+            self.build()
+        trainer.strategy.barrier()
+
+    def build(self) -> None:
+        """Builds the index now, with a progress bar."""
+        datastore = Datastore.open(self.datastore)
+        factory = resolve(datastore, self.index)
+        if factory == "flat" or is_path(factory):
+            return
+        building = IndexBuilding(datastore, factory, self.metric, self.seed)
+        if building.is_complete():
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+            bars: dict[str, int] = {}
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in bars:
+                    bars[stage] = progress.add_task(f"index {factory}: {stage}", total=total)
+                progress.update(bars[stage], completed=done)
+
+            building.run(report)
+        self.seconds = building.seconds

@@ -1,0 +1,144 @@
+"""`KNNInterpolation`: mixes a model's test-time log-probabilities with the kNN distribution."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+
+from callbacks.background import Background
+from callbacks.token_scores import ScoreTable
+from models.metrics import TokenLoss
+from retrieval.datastore import Datastore
+from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
+from retrieval.retriever import Retriever
+
+QUERIES_AT_ONCE = 1024
+
+
+class Retrieved(NamedTuple):
+    """What was retrieved for `n` tokens, enough to try any lmbda and temperature.
+
+    Attributes:
+        lm_log_prob: fp32 `[n]`.
+        scores: fp32 `[n, k]`, -inf where missing.
+        hits: bool `[n, k]`, whether the neighbour's value is the target.
+    """
+
+    lm_log_prob: Tensor
+    scores: Tensor
+    hits: Tensor
+
+
+class KNNInterpolation(Callback):
+    """Searches with the keys that `test_step` returns, while the model computes the next batch.
+
+    Args:
+        datastore: whose values vote.
+        retriever: finds its rows.
+        k: neighbours per token.
+        lmbda: weight of p_kNN.
+        temperature: divides the scores.
+        distances: `exact` computes them from the stored keys, `index` takes the retriever's.
+        keep_retrieved: keep scores and hits of every token, for tuning.
+        keep_scores: keep the per-token log-probabilities.
+    """
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        retriever: Retriever,
+        k: int,
+        lmbda: float,
+        temperature: float = 1.0,
+        distances: str = "exact",
+        keep_retrieved: bool = False,
+        keep_scores: bool = False,
+    ) -> None:
+        self.datastore = datastore
+        self.retriever = retriever
+        self.k = k
+        self.lmbda = lmbda
+        self.temperature = temperature
+        self.distances = distances
+        self.keep_retrieved = keep_retrieved
+        self.table = ScoreTable() if keep_scores else None
+        self.kept: list[Retrieved] = []
+        self.waiting: list = []
+        self.background = Background()
+        self.loss = TokenLoss()
+        self.means = MetricCollection(
+            {
+                "nearest_distance": MeanMetric(),
+                "kth_distance": MeanMetric(),
+                "target_among_neighbors": MeanMetric(),
+            },
+            compute_groups=False,
+        )
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts new sums."""
+        self.loss.reset()
+        self.means.reset()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
+    ) -> None:
+        """Queues the search for a batch's keys, once enough have come together."""
+        columns = (outputs.positions, outputs.targets, outputs.log_probs, outputs.keys.float())
+        self.waiting.append([column.cpu() for column in columns])
+        if sum(len(columns[0]) for columns in self.waiting) >= QUERIES_AT_ONCE:
+            self._submit()
+
+    def _submit(self) -> None:
+        if self.waiting:
+            columns = [torch.cat(parts) for parts in zip(*self.waiting, strict=True)]
+            self.waiting = []
+            self.background.submit(self._mix, *columns)
+
+    def _mix(self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor) -> None:
+        if len(positions) == 0:
+            return
+        queries = keys.numpy()
+        distances, rows = self.retriever.search(queries, self.k)
+        if self.distances == "exact":
+            distances = exact_distances(queries, rows, self.datastore, self.retriever.metric)
+        scores = neighbor_scores(distances, rows, self.retriever.metric)
+        values = self.datastore.values[rows]  # of the last row where missing: its score is -inf
+        hits = torch.from_numpy(values == targets.numpy()[:, None]) & ~scores.isneginf()
+        knn = knn_log_prob(scores, hits, self.temperature)
+        mixed = interpolate(lm_log_prob, knn, self.lmbda)
+        self.loss.update(mixed)
+        self._describe(distances, rows, hits)
+        if self.keep_retrieved:
+            self.kept.append(Retrieved(lm_log_prob, scores, hits))
+        if self.table is not None:
+            self.table.add(
+                position=positions.numpy(), knn_log_prob=knn.numpy(), log_prob=mixed.numpy()
+            )
+
+    def _describe(self, distances: np.ndarray, rows: np.ndarray, hits: Tensor) -> None:
+        found = rows[:, 0] >= 0
+        last = np.maximum((rows >= 0).sum(1) - 1, 0)
+        kth = np.take_along_axis(distances, last[:, None], axis=1)[:, 0]
+        self.means["target_among_neighbors"].update(hits.any(dim=1).float())
+        self.means["nearest_distance"].update(torch.from_numpy(distances[found, 0]))
+        self.means["kth_distance"].update(torch.from_numpy(kth[found]))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits for the last searches."""
+        self._submit()
+        self.background.drain()
+        self.loss.to(pl_module.device)
+        self.means.to(pl_module.device)
+
+    def statistics(self) -> dict[str, float]:
+        """Means over all tokens and ranks: distances of the nearest and the k-th neighbour, share
+        of tokens whose target is among the neighbours."""
+        return {name: mean.item() for name, mean in self.means.compute().items()}
+
+    def retrieved(self) -> Retrieved:
+        """All that was kept on this rank."""
+        return Retrieved(*(torch.cat(parts) for parts in zip(*self.kept, strict=True)))

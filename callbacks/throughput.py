@@ -1,0 +1,57 @@
+"""How many tokens a second: while training to the log, while evaluating for the results."""
+
+import time
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class Throughput(Callback):
+    """Logs `train/tokens_per_second` and times test and predict runs.
+
+    Attributes:
+        seconds: wall time of the last test or predict run.
+        model_seconds: how much of it passed between the start and the end of a batch's step.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.since = 0.0
+        self.step_began = 0.0
+        self.seconds = 0.0
+        self.model_seconds = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx
+    ) -> None:
+        """Counts the batch and, when a step is logged, logs the rate since the last time."""
+        self.tokens += int(batch.scored.sum())
+        if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
+            now = time.perf_counter()
+            rate = self.tokens * trainer.world_size / (now - self.since)
+            pl_module.log("train/tokens_per_second", rate)
+            self.tokens, self.since = 0, now
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is no training time."""
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def _start(self, *_) -> None:
+        self.model_seconds, self.since = 0.0, time.perf_counter()
+
+    def _step_start(self, *_) -> None:
+        self.step_began = time.perf_counter()
+
+    def _step_end(self, *_) -> None:
+        self.model_seconds += time.perf_counter() - self.step_began
+
+    def _end(self, *_) -> None:
+        self.seconds = time.perf_counter() - self.since
+
+    on_test_start = on_predict_start = _start
+    on_test_batch_start = on_predict_batch_start = _step_start
+    on_test_batch_end = on_predict_batch_end = _step_end
+    on_test_end = on_predict_end = _end

@@ -1,0 +1,56 @@
+"""Per-token scores of an evaluation: gathered from all ranks, in corpus order, as `scores.npz`."""
+
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class ScoreTable:
+    """Columns of per-token figures that arrive in batches, in any order."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, np.ndarray]] = []
+
+    def add(self, **columns: np.ndarray) -> None:
+        """Adds some tokens; `position` must be among the columns."""
+        self.batches.append(columns)
+
+    def gathered(self) -> dict[str, np.ndarray]:
+        """All ranks' tokens, sorted by position; every rank gets them."""
+        batches = self.batches
+        if dist.is_available() and dist.is_initialized():
+            parts: list = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, batches)
+            batches = [batch for part in parts for batch in part]
+        columns = {
+            name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
+        }
+        order = np.argsort(columns["position"])
+        return {name: column[order] for name, column in columns.items()}
+
+
+class LMScores(Callback):
+    """Keeps `position`, `target` and `lm_log_prob` of every token of a test run."""
+
+    def __init__(self) -> None:
+        self.table = ScoreTable()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
+    ) -> None:
+        """Takes what the model's test step returned."""
+        self.table.add(
+            position=outputs.positions.cpu().numpy(),
+            target=outputs.targets.cpu().numpy(),
+            lm_log_prob=outputs.log_probs.float().cpu().numpy(),
+        )
+
+
+def save_scores(path: Path, *tables: ScoreTable) -> None:
+    """Writes the columns of tables over the same tokens to one .npz file."""
+    columns = {name: column for table in tables for name, column in table.gathered().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.savez(file, **columns)

@@ -1,0 +1,94 @@
+"""What train.py and evaluate.py share: the command line and where a run's files go."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from datamodules.lm import LMDataModule
+from errors import InputError
+from models.transformer_lm import TransformerLM
+
+
+class ProgramCLI(LightningCLI):
+    """Sections trainer, model and data in YAML, each overridable by flags of the same name.
+
+    The data module is made at once; the trainer by `make_trainer`, as often as a program has
+    stages.
+    """
+
+    def __init__(self) -> None:
+        quiet()
+        super().__init__(
+            TransformerLM,
+            LMDataModule,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=1,
+            trainer_defaults={
+                "use_distributed_sampler": False,  # batches are dealt by the data module
+                "accelerator": "auto" if torch.cuda.is_available() else "cpu",
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The model's vocabulary is the corpus's."""
+        parser.link_arguments(
+            "data", "model.vocab_size", lambda data: data.vocab_size, apply_on="instantiate"
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run's files are: `--trainer.default_root_dir`, else runs/<corpus>."""
+        chosen = self.config.trainer.default_root_dir
+        return Path(chosen) if chosen else Path("runs") / self.corpus_name
+
+    @property
+    def corpus_name(self) -> str:
+        """The known corpus's name or the folder's."""
+        return Path(self.config.data.corpus).resolve().name
+
+    def make_trainer(self, callbacks: list[Callback], log_dir: Path, **overrides) -> Trainer:
+        """A Lightning trainer for one stage, with the user's settings and our callbacks."""
+        settings = {**self.config_init.trainer, **overrides}
+        if settings["logger"] in (None, True):
+            settings["logger"] = TensorBoardLogger(log_dir.parent, name="", version=log_dir.name)
+        settings["default_root_dir"] = self.run_dir
+        settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
+        return Trainer(**settings)
+
+    def instantiate_sections(self, *names: str) -> Namespace:
+        """Makes the objects of some sections only."""
+        config = self.config.clone()
+        for section in {"model", "data", "trainer"} - set(names):
+            config.pop(section, None)
+        return self.parser.instantiate(config)
+
+
+def check_row_length(tokens_per_sample: int, max_target_positions: int) -> None:
+    """Raises InputError where rows do not fit the model."""
+    if tokens_per_sample > max_target_positions:
+        raise InputError(
+            f"--data.tokens_per_sample is {tokens_per_sample}, but the model reads at most "
+            f"{max_target_positions} tokens (--model.max_target_positions)"
+        )
+
+
+def quiet() -> None:
+    """Silences advice of libraries that does not concern the user of these programs."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Couldn't infer the batch indices.*",
+        ".*exists and is not empty.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,42 @@
+"""Reading trained models, and telling them apart."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from errors import InputError
+from models.transformer_lm import TransformerLM
+
+
+def load_model(path: Path) -> TransformerLM:
+    """A `TransformerLM` from a checkpoint, on the CPU, in evaluation mode. Nothing in the file is
+    executed: it is read with `weights_only=True`.
+
+    Raises:
+        InputError: no such file, or not a checkpoint of this model.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; train.py makes one (--ckpt_path names it)")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        hparams, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint of train.py ({reason})"
+        ) from None
+    model = TransformerLM(**{**hparams, "compile": False})
+    model.load_state_dict(weights)
+    model.dictionary_fingerprint = checkpoint.get("dictionary")
+    model.updates = checkpoint.get("global_step", 0)
+    return model.eval()
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of all weights, whatever file they came from."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,268 @@
+"""The datastore: a key (vector of a context) and a value (the token that followed) for every token
+of a text (Khandelwal et al., ICLR 2020, section 2).
+
+A directory with `keys.npy` [N, d] float16 or float32, `values.npy` [N] unsigned, and
+`manifest.json`. Row i belongs to token i of the split. Rows in `masked.npy` hold no key and are
+never found.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.lib.format import open_memmap
+
+from errors import InputError
+from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+
+KIND, VERSION = "datastore", 1
+DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+BLOCK_BYTES = 64 << 20
+"""How much of the keys is read at once, as fp32."""
+
+
+@dataclass(frozen=True)
+class Datastore:
+    """An opened datastore; arrays are memory-mapped.
+
+    Attributes:
+        path: its directory.
+        manifest: what `manifest.json` says.
+        keys: `[N, d]`.
+        values: `[N]`.
+        masked: int64, the ascending numbers of the rows without a key.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    keys: np.ndarray
+    values: np.ndarray
+    masked: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Datastore":
+        """Opens a complete datastore.
+
+        Raises:
+            InputError: missing, unfinished, or its files are not what its manifest says.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"{path}: no such datastore; --save_datastore or --knnlm makes it")
+        manifest = read_manifest(path / "manifest.json", KIND, VERSION)
+        if not manifest["complete"]:
+            raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
+        rows, dim = manifest["rows"], manifest["dim"]
+        keys = _open_array(path / "keys.npy", (rows, dim), DTYPES[manifest["dtype"]])
+        values = _open_array(path / "values.npy", (rows,), np.dtype(manifest["value_dtype"]))
+        masked = np.empty(0, dtype=np.int64)
+        if manifest["masked"]:
+            masked = _open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
+        return cls(path, manifest, keys, values, masked)
+
+    def __len__(self) -> int:
+        """Rows, the masked ones included."""
+        return len(self.keys)
+
+    @property
+    def dim(self) -> int:
+        """Width of the keys."""
+        return self.keys.shape[1]
+
+    @property
+    def n_keys(self) -> int:
+        """Rows that hold a key."""
+        return len(self.keys) - len(self.masked)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies what the datastore was made from, and so its content."""
+        fields = ("rows", "dim", "dtype", "masked", "made_from")
+        parts = repr([self.manifest[field] for field in fields])
+        return blake2b(parts.encode(), digest_size=8).hexdigest()
+
+    def rows_of(self, key_numbers: np.ndarray) -> np.ndarray:
+        """From the number of a key, counted without masked rows, to its row; -1 stays."""
+        if len(self.masked) == 0:
+            return key_numbers
+        before = np.searchsorted(
+            self.masked - np.arange(len(self.masked)), key_numbers, side="right"
+        )
+        return np.where(key_numbers < 0, -1, key_numbers + before)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Keys of ascending row numbers, fp32 `[len(rows), d]`."""
+        return self.keys[rows].astype(np.float32)
+
+    def blocks(self, start: int = 0, block_rows: int | None = None) -> Iterator[np.ndarray]:
+        """Keys from number `start` on, in order and without masked rows, as fp32 blocks."""
+        step = block_rows or max(BLOCK_BYTES // (4 * self.dim), 1)
+        for first in range(start, self.n_keys, step):
+            last = min(first + step, self.n_keys)
+            if len(self.masked) == 0:
+                yield self.keys[first:last].astype(np.float32)
+            else:
+                yield self.read(self.rows_of(np.arange(first, last)))
+
+
+class DatastoreBuilder:
+    """Writes a datastore, any rows in any order, by any number of processes, and goes on where a
+    killed run stopped.
+
+    Which rows are written is kept in `written.npy` until the datastore is complete; a row is
+    marked only after its key has reached the disk.
+
+    Args:
+        path: the directory.
+        rows: number of tokens N.
+        dim: width of the keys d.
+        dtype: fp16 or fp32.
+        vocab_size: values are below it.
+        made_from: JSON-able settings that determine the content.
+        masked: ascending numbers of the rows that get no key.
+
+    Raises:
+        InputError: the directory holds something else, or the disk has no room.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        rows: int,
+        dim: int,
+        dtype: str,
+        vocab_size: int,
+        made_from: dict[str, Any],
+        masked: np.ndarray,
+    ) -> None:
+        self.path = Path(path)
+        self.masked = masked
+        self.fields = {
+            "rows": rows,
+            "dim": dim,
+            "dtype": dtype,
+            "value_dtype": np.min_scalar_type(vocab_size - 1).name,
+            "vocab_size": vocab_size,
+            "masked": len(masked),
+            "made_from": made_from,
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            if (self.path / "manifest.json").exists():
+                self._check_existing()
+            else:
+                self._create()
+        self.keys = np.load(self.path / "keys.npy", mmap_mode="r+")
+        self.values = np.load(self.path / "values.npy", mmap_mode="r+")
+        self.written = np.load(self.path / "written.npy", mmap_mode="r+")
+        self.unmarked: list[np.ndarray] = []
+
+    def _check_existing(self) -> None:
+        manifest = read_manifest(self.path / "manifest.json", KIND, VERSION)
+        if manifest["complete"]:
+            raise InputError(f"{self.path}: already holds a complete datastore; expected none")
+        refuse_mismatch(self.path, manifest["made_from"], self.fields["made_from"])
+        refuse_mismatch(self.path, manifest, self.fields)
+
+    def _create(self) -> None:
+        rows, dim = self.fields["rows"], self.fields["dim"]
+        dtype, value_dtype = DTYPES[self.fields["dtype"]], np.dtype(self.fields["value_dtype"])
+        needed = rows * (dim * dtype.itemsize + value_dtype.itemsize + 1) + 4096
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise InputError(
+                f"{self.path}: the datastore needs {needed / 1e9:.1f} GB but the disk has "
+                f"{free / 1e9:.1f} GB free; --knn.dtype fp16 halves it, --knn.datastore moves it"
+            )
+        for name, kind, shape in (
+            ("keys.npy", dtype, (rows, dim)),
+            ("values.npy", value_dtype, (rows,)),
+            ("written.npy", np.dtype(bool), (rows,)),
+        ):
+            open_memmap(self.path / name, mode="w+", dtype=kind, shape=shape).flush()
+        if len(self.masked):
+            np.save(self.path / "masked.npy", self.masked)
+            written = np.load(self.path / "written.npy", mmap_mode="r+")
+            written[self.masked] = True
+            written.flush()
+        self._write_manifest(complete=False)
+
+    def _write_manifest(self, complete: bool) -> None:
+        fields = {**self.fields, "complete": complete}
+        write_manifest(self.path / "manifest.json", KIND, VERSION, fields)
+
+    @property
+    def n_written(self) -> int:
+        """Rows that are safely on disk, masked ones included."""
+        return int(np.count_nonzero(self.written))
+
+    def is_written(self, rows: np.ndarray) -> bool:
+        """Whether all of these rows are on disk already."""
+        return bool(self.written[rows].all())
+
+    def write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+        """Stores keys `[n, d]` and values `[n]` at rows int64 `[n]`, masked rows left out.
+
+        Raises:
+            InputError: a key is not finite in the datastore's type.
+        """
+        if len(self.masked):
+            at = np.searchsorted(self.masked, rows)
+            free = self.masked[np.minimum(at, len(self.masked) - 1)] != rows
+            rows, keys, values = rows[free], keys[free], values[free]
+        with np.errstate(over="ignore"):
+            keys = keys.astype(self.keys.dtype)
+        if not np.isfinite(keys).all():
+            raise InputError(
+                f"{self.path}: a key is infinite or NaN as {self.fields['dtype']}; "
+                "use --knn.dtype fp32 (or mend the model if it stays so)"
+            )
+        self.keys[rows] = keys
+        self.values[rows] = values
+        self.unmarked.append(rows)
+
+    def sync(self) -> None:
+        """Brings to disk what was written, then marks it as written."""
+        if not self.unmarked:
+            return
+        self.keys.flush()
+        self.values.flush()
+        self.written[np.concatenate(self.unmarked)] = True
+        self.written.flush()
+        self.unmarked.clear()
+
+    def finish(self) -> Datastore:
+        """Marks the datastore complete, once, after every process has called `sync`."""
+        missing = len(self.written) - self.n_written
+        if missing:
+            raise RuntimeError(f"{self.path}: {missing} rows were never written")
+        self._write_manifest(complete=True)
+        (self.path / "written.npy").unlink()
+        return Datastore.open(self.path)
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Maps a .npy file that must hold exactly this shape and type."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the datastore's manifest promises it") from None
+    except (ValueError, EOFError, OSError) as error:
+        size = path.stat().st_size
+        needed = int(np.prod(shape)) * dtype.itemsize
+        raise InputError(
+            f"{path}: has {size} bytes, expected more than {needed} for {dtype} {list(shape)} "
+            f"({error})"
+        ) from None
+    if array.shape != shape or array.dtype != dtype:
+        raise InputError(
+            f"{path}: holds {array.dtype} {list(array.shape)}, "
+            f"but the manifest says {dtype} {list(shape)}"
+        )
+    return array

@@ -1,0 +1,308 @@
+"""faiss indexes over a datastore: choosing, building (resumably) and opening them.
+
+`<name>.faiss` lies beside the keys, with `<name>.faiss.json` as its manifest. While it is built,
+`<name>.faiss.partial` holds the trained index with the keys added so far.
+"""
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from errors import InputError
+from retrieval.datastore import Datastore
+from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+from retrieval.retriever import FAISS_METRICS, FlatRetriever, Metric, Retriever, normalized
+
+KIND, VERSION = "index", 1
+POINTS_PER_CENTROID = 64
+SAMPLE_AT_LEAST = 65536
+"""Training vectors beyond what the centroids need, for the quantiser's sake."""
+GPUS = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+PARTIAL_EVERY = 60.0
+"""Seconds of adding after which a partial index is kept (more if keeping it takes long)."""
+
+
+def auto_factory(n_keys: int, dim: int, memory_bytes: int | None = None) -> str:
+    """The index that `auto` stands for.
+
+    Exact search while reading every key is cheap; then inverted lists of half-precision keys,
+    of 8-bit keys, and of one-bit codes as memory binds. About 2 sqrt(n) lists.
+
+    Args:
+        memory_bytes: what the index may take; by default a quarter of the machine's memory.
+    """
+    if memory_bytes is None:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    if n_keys * dim <= 1 << 22:
+        return "flat"
+    lists = 2 ** round(math.log2(2 * math.sqrt(n_keys)))
+    if n_keys * dim * 2 <= memory_bytes:
+        return f"IVF{lists},SQfp16"
+    if n_keys * dim <= memory_bytes:
+        return f"IVF{lists},SQ8"
+    return f"RR{dim},IVF{lists},RaBitQfs"
+
+
+def index_path(datastore: Datastore, factory: str, metric: Metric) -> Path:
+    """Where the index of a factory string lies."""
+    return datastore.path / f"{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}-{metric}.faiss"
+
+
+class FaissRetriever:
+    """A built index; see `Retriever`.
+
+    Args:
+        index: trained and filled; its ids count the datastore's keys.
+        datastore: what it was built from.
+        metric: what it was built with.
+        nprobe: inverted lists to visit, where the index has any.
+    """
+
+    def __init__(
+        self, index: faiss.Index, datastore: Datastore, metric: Metric, nprobe: int
+    ) -> None:
+        self.index = index
+        self.datastore = datastore
+        self.metric = metric
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is not None:
+            faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(nprobe, ivf.nlist))
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Retriever.search`."""
+        distances, ids = self.index.search(normalized(queries, self.metric), k)
+        return distances, self.datastore.rows_of(ids)
+
+
+def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int) -> Retriever:
+    """Opens what `--knn.index` names.
+
+    Args:
+        index: `flat`, `auto`, a factory string that was built before, or the path of an index.
+
+    Raises:
+        InputError: no such index, or one of another datastore, metric or dimension.
+    """
+    factory = resolve(datastore, index)
+    if factory == "flat":
+        return FlatRetriever(datastore, metric)
+    path = Path(index) if is_path(index) else index_path(datastore, factory, metric)
+    if not path.is_file():
+        raise InputError(f"{path}: no such index; --build_index or --knnlm makes it")
+    manifest_path = path.with_name(f"{path.name}.json")
+    if manifest_path.is_file():
+        manifest = read_manifest(manifest_path, KIND, VERSION)
+        expected = {
+            "metric": metric,
+            "dim": datastore.dim,
+            "keys": datastore.n_keys,
+            "datastore": datastore.fingerprint,
+        }
+        refuse_mismatch(path, manifest, expected)
+    opened = read_index(path)
+    found = {
+        "dimension": opened.d,
+        "number of keys": opened.ntotal,
+        "faiss metric type": opened.metric_type,
+    }
+    at_hand = {
+        "dimension": datastore.dim,
+        "number of keys": datastore.n_keys,
+        "faiss metric type": FAISS_METRICS[metric],
+    }
+    refuse_mismatch(path, found, at_hand)
+    return FaissRetriever(opened, datastore, metric, nprobe)
+
+
+def is_path(index: str) -> bool:
+    """Whether `--knn.index` names a file and not a factory string."""
+    return index.endswith((".faiss", ".index")) or os.sep in index or Path(index).is_file()
+
+
+def resolve(datastore: Datastore, index: str) -> str:
+    """`auto` replaced by the factory string it stands for, everything else as it is."""
+    return auto_factory(datastore.n_keys, datastore.dim) if index == "auto" else index
+
+
+def read_index(path: Path) -> faiss.Index:
+    """Opens an index file, memory-mapped where its type allows.
+
+    Raises:
+        InputError: not a faiss index.
+    """
+    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path}: cannot be read as a faiss index ({_reason(error)})"
+        ) from None
+
+
+def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
+    """An empty index.
+
+    Raises:
+        InputError: faiss does not know the factory string.
+    """
+    try:
+        return faiss.index_factory(dim, factory, FAISS_METRICS[metric])
+    except RuntimeError as error:
+        raise InputError(
+            f"--knn.index is {factory!r}; expected flat, auto, the path of an index or a faiss "
+            f"factory string that suits dimension {dim} ({_reason(error)})"
+        ) from None
+
+
+def on_gpus(index: faiss.Index) -> faiss.Index:
+    """The index on all GPUs, for training and adding, where faiss sees any and knows the type
+    there; the index itself otherwise."""
+    if not GPUS:
+        return index
+    try:
+        return faiss.index_cpu_to_all_gpus(index)
+    except RuntimeError as error:
+        print(f"building on the CPU: faiss has no such index on GPUs ({_reason(error)})")
+        return index
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last words of a faiss error."""
+    return str(error).strip().splitlines()[-1][-120:]
+
+
+class IndexBuilding:
+    """Builds one index: trains it on a sample, adds every key, and keeps what is done.
+
+    Args:
+        datastore: whose keys to index.
+        factory: faiss factory string.
+        metric: how to compare.
+        seed: of the training sample.
+    """
+
+    def __init__(self, datastore: Datastore, factory: str, metric: Metric, seed: int = 1) -> None:
+        self.datastore = datastore
+        self.factory = factory
+        self.metric = metric
+        self.seed = seed
+        self.path = index_path(datastore, factory, metric)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.seconds = {"train": 0.0, "add": 0.0}
+
+    @property
+    def identity(self) -> dict:
+        """What determines the index."""
+        return {
+            "factory": self.factory,
+            "metric": self.metric,
+            "dim": self.datastore.dim,
+            "keys": self.datastore.n_keys,
+            "datastore": self.datastore.fingerprint,
+            "seed": self.seed,
+        }
+
+    def is_complete(self) -> bool:
+        """Whether this very index is there already.
+
+        Raises:
+            InputError: an index of this name is there, but made from something else.
+        """
+        manifest = self.path.with_name(f"{self.path.name}.json")
+        if not (self.path.is_file() and manifest.is_file()):
+            return False
+        refuse_mismatch(self.path, read_manifest(manifest, KIND, VERSION), self.identity)
+        return True
+
+    def run(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Trains, adds and publishes the index; continues from a partial one.
+
+        Args:
+            report: called with a stage, how much of it is done, and how much there is.
+        """
+        index = self._open_partial()
+        if index is None:
+            index = on_gpus(make_index(self.datastore.dim, self.factory, self.metric))
+            start = time.perf_counter()
+            report("training", 0, 1)
+            self._train(index)
+            report("training", 1, 1)
+            self.seconds["train"] = time.perf_counter() - start
+            self._keep(index)
+        start = time.perf_counter()
+        try:
+            self._add(index, report)
+        except KeyboardInterrupt:
+            self._keep(index)
+            raise
+        self.seconds["add"] = time.perf_counter() - start
+        self._write(index, self.path)
+        fields = {**self.identity, "complete": True, "seconds": self.seconds}
+        write_manifest(self.path.with_name(f"{self.path.name}.json"), KIND, VERSION, fields)
+        self.partial.unlink(missing_ok=True)
+        self._partial_manifest.unlink(missing_ok=True)
+        return self.path
+
+    @property
+    def _partial_manifest(self) -> Path:
+        return self.partial.with_name(f"{self.partial.name}.json")
+
+    def _open_partial(self) -> faiss.Index | None:
+        if not (self.partial.is_file() and self._partial_manifest.is_file()):
+            return None
+        manifest = read_manifest(self._partial_manifest, KIND, VERSION)
+        if any(manifest.get(key) != value for key, value in self.identity.items()):
+            return None
+        return on_gpus(faiss.read_index(str(self.partial)))
+
+    def _train(self, index: faiss.Index) -> None:
+        """Trains on a seeded random sample, read in file order."""
+        ivf = faiss.try_extract_index_ivf(index)
+        lists = ivf.nlist if ivf is not None else 0
+        size = min(max(lists * POINTS_PER_CENTROID, SAMPLE_AT_LEAST), self.datastore.n_keys)
+        if lists > size:
+            raise InputError(
+                f"--knn.index {self.factory} has {lists} lists but the datastore only {size} keys; "
+                "choose fewer lists"
+            )
+        chosen = np.random.default_rng(self.seed).choice(
+            self.datastore.n_keys, size, replace=False, shuffle=False
+        )
+        sample = self.datastore.read(self.datastore.rows_of(np.sort(chosen)))
+        try:
+            index.train(normalized(sample, self.metric))
+        except RuntimeError as error:
+            raise InputError(
+                f"--knn.index {self.factory} cannot be trained on {size} keys ({_reason(error)})"
+            ) from None
+
+    def _add(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:
+        last_kept, pause = time.perf_counter(), PARTIAL_EVERY
+        total = self.datastore.n_keys
+        report("adding", index.ntotal, total)
+        for block in self.datastore.blocks(start=index.ntotal):
+            index.add(normalized(block, self.metric))
+            report("adding", index.ntotal, total)
+            if index.ntotal < total and time.perf_counter() - last_kept > pause:
+                start = time.perf_counter()
+                self._keep(index)
+                last_kept = time.perf_counter()
+                pause = max(PARTIAL_EVERY, 10 * (last_kept - start))
+
+    def _keep(self, index: faiss.Index) -> None:
+        self._partial_manifest.unlink(missing_ok=True)
+        self._write(index, self.partial)
+        write_manifest(self._partial_manifest, KIND, VERSION, self.identity)
+
+    def _write(self, index: faiss.Index, path: Path) -> None:
+        making = path.with_name(f"{path.name}.making")
+        if GPUS:
+            index = faiss.index_gpu_to_cpu(index)
+        faiss.write_index(index, str(making))
+        os.replace(making, path)

@@ -1,0 +1,77 @@
+"""What everything that searches looks like, and the exact search."""
+
+from typing import Literal, Protocol
+
+import faiss
+import numpy as np
+
+from retrieval.datastore import Datastore
+
+Metric = Literal["l2", "ip", "cosine"]
+FAISS_METRICS = {
+    "l2": faiss.METRIC_L2,
+    "ip": faiss.METRIC_INNER_PRODUCT,
+    "cosine": faiss.METRIC_INNER_PRODUCT,
+}
+
+
+class Retriever(Protocol):
+    """Finds the nearest keys of a datastore.
+
+    Attributes:
+        metric: `l2` gives squared Euclidean distances (small is near), `ip` inner products and
+            `cosine` cosines (large is near).
+    """
+
+    metric: Metric
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest keys, nearest first.
+
+        Args:
+            queries: fp32 `[Q, d]`.
+            k: how many.
+
+        Returns:
+            distances fp32 `[Q, k]` and datastore rows int64 `[Q, k]`, -1 where missing.
+        """
+        ...
+
+
+def normalized(vectors: np.ndarray, metric: Metric) -> np.ndarray:
+    """Unit vectors for `cosine`, the vectors themselves otherwise; fp32 `[n, d]`, contiguous."""
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if metric != "cosine":
+        return vectors
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+class FlatRetriever:
+    """Exact search by reading all keys, block by block: no index file, no copy of the keys.
+
+    Args:
+        datastore: where to search.
+        metric: see `Retriever`.
+    """
+
+    def __init__(self, datastore: Datastore, metric: Metric) -> None:
+        self.datastore = datastore
+        self.metric = metric
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Retriever.search`."""
+        queries = normalized(queries, self.metric)
+        best = faiss.ResultHeap(len(queries), k, keep_max=self.metric != "l2")
+        first = 0
+        for block in self.datastore.blocks():
+            distances, ids = faiss.knn(
+                queries,
+                normalized(block, self.metric),
+                min(k, len(block)),
+                metric=FAISS_METRICS[self.metric],
+            )
+            best.add_result(distances, ids + first)
+            first += len(block)
+        best.finalize()
+        return best.D, self.datastore.rows_of(best.I)

@@ -1,0 +1,49 @@
+"""Everything that `--knn.*` sets, and the checks that need no file."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from errors import InputError
+
+
+@dataclass
+class KNNSettings:
+    """How the datastore is made, searched and mixed.
+
+    Args:
+        datastore: its directory; by default datastores/<corpus>/<split>.
+        index: `auto` (by size), `flat` (exact), a faiss factory string or the path of an index.
+        k: neighbours per token.
+        lmbda: weight of p_kNN, or `auto`: tuned with the temperature on the validation split.
+        temperature: divides the scores of the neighbours.
+        nprobe: inverted lists to visit, for indexes that have them.
+        metric: squared Euclidean distance, inner product or cosine.
+        distances: `exact` computes them again from the stored keys, `index` takes the index's own.
+        key_type: last_ffn_input, last_hidden, layer:<i>:ffn_input or layer:<i>:output.
+        dtype: of the stored keys.
+        min_context: leave out keys of tokens with less left context than this.
+    """
+
+    datastore: str | None = None
+    index: str = "auto"
+    k: int = 1024
+    lmbda: float | Literal["auto"] = 0.25
+    temperature: float = 1.0
+    nprobe: int = 32
+    metric: Literal["l2", "ip", "cosine"] = "l2"
+    distances: Literal["exact", "index"] = "exact"
+    key_type: str = "last_ffn_input"
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    min_context: int = 0
+
+    def check(self) -> None:
+        """Raises InputError where a value alone cannot be right."""
+        if self.lmbda != "auto" and not 0 <= self.lmbda <= 1:
+            raise InputError(f"--knn.lmbda is {self.lmbda}; expected auto or a number from 0 to 1")
+        if not self.temperature > 0:
+            raise InputError(f"--knn.temperature is {self.temperature}; expected more than 0")
+        for name in ("k", "nprobe"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--knn.{name} is {getattr(self, name)}; expected at least 1")
+        if self.min_context < 0:
+            raise InputError(f"--knn.min_context is {self.min_context}; expected at least 0")

@@ -1,0 +1,111 @@
+"""Fits a model from a config: `python train.py --config configs/<corpus>/lm.yaml`.
+
+A run that was interrupted goes on from its last checkpoint when the same command is given again.
+"""
+
+from pathlib import Path
+
+import yaml
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser
+
+from callbacks.throughput import Throughput
+from cli import ProgramCLI, check_row_length
+from errors import InputError, exit_with_one_sentence
+
+
+class TrainCLI(ProgramCLI):
+    """The command line of train.py."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is not a section."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="checkpoint to go on from (default: the run's own last.ckpt, if there is one)",
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=500,
+            help="updates after which last.ckpt is saved, besides after each validation",
+        )
+
+    def instantiate_classes(self) -> None:
+        """Makes the data module and a new model."""
+        longest = self.config.model.max_target_positions
+        check_row_length(self.config.data.tokens_per_sample, longest)
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule, self.model = self.config_init.data, self.config_init.model
+        self.datamodule.max_target_positions = longest
+
+
+def checkpoint_to_continue(cli: TrainCLI) -> str | None:
+    """The checkpoint that this command goes on from.
+
+    Raises:
+        InputError: the run directory holds a run with another model or other data.
+    """
+    if cli.config.ckpt_path is not None:
+        if not Path(cli.config.ckpt_path).is_file():
+            raise InputError(f"--ckpt_path {cli.config.ckpt_path}: no such file")
+        return cli.config.ckpt_path
+    last = cli.run_dir / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        return None
+    before = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
+    now = yaml.safe_load(resolved_config(cli))
+    for section in ("model", "data"):
+        for name, value in now[section].items():
+            if before[section].get(name) != value:
+                raise InputError(
+                    f"{cli.run_dir}: holds a run with --{section}.{name} "
+                    f"{before[section].get(name)}, but this one has {value}; "
+                    "choose another --trainer.default_root_dir"
+                )
+    print(f"continuing from {last}")
+    return str(last)
+
+
+def resolved_config(cli: TrainCLI) -> str:
+    """Every setting of this run, as YAML."""
+    return cli.parser.dump(cli.config, skip_unset=False, skip_link_targets=True)
+
+
+@exit_with_one_sentence
+def main() -> None:
+    """Trains, keeping the checkpoint with the lowest validation perplexity and the last one."""
+    cli = TrainCLI()
+    ckpt_path = checkpoint_to_continue(cli)
+    checkpoints = cli.run_dir / "checkpoints"
+    best = ModelCheckpoint(
+        checkpoints,
+        filename="best",
+        monitor="val/ppl",
+        save_last=False,
+        enable_version_counter=False,
+    )
+    last = ModelCheckpoint(
+        checkpoints,
+        filename="last",
+        every_n_train_steps=cli.config.checkpoint_every,
+        enable_version_counter=False,
+        save_on_exception=True,
+    )
+    trainer = cli.make_trainer(
+        [best, last, LearningRateMonitor("step"), Throughput()], log_dir=cli.run_dir / "train"
+    )
+    if trainer.is_global_zero:
+        cli.run_dir.mkdir(parents=True, exist_ok=True)
+        (cli.run_dir / "config.yaml").write_text(resolved_config(cli))
+        cli.datamodule.dictionary.save(cli.run_dir / "dict.txt")
+    trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    trainer.save_checkpoint(checkpoints / "last.ckpt")
+    if trainer.is_global_zero and best.best_model_score is not None:
+        print(f"lowest validation perplexity {best.best_model_score:.2f}: {best.best_model_path}")
+
+
+if __name__ == "__main__":
+    main()
