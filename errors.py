@@ -18,8 +18,13 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
     def run(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__  # a library between may have wrapped it
+            if cause is None:
+                raise
+            print(f"error: {cause}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted: the same command continues from here", file=sys.stderr)

@@ -19,8 +19,8 @@ from rich.table import Table
 from callbacks.datastore_writer import DatastoreWriter, rows_with_less_context
 from callbacks.index_builder import IndexBuilder
 from callbacks.knn_interpolation import KNNInterpolation
-from callbacks.token_scores import LMScores, ScoreTable, save_scores
 from callbacks.throughput import Throughput
+from callbacks.token_scores import LMScores, ScoreTable, save_scores
 from cli import ProgramCLI, check_row_length
 from datamodules.lm import LMDataModule
 from errors import InputError, exit_with_one_sentence
@@ -207,7 +207,9 @@ class Evaluation:
     def check_search(self) -> None:
         """Everything about the search that can be wrong, before any long work."""
         existing = self.open_fitting_datastore("train")
-        n_keys = int(self.data.stream("train").line_starts[-1]) if existing is None else existing.n_keys
+        n_keys = (
+            int(self.data.stream("train").line_starts[-1]) if existing is None else existing.n_keys
+        )
         where = self.datastore_path("train")
         if self.knn.k > n_keys:
             raise InputError(f"--knn.k is {self.knn.k}, but {where} has only {n_keys} keys")
@@ -328,7 +330,9 @@ class Evaluation:
         for logger in self.trainer.loggers:
             logger.finalize("success")
         for name, r in rows:
-            table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
+            table.add_row(
+                name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}"
+            )
         Console().print(table, f"results: {output}")
 
 

@@ -43,7 +43,11 @@ class IndexBuilder(Callback):
         building = IndexBuilding(datastore, factory, self.metric, self.seed)
         if building.is_complete():
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}%"),
+        )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
             bars: dict[str, int] = {}
 

@@ -98,6 +98,7 @@ class KNNInterpolation(Callback):
             self.waiting = []
             self.background.submit(self._mix, *columns)
 
+    @torch.inference_mode()
     def _mix(self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor) -> None:
         if len(positions) == 0:
             return

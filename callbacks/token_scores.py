@@ -24,9 +24,7 @@ class ScoreTable:
             parts: list = [None] * dist.get_world_size()
             dist.all_gather_object(parts, batches)
             batches = [batch for part in parts for batch in part]
-        columns = {
-            name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
-        }
+        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         order = np.argsort(columns["position"])
         return {name: column[order] for name, column in columns.items()}
 

@@ -26,7 +26,6 @@ from datamodules.binarize import (
     binarize,
     count_symbols,
     default_workers,
-    smallest_unsigned,
 )
 from datamodules.blocks import BreakMode, Rows, make_batches, make_rows
 from datamodules.corpora import CorpusFiles, resolve_corpus

@@ -33,9 +33,7 @@ class AdaptiveInput(nn.Module):
         factor: how much narrower each band is than the one before.
     """
 
-    def __init__(
-        self, vocab_size: int, width: int, cutoffs: Sequence[int], factor: float
-    ) -> None:
+    def __init__(self, vocab_size: int, width: int, cutoffs: Sequence[int], factor: float) -> None:
         super().__init__()
         self.edges = band_edges(cutoffs, vocab_size)
         self.width = width
@@ -153,14 +151,10 @@ class AdaptiveSoftmax(OutputSoftmax):
         for i, (start, end) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
             narrow = int(width // factor**i)
             own = tied is None
-            self.words.append(
-                _xavier(end - start, narrow) if own else tied.embeddings[i].weight
-            )
+            self.words.append(_xavier(end - start, narrow) if own else tied.embeddings[i].weight)
             if i > 0:
                 share = not own and tie_projections
-                self.down.append(
-                    tied.projections[i].weight if share else _xavier(width, narrow)
-                )
+                self.down.append(tied.projections[i].weight if share else _xavier(width, narrow))
         self.classes = _xavier(tails, width)
 
     def _head(self, hidden: Tensor) -> Tensor:

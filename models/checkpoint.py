@@ -23,9 +23,7 @@ def load_model(path: Path) -> TransformerLM:
         hparams, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:120]
-        raise InputError(
-            f"{path}: cannot be read as a checkpoint of train.py ({reason})"
-        ) from None
+        raise InputError(f"{path}: cannot be read as a checkpoint of train.py ({reason})") from None
     model = TransformerLM(**{**hparams, "compile": False})
     model.load_state_dict(weights)
     model.dictionary_fingerprint = checkpoint.get("dictionary")

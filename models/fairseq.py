@@ -18,7 +18,7 @@ import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ from models.transformer_lm import TransformerLM
 LIGHTNING_KEY = "pytorch-lightning_version"
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # files of torch before 1.6
 LEGACY_PICKLES = 4  # the start, the protocol, the system, what was saved
+READ_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
+    *(ValueError, TypeError, LookupError, AttributeError),  # of damaged files
+)
 JUNK = re.compile(r"(.*\.)?(_float_tensor|version)|decoder\.embed_positions\.weights")
 
 # What fairseq assumes of a model for which an argument is not stored (base_lm_architecture).
@@ -67,6 +71,19 @@ DEFAULTS = {
     "tie_adaptive_proj": False,
     "tie_adaptive_weights": False,
     "tokens_per_sample": 1024,
+}
+SAME = {  # ours: fairseq's
+    "width": "decoder_embed_dim",
+    "ffn_width": "decoder_ffn_embed_dim",
+    "layers": "decoder_layers",
+    "heads": "decoder_attention_heads",
+    "adaptive_input_factor": "adaptive_input_factor",
+    "adaptive_softmax_factor": "adaptive_softmax_factor",
+    "activation": "activation_fn",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "softmax_dropout": "adaptive_softmax_dropout",
 }
 UNSUPPORTED = {
     "add_bos_token": "rows that begin with <s>",
@@ -130,13 +147,12 @@ def _read(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
             # Mapped, the state of the optimiser is never read.
             mapped = zipfile.is_zipfile(path)
             checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
-    except (
-        *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
-        *(ValueError, TypeError, LookupError, AttributeError),  # of damaged files
-    ) as error:
+    except READ_ERRORS as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden is None:
-            raise InputError(f"{path}: torch cannot read it; expected a checkpoint") from error
+            raise InputError(
+                f"{path}: torch cannot read it; expected a fairseq checkpoint"
+            ) from error
         allowed = ", ".join(g[1] if isinstance(g, tuple) else "Namespace" for g in SAFE_GLOBALS)
         raise InputError(
             f"{path}: refused, it holds a {forbidden[1]}; expected tensors, plain Python values "
@@ -183,30 +199,15 @@ def hyper_parameters(
     _refuse_unsupported(args, path)
     input_bands = _cutoffs(args, "adaptive_input_cutoff", path) if args.adaptive_input else []
     softmax_bands = _cutoffs(args, "adaptive_softmax_cutoff", path)
-    if softmax_bands and "decoder.adaptive_softmax.version" not in stored:
-        raise InputError(
-            f"{path}: has no decoder.adaptive_softmax.version; expected one, as without it the "
-            "adaptive softmax is of a form that fairseq itself has given up"
-        )
     vocab_size = _vocab_size(stored, input_bands, path)
-    for name, bands in (("input", input_bands), ("softmax", softmax_bands)):
-        if bands and min(bands) >= vocab_size:
-            raise InputError(
-                f"{path}: --adaptive-{name}-cutoff is {bands} for {vocab_size} words; expected "
-                "a cutoff below that"
-            )
+    _check_bands(input_bands, softmax_bands, vocab_size, stored, path)
     version = float(stored["decoder.version"][0]) if "decoder.version" in stored else 1.0
     pre_norm = bool(args.decoder_normalize_before)
     return {
+        **{ours: getattr(args, theirs) for ours, theirs in SAME.items()},
         "vocab_size": vocab_size,
-        "width": args.decoder_embed_dim,
-        "ffn_width": args.decoder_ffn_embed_dim,
-        "layers": args.decoder_layers,
-        "heads": args.decoder_attention_heads,
         "adaptive_input_cutoffs": input_bands,
-        "adaptive_input_factor": args.adaptive_input_factor,
         "adaptive_softmax_cutoffs": softmax_bands,
-        "adaptive_softmax_factor": args.adaptive_softmax_factor,
         "tie_weights": bool(
             args.tie_adaptive_weights if softmax_bands else args.share_decoder_input_output_embed
         ),
@@ -216,11 +217,6 @@ def hyper_parameters(
         "pre_norm": pre_norm,
         "final_norm": pre_norm and not args.no_decoder_final_norm and version > 2,
         "scale_embedding": not args.no_scale_embedding,
-        "activation": args.activation_fn,
-        "dropout": args.dropout,
-        "attention_dropout": args.attention_dropout,
-        "activation_dropout": args.activation_dropout,
-        "softmax_dropout": args.adaptive_softmax_dropout,
         **_optimisation(args),
     }
 
@@ -271,6 +267,26 @@ def _cutoffs(args: Namespace, name: str, path: Path | str) -> list[int]:
         raise InputError(
             f"{path}: {_flag(name)} is {value!r}; expected integers between commas"
         ) from None
+
+
+def _check_bands(
+    input_bands: list[int],
+    softmax_bands: list[int],
+    vocab_size: int,
+    stored: Mapping[str, Tensor],
+    path: Path | str,
+) -> None:
+    for side, bands in (("input", input_bands), ("softmax", softmax_bands)):
+        if bands and min(bands) >= vocab_size:
+            raise InputError(
+                f"{path}: --adaptive-{side}-cutoff is {bands} for {vocab_size} words; expected "
+                "a cutoff below that"
+            )
+    if softmax_bands and "decoder.adaptive_softmax.version" not in stored:
+        raise InputError(
+            f"{path}: has no decoder.adaptive_softmax.version; expected one, as without it the "
+            "adaptive softmax is of a form that fairseq itself has given up"
+        )
 
 
 def _vocab_size(stored: Mapping[str, Tensor], bands: list[int], path: Path | str) -> int:
@@ -368,10 +384,7 @@ def pieces(hparams: Mapping[str, Any], prefix: str = "") -> list[Piece]:
     if hparams["final_norm"]:
         found += _pair("decoder.layer_norm", "decoder.final_norm")
     found += _softmax_pieces(hparams)
-    return [
-        Piece(p.theirs, prefix + p.ours, p.their_start, p.our_start, p.rows, p.transposed)
-        for p in found
-    ]
+    return [replace(piece, ours=prefix + piece.ours) for piece in found]
 
 
 def _pair(theirs: str, ours: str) -> list[Piece]:
@@ -441,7 +454,8 @@ def _bands(hparams: Mapping[str, Any], side: str) -> int:
 
 def modern_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names of fairseq 0.9: those of older versions are renamed and fused
-    projections split; the output projection of later versions is renamed too."""
+    projections split; the output projection of later versions is renamed too, or left out where
+    it is the embedding."""
     found: dict[str, Tensor] = {}
     norms = {"0": "self_attn_layer_norm", "2": "final_layer_norm"}
     for name, tensor in model.items():
@@ -451,17 +465,12 @@ def modern_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif norm := re.fullmatch(r"(.*)\.layer_norms\.([02])\.(weight|bias)", name):
             found[f"{norm[1]}.{norms[norm[2]]}.{norm[3]}"] = tensor
         elif name == "decoder.output_projection.weight":
-            found["decoder.embed_out"] = tensor
+            embedding = model.get("decoder.embed_tokens.weight")
+            if embedding is None or not torch.equal(tensor, embedding):
+                found["decoder.embed_out"] = tensor
         else:
             found[name] = tensor
-    shared = found.get("decoder.embed_out"), found.get("decoder.embed_tokens.weight")
-    if "decoder.output_projection.weight" in model and _same(*shared):
-        del found["decoder.embed_out"]
     return found
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.data_ptr() == b.data_ptr()
 
 
 def _their_shapes(found: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -546,7 +555,7 @@ def load_fairseq_checkpoint(path: Path | str) -> TransformerLM:
     state = our_state(found, ours, stored)
     _check_ties(model, state, path)
     model.load_state_dict(state)
-    return model.eval()
+    return model
 
 
 # -- the way out ---------------------------------------------------------------------------------
@@ -599,28 +608,18 @@ def export_args(model: TransformerLM) -> Namespace:
             "pre-norm layers whatever its arguments say"
         )
     adaptive = bool(h.adaptive_softmax_cutoffs)
-    new = DEFAULTS | {
-        "activation_dropout": h.activation_dropout,
-        "activation_fn": h.activation,
+    new = DEFAULTS | {theirs: h[ours] for ours, theirs in SAME.items()}
+    new |= {
         "adaptive_input": bool(h.adaptive_input_cutoffs),
         "adaptive_input_cutoff": _as_text(h.adaptive_input_cutoffs),
-        "adaptive_input_factor": h.adaptive_input_factor,
         "adaptive_softmax_cutoff": _as_text(h.adaptive_softmax_cutoffs),
-        "adaptive_softmax_dropout": h.softmax_dropout,
-        "adaptive_softmax_factor": h.adaptive_softmax_factor,
         "arch": "transformer_lm",
-        "attention_dropout": h.attention_dropout,
         "criterion": "adaptive_loss" if adaptive else "cross_entropy",
         "data": "data-bin",
-        "decoder_attention_heads": h.heads,
-        "decoder_embed_dim": h.width,
-        "decoder_ffn_embed_dim": h.ffn_width,
         "decoder_input_dim": h.width,
         "decoder_layerdrop": 0,
-        "decoder_layers": h.layers,
         "decoder_learned_pos": h.positions == "learned",
         "decoder_output_dim": h.width,
-        "dropout": h.dropout,
         "future_target": False,
         "knn_keytype": None,
         "max_target_positions": h.max_target_positions,
@@ -726,7 +725,7 @@ def _load_lightning_checkpoint(path: Path) -> TransformerLM:
         raise InputError(f"{path}: no such file; expected a checkpoint of a TransformerLM")
     try:
         return TransformerLM.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError):
+    except READ_ERRORS:
         raise InputError(f"{path}: expected a Lightning checkpoint of a TransformerLM") from None
 
 

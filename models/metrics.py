@@ -26,8 +26,8 @@ class TokenLoss(Metric):
 
     def update(self, log_probs: Tensor) -> None:
         """Adds the natural-log probabilities of some targets, any shape."""
-        self.total -= log_probs.double().sum()
-        self.tokens += log_probs.numel()
+        self.total = self.total - log_probs.double().sum()
+        self.tokens = self.tokens + log_probs.numel()
 
     def compute(self) -> dict[str, Tensor]:
         """Over all ranks: `loss`, float64 (NaN when no token was added), and `tokens`, int64."""

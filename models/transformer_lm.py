@@ -241,9 +241,7 @@ class TransformerLM(pl.LightningModule):
         return TokenScores(
             batch.positions[batch.scored],
             targets,
-            self.softmax.target_log_prob(hidden[batch.scored], targets)
-            if with_log_probs
-            else None,
+            self.softmax.target_log_prob(hidden[batch.scored], targets) if with_log_probs else None,
             features[self.key_type][batch.scored] if self.key_type is not None else None,
         )
 

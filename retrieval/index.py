@@ -140,9 +140,7 @@ def read_index(path: Path) -> faiss.Index:
     try:
         return faiss.read_index(str(path), flags)
     except RuntimeError as error:
-        raise InputError(
-            f"{path}: cannot be read as a faiss index ({_reason(error)})"
-        ) from None
+        raise InputError(f"{path}: cannot be read as a faiss index ({_reason(error)})") from None
 
 
 def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
@@ -173,8 +171,8 @@ def on_gpus(index: faiss.Index) -> faiss.Index:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last words of a faiss error."""
-    return str(error).strip().splitlines()[-1][-120:]
+    """What a faiss error says, without where in faiss it arose."""
+    return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
 
 
 class IndexBuilding:

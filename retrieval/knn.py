@@ -66,7 +66,7 @@ def exact_distances(
     step = max(BLOCK_BYTES // (4 * datastore.dim), 1)
     for first in range(0, len(distinct), step):
         keys = normalized(datastore.read(distinct[first : first + step]), metric)
-        begin, end = np.searchsorted(number, [first, first + step])
+        begin, end = np.searchsorted(number, [first, first + step]).tolist()
         out = np.empty(end - begin, dtype=np.float32)
         of_query = np.ascontiguousarray(query[begin:end])
         of_key = number[begin:end] - first
@@ -192,9 +192,7 @@ def _losses(
 ) -> np.ndarray:
     """Mean negative log-likelihood for each lmbda, float64 `[lmbdas]`."""
     total = torch.zeros(len(lmbdas), dtype=torch.float64)
-    for lm, s, h in zip(
-        lm_log_prob.split(4096), scores.split(4096), hits.split(4096), strict=True
-    ):
+    for lm, s, h in zip(lm_log_prob.split(4096), scores.split(4096), hits.split(4096), strict=True):
         knn = knn_log_prob(s, h, temperature)
         total -= interpolate(lm[:, None], knn[:, None], lmbdas[None]).double().sum(0)
     return (total / len(lm_log_prob)).numpy()
