@@ -26,7 +26,10 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             print(f"error: {cause}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Lightning turns an interrupt into SystemExit once it has shut down.
+            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
             print("interrupted: the same command continues from here", file=sys.stderr)
             sys.exit(130)
 

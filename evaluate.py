@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from pytorch_lightning import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from callbacks.datastore_writer import DatastoreWriter, rows_with_less_context
 from callbacks.index_builder import IndexBuilder
 from callbacks.knn_interpolation import KNNInterpolation
 from callbacks.throughput import Throughput
-from callbacks.token_scores import LMScores, ScoreTable, save_scores
+from callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
 from cli import ProgramCLI, check_row_length
 from datamodules.lm import LMDataModule
 from errors import InputError, exit_with_one_sentence
@@ -157,8 +158,7 @@ class Evaluation:
                 corpus's.
         """
         path = self.datastore_path(split)
-        manifest = path / "manifest.json"
-        if not manifest.is_file() or not json.loads(manifest.read_text()).get("complete", True):
+        if not Datastore.is_complete(path):
             return None
         datastore = Datastore.open(path)
         made_from = datastore.manifest["made_from"]
@@ -169,8 +169,12 @@ class Evaluation:
         refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
         return datastore
 
-    def ensure_datastore(self, split: str) -> Datastore:
-        """Writes the split's datastore, or the rest of it, unless it is there."""
+    def ensure_datastore(self, split: str, *after: Callback) -> Datastore:
+        """Writes the split's datastore, or the rest of it, unless it is there.
+
+        Args:
+            after: callbacks that work on the datastore once it is written.
+        """
         datastore = self.open_fitting_datastore(split)
         if datastore is not None:
             return datastore
@@ -190,19 +194,23 @@ class Evaluation:
         self.model.key_type = self.knn.key_type
         loader = self.data.evaluation_dataloader(split, skip=builder.is_written)
         writer, throughput = DatastoreWriter(builder), Throughput()
-        trainer = self.cli.make_trainer([throughput, writer], self.log_dir)
+        trainer = self.cli.make_trainer([writer, throughput, *after], self.log_dir)
         trainer.predict(self.model, loader, return_predictions=False)
-        if not trainer.interrupted:
-            self.seconds["datastore"] = throughput.seconds
+        self.seconds["datastore"] = throughput.seconds
         return Datastore.open(builder.path)
 
-    def ensure_index(self, datastore: Datastore) -> None:
-        """Builds the index unless it is there."""
+    def ensure_datastore_and_index(self, split: str) -> Datastore:
+        """Makes what is missing of a datastore and its index."""
         builder = IndexBuilder(
-            datastore.path, self.knn.index, self.knn.metric, self.cli.config.seed_everything
+            self.datastore_path(split),
+            self.knn.index,
+            self.knn.metric,
+            self.cli.config.seed_everything,
         )
+        datastore = self.ensure_datastore(split, builder)
         builder.build()
         self.seconds |= {f"index_{stage}": s for stage, s in builder.seconds.items()}
+        return datastore
 
     def check_search(self) -> None:
         """Everything about the search that can be wrong, before any long work."""
@@ -216,11 +224,31 @@ class Evaluation:
         if is_path(self.knn.index):
             if existing is None:
                 raise InputError(
-                    f"--knn.index {self.knn.index} is an index, but its datastore {where} is missing"
+                    f"--knn.index {self.knn.index} is a file, but its datastore {where} is missing"
                 )
             open_retriever(existing, self.knn.index, self.knn.metric, self.knn.nprobe)
-        elif self.knn.index not in ("auto", "flat"):
+        else:
+            self.check_index()
+
+    def check_index(self) -> None:
+        """Refuses a factory string that faiss does not know."""
+        if self.knn.index not in ("auto", "flat") and not is_path(self.knn.index):
             make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
+
+    def make_products(self, split: str) -> None:
+        """`--save_datastore` and `--build_index`: what they ask for and no more."""
+        if not self.cli.config.save_datastore:
+            # An index alone needs its datastore: a missing one is an error.
+            datastore = Datastore.open(self.datastore_path(split))
+            made_from = datastore.manifest["made_from"]
+            refuse_mismatch(datastore.path, made_from, self.expected_of_datastore())
+        if self.cli.config.build_index:
+            self.check_index()
+            datastore = self.ensure_datastore_and_index(split)
+            print(f"index: {resolve(datastore, self.knn.index)}")
+        else:
+            datastore = self.ensure_datastore(split)
+        print(f"datastore: {datastore.path}, {len(datastore)} keys of width {datastore.dim}")
 
     # -- scores ----------------------------------------------------------------------------------
 
@@ -248,8 +276,7 @@ class Evaluation:
             self.save_scores(*(callback.table for callback in lm_scores))
             return results
         self.check_search()
-        datastore = self.ensure_datastore("train")
-        self.ensure_index(datastore)
+        datastore = self.ensure_datastore_and_index("train")
         retriever = open_retriever(datastore, self.knn.index, self.knn.metric, self.knn.nprobe)
         self.model.key_type = self.knn.key_type
         knn = self.knn
@@ -262,7 +289,7 @@ class Evaluation:
             collecting = interpolation(lmbda=0.0, keep_retrieved=True)
             self.score("valid", collecting)
             start = time.perf_counter()
-            tuned = tune(*collecting.retrieved())
+            tuned = tune(*collecting.retrieved(), sum_over_ranks)
             self.seconds["tuning"] = self.pass_seconds + time.perf_counter() - start
             self.log_tuning(tuned)
         lmbda = tuned.lmbda if tuned else knn.lmbda
@@ -349,19 +376,9 @@ def main() -> None:
     cli = EvaluateCLI()
     evaluation = Evaluation(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        split = cli.config.split or "train"
-        if cli.config.save_datastore:
-            datastore = evaluation.ensure_datastore(split)
-        else:
-            datastore = Datastore.open(evaluation.datastore_path(split))
-            refuse_mismatch(
-                datastore.path, datastore.manifest["made_from"], evaluation.expected_of_datastore()
-            )
-        print(f"datastore: {datastore.path}, {len(datastore)} rows of {datastore.dim}")
-        if cli.config.build_index:
-            evaluation.ensure_index(datastore)
-            print(f"index: {resolve(datastore, cli.knn.index)}")
-        return
+        evaluation.make_products(cli.config.split or "train")
+        if not cli.config.knnlm:
+            return
     evaluation.publish(evaluation.evaluate(cli.config.split or "test"))
 
 

@@ -1,4 +1,4 @@
-"""One worker thread beside Lightning's loop: searching and writing overlap the model's next step."""
+"""One worker thread beside Lightning's loop: searching and writing overlap the next step."""
 
 from collections import deque
 from collections.abc import Callable

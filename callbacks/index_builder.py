@@ -2,8 +2,16 @@
 
 from pathlib import Path
 
+from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from retrieval.datastore import Datastore
 from retrieval.index import IndexBuilding, is_path, resolve
@@ -30,30 +38,35 @@ class IndexBuilder(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the datastore's writer has published it."""
-        if trainer.is_global_zero:
-            self.build()
-        trainer.strategy.barrier()
+        self.build()
 
     def build(self) -> None:
-        """Builds the index now, with a progress bar."""
+        """Builds the index now, with a progress bar; of several processes one builds and the
+        others wait for it."""
         datastore = Datastore.open(self.datastore)
         factory = resolve(datastore, self.index)
         if factory == "flat" or is_path(factory):
             return
         building = IndexBuilding(datastore, factory, self.metric, self.seed)
-        if building.is_complete():
-            return
+        with FileLock(f"{building.path}.lock"):
+            if not building.is_complete():
+                self._build(building)
+
+    def _build(self, building: IndexBuilding) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-            bars: dict[str, int] = {}
+        with Progress(*columns) as progress:
+            bars: dict[str, TaskID] = {}
 
             def report(stage: str, done: int, total: int) -> None:
                 if stage not in bars:
-                    bars[stage] = progress.add_task(f"index {factory}: {stage}", total=total)
+                    title = f"index {building.factory}: {stage}"
+                    bars[stage] = progress.add_task(title, total=total)
                 progress.update(bars[stage], completed=done)
 
             building.run(report)

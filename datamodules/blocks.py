@@ -109,10 +109,8 @@ def make_batches(lengths: np.ndarray, order: np.ndarray, max_tokens: int) -> lis
     batches, start = [], 0
     while start < len(order):
         # Lengths ascend, so the longest row of a batch is its last.
-        most = max(max_tokens // int(by_length[start]), 1)
-        cost = by_length[start : start + most] * np.arange(
-            1, len(by_length[start : start + most]) + 1
-        )
+        ahead = by_length[start : start + max(max_tokens // int(by_length[start]), 1)]
+        cost = ahead * np.arange(1, len(ahead) + 1)
         rows = max(int(np.searchsorted(cost, max_tokens, side="right")), 1)
         batches.append(order[start : start + rows])
         start += rows

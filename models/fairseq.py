@@ -14,6 +14,7 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -37,7 +38,7 @@ LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # files of torc
 LEGACY_PICKLES = 4  # the start, the protocol, the system, what was saved
 READ_ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
-    *(ValueError, TypeError, LookupError, AttributeError),  # of damaged files
+    *(ValueError, TypeError, LookupError, AttributeError, struct.error),  # of damaged files
 )
 JUNK = re.compile(r"(.*\.)?(_float_tensor|version)|decoder\.embed_positions\.weights")
 

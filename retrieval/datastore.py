@@ -66,6 +66,16 @@ class Datastore:
             masked = _open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
         return cls(path, manifest, keys, values, masked)
 
+    @staticmethod
+    def is_complete(path: Path) -> bool:
+        """Whether a finished datastore lies there.
+
+        Raises:
+            InputError: there is a manifest, but not a datastore's.
+        """
+        manifest = path / "manifest.json"
+        return manifest.exists() and read_manifest(manifest, KIND, VERSION)["complete"]
+
     def __len__(self) -> int:
         """Rows, the masked ones included."""
         return len(self.keys)

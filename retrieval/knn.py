@@ -10,6 +10,7 @@ Missing neighbours (row -1) have score -inf and so no part in either sum.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import faiss
@@ -149,7 +150,12 @@ class Tuning(NamedTuple):
     losses: np.ndarray
 
 
-def tune(lm_log_prob: Tensor, scores: Tensor, hits: Tensor) -> Tuning:
+def tune(
+    lm_log_prob: Tensor,
+    scores: Tensor,
+    hits: Tensor,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tuning:
     """The lmbda and temperature that give retrieved tokens the highest likelihood.
 
     Temperatures are tried by octaves around the spread of the scores, then by quarter octaves
@@ -159,9 +165,11 @@ def tune(lm_log_prob: Tensor, scores: Tensor, hits: Tensor) -> Tuning:
         lm_log_prob: fp32 `[N]`.
         scores: fp32 `[N, k]`, -inf where missing.
         hits: bool `[N, k]`.
+        sum_over_ranks: adds up a float64 tensor over the ranks that hold parts of the tokens.
     """
-    finite = scores.masked_fill(scores.isneginf(), torch.nan)
-    spread = (finite.nan_to_num(-torch.inf).amax(1) - finite.nanmean(1)).nanmean().item()
+    count = sum_over_ranks(torch.tensor(float(len(lm_log_prob)), dtype=torch.float64))
+    spreads = _spread(scores).nan_to_num(0.0).double().sum()
+    spread = (sum_over_ranks(spreads) / count).item()
     octave = math.floor(math.log2(spread)) if spread > 0 else 0
     lmbdas = torch.arange(100, dtype=torch.float64) / 100
     losses: dict[float, np.ndarray] = {}
@@ -169,7 +177,8 @@ def tune(lm_log_prob: Tensor, scores: Tensor, hits: Tensor) -> Tuning:
     def try_out(exponents: np.ndarray) -> float:
         for temperature in 2.0**exponents:
             if temperature not in losses:
-                losses[temperature] = _losses(lm_log_prob, scores, hits, temperature, lmbdas)
+                total = _total_losses(lm_log_prob, scores, hits, temperature, lmbdas)
+                losses[temperature] = (sum_over_ranks(total) / count).numpy()
         return math.log2(min(losses, key=lambda t: losses[t].min()))
 
     best = try_out(np.arange(octave - 7.0, octave + 6.0))
@@ -187,12 +196,18 @@ def tune(lm_log_prob: Tensor, scores: Tensor, hits: Tensor) -> Tuning:
     )
 
 
-def _losses(
+def _spread(scores: Tensor) -> Tensor:
+    """How far the best score of each token lies above the mean, fp32 `[N]`; NaN without any."""
+    finite = scores.masked_fill(scores.isneginf(), torch.nan)
+    return scores.amax(dim=1) - finite.nanmean(dim=1)
+
+
+def _total_losses(
     lm_log_prob: Tensor, scores: Tensor, hits: Tensor, temperature: float, lmbdas: Tensor
-) -> np.ndarray:
-    """Mean negative log-likelihood for each lmbda, float64 `[lmbdas]`."""
+) -> Tensor:
+    """Summed negative log-likelihood for each lmbda, float64 `[lmbdas]`."""
     total = torch.zeros(len(lmbdas), dtype=torch.float64)
     for lm, s, h in zip(lm_log_prob.split(4096), scores.split(4096), hits.split(4096), strict=True):
         knn = knn_log_prob(s, h, temperature)
         total -= interpolate(lm[:, None], knn[:, None], lmbdas[None]).double().sum(0)
-    return (total / len(lm_log_prob)).numpy()
+    return total

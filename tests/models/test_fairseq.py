@@ -84,7 +84,7 @@ def test_every_log_probability_is_the_originals(original):
     _, ours, _ = score(original, "valid1", mode, window, 1024)
     positions, theirs = originals_scores("lm_valid1_nodrop")
     np.testing.assert_array_equal(positions, np.arange(len(ours)))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 @needs_original
@@ -100,10 +100,10 @@ def test_log_probabilities_and_queries_where_the_original_drops_lines(original):
         same_row[start:end] = before[begin] == before[end]
     compared = same_row[positions]
     assert compared.mean() > 0.9
-    np.testing.assert_allclose(ours[positions][compared], theirs[compared], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours[positions][compared], theirs[compared], rtol=0, atol=2e-5)
     queries = np.load(ORIGINAL / "npz" / "queries_mini_flat.npz")["queries"]
     first, compared = positions[: len(queries)], compared[: len(queries)]
-    np.testing.assert_allclose(keys[first][compared], queries[compared], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(keys[first][compared], queries[compared], rtol=0, atol=2e-5)
 
 
 @needs_original
@@ -111,13 +111,13 @@ def test_every_key_is_the_originals(original):
     """Its datastore begins after the first block."""
     stored = np.memmap(ORIGINAL / "dstore_mini_keys.npy", np.float32, "r").reshape(-1, 128)
     _, _, keys = score(original, "test1", "none", 128, 256)
-    np.testing.assert_allclose(keys[128:], stored, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(keys[128:], stored, rtol=0, atol=2e-5)
 
 
 @needs_original
 def test_sampled_keys_of_the_whole_training_text_are_the_originals(original):
     stored = np.load(ORIGINAL / "dstore_full_keys_sample.npz")
-    at = stored["idx"][:400] + 128
+    at = stored["idx"][::12] + 128
     stream = open_databin(ORIGINAL / "data-bin" / "train")
     tokens = np.append(EOS, stream.tokens.astype(np.int64))
     blocks, column = np.divmod(at, 128)
@@ -125,7 +125,7 @@ def test_sampled_keys_of_the_whole_training_text_are_the_originals(original):
     read = torch.from_numpy(np.stack([tokens[(b - 1) * 128 : (b + 1) * 128] for b in blocks]))
     with torch.inference_mode():
         keys = original(read, ["last_ffn_input"])[1]["last_ffn_input"].numpy()
-    np.testing.assert_allclose(keys[row, 128 + column], stored["keys"][:400], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(keys[row, 128 + column], stored["keys"][::12], rtol=0, atol=2e-5)
 
 
 @needs_original
@@ -405,7 +405,7 @@ def test_variants_of_the_model(variant, tmp_path):
     args = arguments(**VARIANTS[variant])
     state = tensors(args)
     model = load_fairseq_checkpoint(save(tmp_path / "checkpoint.pt", args, state))
-    assert model.max_target_positions == args.max_target_positions or LONGEST
+    assert model.max_target_positions == (args.max_target_positions or LONGEST)
     found = model.hparams
     assert (found.dropout, found.attention_dropout) == (0.3, 0.1)
     assert (found.activation_dropout, found.softmax_dropout) == (0.05, 0.2)
