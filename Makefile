@@ -11,7 +11,7 @@
 # (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) to change it.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
 # The kind of faiss is in the stamp's name, so that asking for the other kind installs it.

@@ -3,15 +3,20 @@
 A run that was interrupted goes on from its last checkpoint when the same command is given again.
 """
 
+import json
 from pathlib import Path
 
 import yaml
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser
 
 from callbacks.throughput import Throughput
 from cli import ProgramCLI, check_row_length
 from errors import InputError, exit_with_one_sentence
+
+FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing")
+"""Settings that a continued run may have otherwise: they change no number."""
 
 
 class TrainCLI(ProgramCLI):
@@ -59,7 +64,7 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
     now = yaml.safe_load(resolved_config(cli))
     for section in ("model", "data"):
         for name, value in now[section].items():
-            if before[section].get(name) != value:
+            if name not in FREE_TO_CHANGE and before[section].get(name) != value:
                 raise InputError(
                     f"{cli.run_dir}: holds a run with --{section}.{name} "
                     f"{before[section].get(name)}, but this one has {value}; "
@@ -94,8 +99,9 @@ def main() -> None:
         enable_version_counter=False,
         save_on_exception=True,
     )
+    throughput = Throughput()
     trainer = cli.make_trainer(
-        [best, last, LearningRateMonitor("step"), Throughput()], log_dir=cli.run_dir / "train"
+        [best, last, LearningRateMonitor("step"), throughput], log_dir=cli.run_dir / "train"
     )
     if trainer.is_global_zero:
         cli.run_dir.mkdir(parents=True, exist_ok=True)
@@ -103,8 +109,25 @@ def main() -> None:
         cli.datamodule.dictionary.save(cli.run_dir / "dict.txt")
     trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(checkpoints / "last.ckpt")
-    if trainer.is_global_zero and best.best_model_score is not None:
-        print(f"lowest validation perplexity {best.best_model_score:.2f}: {best.best_model_path}")
+    if trainer.is_global_zero:
+        write_summary(cli.run_dir / "training.json", trainer, best, throughput)
+
+
+def write_summary(
+    path: Path, trainer: Trainer, best: ModelCheckpoint, throughput: Throughput
+) -> None:
+    """Writes and prints what came of the run."""
+    score = best.best_model_score
+    if throughput.trained_tokens:  # not when a finished run was started again
+        rate = throughput.trained_tokens / throughput.trained_seconds
+        summary = {
+            "updates": trainer.global_step,
+            "tokens_per_second": rate,
+            "best_valid_ppl": None if score is None else score.item(),
+        }
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+    if score is not None:
+        print(f"lowest validation perplexity {score:.2f}: {best.best_model_path}")
 
 
 if __name__ == "__main__":

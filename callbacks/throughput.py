@@ -6,14 +6,18 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_second` and times test and predict runs.
+    """Logs `train/tokens_per_second` and times runs.
 
     Attributes:
+        trained_tokens: tokens of all ranks trained on by this process's run.
+        trained_seconds: wall time of that, validation left out.
         seconds: wall time of the last test or predict run.
         model_seconds: how much of it passed between the start and the end of a batch's step.
     """
 
     def __init__(self) -> None:
+        self.trained_tokens = 0
+        self.trained_seconds = 0.0
         self.tokens = 0
         self.since = 0.0
         self.step_began = 0.0
@@ -22,22 +26,29 @@ class Throughput(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self.tokens, self.since = 0, time.perf_counter()
+        self._take()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx
     ) -> None:
         """Counts the batch and, when a step is logged, logs the rate since the last time."""
-        self.tokens += int(batch.scored.sum())
+        self.tokens += int(batch.scored.sum()) * trainer.world_size
         if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
-            now = time.perf_counter()
-            rate = self.tokens * trainer.world_size / (now - self.since)
-            pl_module.log("train/tokens_per_second", rate)
-            self.tokens, self.since = 0, now
+            tokens, seconds = self._take()
+            pl_module.log("train/tokens_per_second", tokens / seconds)
+            self.trained_tokens += tokens
+            self.trained_seconds += seconds
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is no training time."""
-        self.tokens, self.since = 0, time.perf_counter()
+        self._take()
+
+    def _take(self) -> tuple[int, float]:
+        """Tokens and seconds since the last call."""
+        now = time.perf_counter()
+        taken = self.tokens, now - self.since
+        self.tokens, self.since = 0, now
+        return taken
 
     def _start(self, *_) -> None:
         self.model_seconds, self.since = 0.0, time.perf_counter()

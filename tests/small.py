@@ -1,0 +1,34 @@
+"""A corpus and a model small enough for tests that run the programs."""
+
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = (
+    *("--config", str(ROOT / "configs/text/lm.yaml")),
+    *("--data.tokens_per_sample", "24", "--data.context_window", "12"),
+    *("--data.max_tokens", "96", "--data.threshold", "0"),
+    *("--model.width", "16", "--model.ffn_width", "32", "--model.layers", "2"),
+    *("--model.heads", "2", "--model.adaptive_input_cutoffs", "[12,24]"),
+    *("--model.adaptive_softmax_cutoffs", "[12,24]", "--model.dropout", "0"),
+    *("--model.softmax_dropout", "0", "--trainer.enable_progress_bar", "false"),
+    *("--model.lr", "0.02", "--model.warmup_updates", "5"),
+)
+"""Flags that make the shipped config for any text small."""
+
+
+def write_corpus(folder: Path, seed: int = 0, lines: tuple[int, int, int] = (120, 30, 30)) -> Path:
+    """A text with some structure: words of a ring that follow one another more often than not."""
+    rng = np.random.default_rng(seed)
+    words = np.array([f"w{i}" for i in range(40)])
+    folder.mkdir(parents=True)
+    for split, n_lines in zip(("train", "valid", "test"), lines, strict=True):
+        text = []
+        for _ in range(n_lines):
+            length = rng.integers(0, 18)
+            steps = np.where(rng.random(length) < 0.8, 1, rng.integers(0, 40, length))
+            text.append(" ".join(words[np.cumsum(steps) % 40]))
+        (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
+    return folder

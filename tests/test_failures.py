@@ -1,0 +1,220 @@
+"""Bad input is refused in one sentence before any work; killed stages go on where they stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from small import ROOT, SMALL, write_corpus
+
+import evaluate
+import train
+
+HERE = (*SMALL, "--data.corpus", "words")
+CKPT = ("--ckpt_path", "runs/words/checkpoints/best.ckpt")
+
+
+@pytest.fixture
+def refused(workplace, monkeypatch, capsys):
+    """Runs a program's main in the workplace; returns its one sentence."""
+
+    def run(program, *flags) -> str:
+        monkeypatch.chdir(workplace)
+        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            program.main()
+        assert stop.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def store(workplace, run_program):
+    """A datastore with an index, made by the program."""
+    flags = ("--save_datastore", "--build_index", "--knn.index", "IVF8,SQ8")
+    run_program(workplace, "evaluate.py", *HERE, *CKPT, *flags, "--knn.datastore", "store")
+    return workplace / "store"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data.corpus", "nowhere"), ("nowhere", "expected")),
+        (("--ckpt_path", "none.ckpt"), ("none.ckpt", "no such checkpoint")),
+        (("--ckpt_path", "words/train.txt"), ("words/train.txt", "cannot be read")),
+        (("--knn.lmbda", "1.5"), ("--knn.lmbda", "1.5", "from 0 to 1")),
+        (("--knn.k", "100000"), ("--knn.k", "100000", "keys")),
+        (("--knn.k", "0"), ("--knn.k", "at least 1")),
+        (("--knn.temperature", "0"), ("--knn.temperature", "more than 0")),
+        (("--knn.key_type", "best"), ("--knn.key_type", "last_ffn_input")),
+        (("--knn.key_type", "layer:7:output"), ("layer:7:output", "0 to 1")),
+        (("--knn.index", "IVFX"), ("--knn.index", "IVFX", "factory")),
+        (("--knn.index", "none.faiss"), ("none.faiss",)),
+        (("--data.context_window", "24"), ("--data.context_window", "--data.tokens_per_sample")),
+        (("--data.tokens_per_sample", "5000"), ("5000", "--model.max_target_positions")),
+    ],
+)
+def test_wrong_flags(refused, workplace, flags, words):
+    before = sorted(workplace.glob("datastores/**"))
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *flags)
+    assert all(word in sentence for word in words), sentence
+    assert sorted(workplace.glob("datastores/**")) == before
+
+
+def test_empty_split(refused, workplace):
+    shutil.copytree(workplace / "words", workplace / "hollow", dirs_exist_ok=True)
+    (workplace / "hollow" / "valid.txt").write_text("")
+    sentence = refused(train, *SMALL, "--data.corpus", "hollow")
+    assert "valid.txt" in sentence
+
+
+def test_checkpoint_of_another_vocabulary(refused, workplace):
+    if not (workplace / "other").exists():
+        write_corpus(workplace / "other", seed=9, lines=(6, 3, 3))
+    sentence = refused(evaluate, *SMALL, *CKPT, "--data.corpus", "other")
+    assert "dictionary" in sentence
+    assert "--data.dictionary" in sentence
+
+
+def test_run_directory_of_another_model(refused):
+    sentence = refused(train, *HERE, "--model.layers", "1")
+    assert "--model.layers" in sentence
+    assert "--trainer.default_root_dir" in sentence
+
+
+def test_datastore_of_another_model(refused, store):
+    place = ("--knn.datastore", store, "--knn.k", 4)
+    sentence = (
+        refused(
+            evaluate, *HERE, "--knnlm", *place, "--ckpt_path", "runs/words/checkpoints/last.ckpt"
+        )
+        if _weights_differ(store.parent)
+        else "model"
+    )
+    assert "model" in sentence
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, "--knn.key_type", "last_hidden")
+    assert "key type is last_ffn_input, but last_hidden is expected" in sentence
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, "--knn.dtype", "fp32")
+    assert "dtype is fp16, but fp32 is expected" in sentence
+
+
+def _weights_differ(workplace) -> bool:
+    checkpoints = workplace / "runs/words/checkpoints"
+    return (checkpoints / "best.ckpt").read_bytes() != (checkpoints / "last.ckpt").read_bytes()
+
+
+def test_index_of_another_metric_or_dimension(refused, store, workplace):
+    index = ("--knn.index", store / "IVF8_SQ8-l2.faiss", "--knn.k", 4)
+    place = ("--knn.datastore", store)
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, *index, "--knn.metric", "ip")
+    assert "metric is l2, but ip is expected" in sentence
+    manifest = store / "IVF8_SQ8-l2.faiss.json"
+    described = manifest.read_text()
+    try:
+        manifest.write_text(json.dumps({**json.loads(described), "dim": 17}))
+        sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, *index)
+        assert "dim is 17, but 16 is expected" in sentence
+    finally:
+        manifest.write_text(described)
+
+
+def test_truncated_keys(refused, store, tmp_path):
+    broken = shutil.copytree(store, tmp_path / "broken")
+    with open(broken / "keys.npy", "r+b") as file:
+        file.truncate(1000)
+    flags = ("--knnlm", "--knn.datastore", broken, "--knn.k", 4)
+    sentence = refused(evaluate, *HERE, *CKPT, *flags)
+    assert "keys.npy" in sentence
+    assert "1000 bytes" in sentence
+
+
+def test_no_room_on_disk(refused, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    flags = ("--save_datastore", "--knn.datastore", tmp_path / "full")
+    sentence = refused(evaluate, *HERE, *CKPT, *flags)
+    assert "GB free" in sentence
+
+
+def test_unknown_flag_exits_2(workplace, run_program):
+    done = run_program(workplace, "evaluate.py", *HERE, "--knn.neighbours", 3, status=2)
+    assert "--knn.neighbours" in done.stderr
+
+
+def start(cwd, program, *flags) -> subprocess.Popen:
+    """A program that is going to be killed."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / program), *map(str, flags)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until the condition holds while the process still runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_datastore_goes_on_to_the_same_bytes(workplace, run_program, tmp_path):
+    """Small batches make the dump slow enough to be killed in the middle."""
+    flags = (*HERE, *CKPT, "--save_datastore", "--data.max_tokens", 24)
+    run_program(workplace, "evaluate.py", *flags, "--knn.datastore", tmp_path / "whole")
+    cut = tmp_path / "cut"
+    process = start(workplace, "evaluate.py", *flags, "--knn.datastore", cut)
+    wait_for(lambda: (cut / "written.npy").exists(), process)
+    time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not json.loads((cut / "manifest.json").read_text())["complete"] or True
+    run_program(workplace, "evaluate.py", *flags, "--knn.datastore", cut)
+    for name in ("keys.npy", "values.npy"):
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_interrupted_training_goes_on_with_the_same_numbers(workplace, run_program, tmp_path):
+    """Dropout is zero here, so the numbers depend on the batches and the optimiser alone."""
+    flags = (*HERE, "--trainer.val_check_interval", 20, "--checkpoint_every", 5)
+    flags = (*flags, "--trainer.default_root_dir", tmp_path / "run", "--trainer.max_steps")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    process = start(workplace, "train.py", *flags, 100000)
+    wait_for(last.exists, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    done = run_program(workplace, "train.py", *flags, 40)
+    assert "continuing from" in done.stdout
+    events = json.loads((tmp_path / "run" / "training.json").read_text())
+    whole = json.loads((workplace / "runs/words/training.json").read_text())
+    assert events["updates"] == 40
+    assert events["best_valid_ppl"] == pytest.approx(whole["best_valid_ppl"], rel=1e-5)
+
+
+def test_values_hold_a_large_vocabulary(tmp_path, run_program):
+    """65,600 words need 32 bits; the original's int16 would wrap."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    words = [f"v{i}" for i in range(65_600)]
+    (folder / "train.txt").write_text("\n".join(" ".join(words[i::50]) for i in range(50)) + "\n")
+    for split in ("valid", "test"):
+        (folder / f"{split}.txt").write_text(" ".join(words[-200:]) + "\n")
+    flags = (*SMALL, "--data.corpus", "many", "--data.max_tokens", 9600)
+    flags = (*flags, "--data.context_window", 0)
+    run_program(tmp_path, "train.py", *flags, "--trainer.max_steps", 1)
+    store = ("--ckpt_path", "runs/many/checkpoints/last.ckpt", "--save_datastore")
+    run_program(tmp_path, "evaluate.py", *flags, *store)
+    values = np.load(tmp_path / "datastores/many/train/values.npy")
+    assert values.dtype == np.uint32
+    assert len(np.unique(values)) == 65_600 + 1

@@ -1,0 +1,151 @@
+"""train.py and evaluate.py as processes: their products exist, agree and are reused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small import ROOT, SMALL, write_corpus
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models.checkpoint import load_model
+
+HERE = (*SMALL, "--data.corpus", "words")
+
+
+def scalars(folder) -> dict[str, list]:
+    """All scalars logged below a folder."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def test_training_leaves_a_run(workplace):
+    run = workplace / "runs" / "words"
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (run / "config.yaml").is_file()
+    logged = scalars(run / "train")
+    assert {
+        "train/loss",
+        "val/loss",
+        "val/ppl",
+        "train/grad_norm",
+        "train/tokens_per_second",
+    } <= set(logged)
+    assert any(tag.startswith("lr-") for tag in logged)
+    ppl = [event.value for event in logged["val/ppl"]]
+    assert ppl[-1] < ppl[0] < 60
+    assert json.loads((run / "training.json").read_text())["updates"] == 40
+
+
+def test_plain_evaluation_agrees_with_its_scores(workplace, run_program):
+    flags = ("--output", "plain.json", "--token_scores", "plain.npz", "--split", "valid")
+    run_program(workplace, "evaluate.py", *HERE, *flags)
+    results = json.loads((workplace / "plain.json").read_text())
+    scores = np.load(workplace / "plain.npz")
+    text = (workplace / "words" / "valid.txt").read_text()
+    assert results["tokens"] == len(text.split()) + text.count("\n")
+    np.testing.assert_array_equal(scores["position"], np.arange(results["tokens"]))
+    assert results["loss"] == pytest.approx(-scores["lm_log_prob"].astype(np.float64).mean())
+    assert results["ppl"] == pytest.approx(np.exp(results["loss"]))
+    # The validation during training scored the same rows.
+    best = min(event.value for event in scalars(workplace / "runs/words/train")["val/ppl"])
+    assert results["ppl"] == pytest.approx(best, rel=1e-5)
+
+
+def test_knnlm_equals_brute_force_over_the_stored_keys(workplace, run_program):
+    flags = ("--knnlm", "--knn.k", 8, "--knn.lmbda", 0.3, "--knn.temperature", 2.5)
+    files = ("--output", "knn.json", "--token_scores", "knn.npz", "--knn.dtype", "fp32")
+    place = ("--knn.datastore", "fp32-store")
+    run_program(workplace, "evaluate.py", *HERE, *flags, *files, *place)
+    results, scores = (
+        json.loads((workplace / "knn.json").read_text()),
+        np.load(workplace / "knn.npz"),
+    )
+    keys = np.load(workplace / "fp32-store" / "keys.npy").astype(np.float64)
+    values = np.load(workplace / "fp32-store" / "values.npy")
+    assert len(keys) == results["knn"]["datastore_rows"]
+
+    # The queries are what the same program stores of the test split.
+    store = ("--save_datastore", "--split", "test", "--knn.datastore", "queries")
+    run_program(workplace, "evaluate.py", *HERE, *store, "--knn.dtype", "fp32")
+    queries = np.load(workplace / "queries" / "keys.npy").astype(np.float64)
+    targets = np.load(workplace / "queries" / "values.npy")
+    np.testing.assert_array_equal(targets, scores["target"])
+    distances = ((queries[:, None] - keys[None]) ** 2).sum(-1)
+    nearest = np.argsort(distances, axis=1)[:, :8]
+    weights = np.exp(-np.take_along_axis(distances, nearest, 1) / 2.5)
+    hits = values[nearest] == targets[:, None]
+    p_knn = (weights * hits).sum(1) / weights.sum(1)
+    p_lm = np.exp(scores["lm_log_prob"].astype(np.float64))
+    np.testing.assert_allclose(np.exp(scores["knn_log_prob"]), p_knn, rtol=1e-3, atol=1e-6)
+    mixed = np.log(0.3 * p_knn + 0.7 * p_lm)
+    np.testing.assert_allclose(scores["log_prob"], mixed, rtol=1e-3, atol=1e-4)
+    assert results["knn"]["loss"] == pytest.approx(-mixed.mean(), abs=1e-4)
+    assert results["knn"]["target_among_neighbors"] == pytest.approx(hits.any(1).mean(), abs=1e-6)
+
+
+def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
+    flags = ("--knnlm", "--knn.k", 32, "--knn.lmbda", "auto", "--split", "valid")
+    run_program(workplace, "evaluate.py", *HERE, *flags, "--output", "auto.json")
+    results = json.loads((workplace / "auto.json").read_text())
+    assert results["knn"]["tuned"]
+    assert results["knn"]["ppl"] <= results["ppl"]
+    logged = scalars(workplace / "runs/words/evaluate")
+    assert {"valid/ppl", "valid/knn/ppl", "valid/knn/nearest_distance"} <= set(logged)
+    assert len(logged["tuning/valid_ppl_over_lmbda_percent"]) == 100
+
+
+def test_products_are_made_by_stage_and_reused(workplace, run_program):
+    store = workplace / "datastores" / "words" / "train-last_hidden"
+    flags = (*HERE, "--knn.key_type", "last_hidden", "--knn.index", "IVF8,SQ8", "--knn.nprobe", 8)
+    run_program(workplace, "evaluate.py", *flags, "--save_datastore")
+    index = store / "IVF8_SQ8-l2.faiss"
+    assert not index.exists()
+    run_program(workplace, "evaluate.py", *flags, "--build_index")
+    made = {path: path.stat().st_mtime_ns for path in (store / "keys.npy", index)}
+    run_program(workplace, "evaluate.py", *flags, "--knnlm", "--knn.k", 4)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert (
+        "datastore"
+        not in json.loads((workplace / "runs/words/results.json").read_text())["stage_seconds"]
+    )
+
+
+def test_figures_do_not_depend_on_batches_or_workers(workplace, run_program):
+    flags = (*HERE, "--knnlm", "--knn.k", 16, "--knn.datastore", "fixed-store")
+    losses = []
+    for variant in ((), ("--data.max_tokens", 24), ("--data.num_workers", 2)):
+        run_program(workplace, "evaluate.py", *flags, *variant, "--output", "variant.json")
+        results = json.loads((workplace / "variant.json").read_text())
+        losses.append((results["loss"], results["knn"]["loss"], results["tokens"]))
+    assert losses[1][2] == losses[2][2] == losses[0][2]
+    np.testing.assert_allclose(losses[1][:2], losses[0][:2], rtol=1e-6)
+    np.testing.assert_allclose(losses[2][:2], losses[0][:2], rtol=1e-12)
+
+
+def test_same_command_same_numbers_and_a_finished_run_stays(workplace, run_program, tmp_path):
+    flags = (*HERE, "--trainer.max_steps", 40, "--trainer.val_check_interval", 20)
+    run_program(workplace, "train.py", *flags, "--trainer.default_root_dir", tmp_path / "again")
+    first = load_model(workplace / "runs/words/checkpoints/best.ckpt").state_dict()
+    again = load_model(tmp_path / "again/checkpoints/best.ckpt").state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    before = (workplace / "runs/words/checkpoints/best.ckpt").read_bytes()
+    done = run_program(workplace, "train.py", *flags)
+    assert "continuing from" in done.stdout
+    assert (workplace / "runs/words/checkpoints/best.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*/*.yaml")), ids=str)
+def test_shipped_configs_parse(config, tmp_path, run_program):
+    done = run_program(tmp_path, "train.py", "--config", config, "--print_config")
+    assert "max_steps" in done.stdout
+
+
+def test_characters_and_lines(tmp_path, run_program):
+    write_corpus(tmp_path / "words", seed=1, lines=(60, 20, 20))
+    flags = (*HERE, "--data.level", "char", "--data.break_mode", "complete")
+    run_program(tmp_path, "train.py", *flags, "--trainer.max_steps", 4)
+    run_program(tmp_path, "evaluate.py", *flags, "--ckpt_path", "runs/words/checkpoints/last.ckpt")
+    results = json.loads((tmp_path / "runs/words/results.json").read_text())
+    assert results["tokens"] == len((tmp_path / "words" / "test.txt").read_text())
