@@ -12,12 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pytorch_lightning import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.datastore_writer import DatastoreWriter, rows_with_less_context
+from callbacks.datastore_writer import DatastoreWriter
 from callbacks.index_builder import IndexBuilder
 from callbacks.knn_interpolation import KNNInterpolation
 from callbacks.throughput import Throughput
@@ -28,6 +29,7 @@ from errors import InputError, exit_with_one_sentence
 from models.checkpoint import load_model, model_fingerprint
 from models.transformer_lm import TransformerLM
 from retrieval.datastore import Datastore, DatastoreBuilder
+from retrieval.foreign import import_datastore, is_raw
 from retrieval.index import is_path, make_index, open_retriever, resolve
 from retrieval.knn import Tuning, tune
 from retrieval.manifest import refuse_mismatch
@@ -146,6 +148,7 @@ class Evaluation:
             "tokens_per_sample": data.tokens_per_sample,
             "context_window": data.context_window,
             "max_tokens": data.max_tokens,
+            "drop_long_lines": data.drop_long_lines,
             "precision": str(self.cli.config.trainer.precision or "32-true"),
             "min_context": self.knn.min_context,
         }
@@ -158,15 +161,38 @@ class Evaluation:
                 corpus's.
         """
         path = self.datastore_path(split)
+        if is_raw(path):
+            return self.open_raw_datastore(path)
         if not Datastore.is_complete(path):
             return None
         datastore = Datastore.open(path)
+        if "raw" in datastore.manifest:
+            return self.check_raw(datastore)
         made_from = datastore.manifest["made_from"]
         expected = self.expected_of_datastore()
         if self.knn.datastore is None:
             expected |= {"corpus": self.data.fingerprint(split)}
         refuse_mismatch(path, made_from, expected)
         refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
+        return datastore
+
+    def open_raw_datastore(self, source: Path) -> Datastore:
+        """Takes over the original program's datastore, with a manifest under datastores/."""
+        datastore = import_datastore(
+            source,
+            Path("datastores") / self.cli.corpus_name / f"imported-{source.name}",
+            self.knn.size,
+            self.knn.dim,
+            vocab_size=self.data.vocab_size,
+        )
+        if len(datastore.masked):
+            print(f"{source}: {len(datastore.masked)} rows of zeros at its end are masked")
+        return self.check_raw(datastore)
+
+    def check_raw(self, datastore: Datastore) -> Datastore:
+        """All that can be checked of a datastore that does not say what made it: its width."""
+        width = self.model.key_width(self.knn.key_type)
+        refuse_mismatch(datastore.path, {"dim": datastore.dim}, {"dim": width})
         return datastore
 
     def ensure_datastore(self, split: str, *after: Callback) -> Datastore:
@@ -179,14 +205,16 @@ class Evaluation:
         if datastore is not None:
             return datastore
         rows = self.data.rows(split, self.data.context_window)
+        n_tokens = len(self.data.stream(split).tokens)
+        masked = (rows.behind_less_context(self.knn.min_context), rows.dropped(n_tokens))
         builder = DatastoreBuilder(
             self.datastore_path(split),
-            rows=int(rows.ends[-1]),
+            rows=n_tokens,
             dim=self.model.key_width(self.knn.key_type),
             dtype=self.knn.dtype,
             vocab_size=self.data.vocab_size,
             made_from=self.made_from(split),
-            masked=rows_with_less_context(rows, self.knn.min_context),
+            masked=np.sort(np.concatenate(masked)),
         )
         before = builder.n_written
         if before > len(builder.masked):
@@ -201,8 +229,9 @@ class Evaluation:
 
     def ensure_datastore_and_index(self, split: str) -> Datastore:
         """Makes what is missing of a datastore and its index."""
+        existing = self.open_fitting_datastore(split)
         builder = IndexBuilder(
-            self.datastore_path(split),
+            self.datastore_path(split) if existing is None else existing.path,
             self.knn.index,
             self.knn.metric,
             self.cli.config.seed_everything,
@@ -237,11 +266,11 @@ class Evaluation:
 
     def make_products(self, split: str) -> None:
         """`--save_datastore` and `--build_index`: what they ask for and no more."""
-        if not self.cli.config.save_datastore:
-            # An index alone needs its datastore: a missing one is an error.
-            datastore = Datastore.open(self.datastore_path(split))
-            made_from = datastore.manifest["made_from"]
-            refuse_mismatch(datastore.path, made_from, self.expected_of_datastore())
+        if not self.cli.config.save_datastore and self.open_fitting_datastore(split) is None:
+            raise InputError(
+                f"{self.datastore_path(split)}: no complete datastore to index; "
+                "--save_datastore makes it"
+            )
         if self.cli.config.build_index:
             self.check_index()
             datastore = self.ensure_datastore_and_index(split)
@@ -282,7 +311,15 @@ class Evaluation:
         knn = self.knn
 
         def interpolation(**kwargs) -> KNNInterpolation:
-            return KNNInterpolation(datastore, retriever, knn.k, distances=knn.distances, **kwargs)
+            return KNNInterpolation(
+                datastore,
+                retriever,
+                knn.k,
+                distances=knn.distances,
+                similarity=knn.similarity,
+                missing=knn.missing,
+                **kwargs,
+            )
 
         tuned = None
         if knn.lmbda == "auto":

@@ -7,7 +7,6 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 
 from callbacks.background import Background
-from datamodules.blocks import Rows
 from retrieval.datastore import Datastore, DatastoreBuilder
 
 
@@ -62,10 +61,3 @@ class DatastoreWriter(BasePredictionWriter):
         """Keeps what was written so far."""
         self.background.drain()
         self.builder.sync()
-
-
-def rows_with_less_context(rows: Rows, min_context: int) -> np.ndarray:
-    """Ascending int64 offsets that are scored behind fewer than `min_context` tokens."""
-    short = np.clip(min_context - (rows.starts - rows.context_starts), 0, rows.ends - rows.starts)
-    first = np.repeat(np.cumsum(short) - short, short)
-    return np.repeat(rows.starts, short) + np.arange(short.sum()) - first

@@ -13,7 +13,7 @@ from callbacks.token_scores import ScoreTable
 from models.metrics import TokenLoss
 from retrieval.datastore import Datastore
 from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
-from retrieval.retriever import Retriever
+from retrieval.retriever import Metric, Retriever
 
 QUERIES_AT_ONCE = 1024
 
@@ -42,6 +42,9 @@ class KNNInterpolation(Callback):
         lmbda: weight of p_kNN.
         temperature: divides the scores.
         distances: `exact` computes them from the stored keys, `index` takes the retriever's.
+        similarity: what `exact` computes; by default the retriever's metric.
+        missing: `left_out`, or `last_row` to count the last row in place of missing neighbours,
+            as the original program does.
         keep_retrieved: keep scores and hits of every token, for tuning.
         keep_scores: keep the per-token log-probabilities.
     """
@@ -54,6 +57,8 @@ class KNNInterpolation(Callback):
         lmbda: float,
         temperature: float = 1.0,
         distances: str = "exact",
+        similarity: Metric | None = None,
+        missing: str = "left_out",
         keep_retrieved: bool = False,
         keep_scores: bool = False,
     ) -> None:
@@ -63,6 +68,8 @@ class KNNInterpolation(Callback):
         self.lmbda = lmbda
         self.temperature = temperature
         self.distances = distances
+        self.similarity: Metric = similarity or retriever.metric
+        self.missing = missing
         self.keep_retrieved = keep_retrieved
         self.table = ScoreTable() if keep_scores else None
         self.kept: list[Retrieved] = []
@@ -104,9 +111,11 @@ class KNNInterpolation(Callback):
             return
         queries = keys.numpy()
         distances, rows = self.retriever.search(queries, self.k)
+        if self.missing == "last_row":
+            rows = np.where(rows < 0, len(self.datastore) - 1, rows)
         if self.distances == "exact":
-            distances = exact_distances(queries, rows, self.datastore, self.retriever.metric)
-        scores = neighbor_scores(distances, rows, self.retriever.metric)
+            distances = exact_distances(queries, rows, self.datastore, self.similarity)
+        scores = neighbor_scores(distances, rows, self.similarity)
         values = self.datastore.values[rows]  # of the last row where missing: its score is -inf
         hits = torch.from_numpy(values == targets.numpy()[:, None]) & ~scores.isneginf()
         knn = knn_log_prob(scores, hits, self.temperature)

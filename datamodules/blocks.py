@@ -21,11 +21,14 @@ class Rows:
         context_starts: first offset that the row reads.
         starts: first offset that the row scores.
         ends: one past the last.
+        kept: int64, the ascending offsets that are left where long lines are dropped: the ranges
+            then count these. None: the ranges count the stream itself.
     """
 
     context_starts: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -35,6 +38,28 @@ class Rows:
         """Tokens that each row reads, `[rows]`."""
         return self.ends - self.context_starts
 
+    def scored_by(self, row_numbers: np.ndarray) -> np.ndarray:
+        """Stream offsets that some rows score, int64."""
+        ranges = [np.arange(self.starts[row], self.ends[row]) for row in row_numbers]
+        offsets = np.concatenate(ranges)
+        return offsets if self.kept is None else self.kept[offsets]
+
+    def behind_less_context(self, min_context: int) -> np.ndarray:
+        """Stream offsets that are scored behind fewer than `min_context` tokens, ascending."""
+        short = np.minimum(
+            min_context - (self.starts - self.context_starts), self.ends - self.starts
+        )
+        short = np.maximum(short, 0)
+        first = np.repeat(np.cumsum(short) - short, short)
+        offsets = np.repeat(self.starts, short) + np.arange(short.sum()) - first
+        return offsets if self.kept is None else self.kept[offsets]
+
+    def dropped(self, n_tokens: int) -> np.ndarray:
+        """Stream offsets that no row scores, of `n_tokens` in all, ascending."""
+        if self.kept is None:
+            return np.empty(0, dtype=np.int64)
+        return np.delete(np.arange(n_tokens), self.kept)
+
 
 def make_rows(
     line_starts: np.ndarray,
@@ -42,6 +67,7 @@ def make_rows(
     tokens_per_sample: int,
     context_window: int,
     max_target_positions: int,
+    drop_long_lines: bool = False,
 ) -> Rows:
     """Cuts a split into rows such that every offset is scored by exactly one of them.
 
@@ -50,6 +76,9 @@ def make_rows(
     under `complete` as many whole lines as fit into that; under `eos` one line. A longer line is
     a longer block of its own, cut only into pieces of `max_target_positions`; its context shrinks
     so that the row keeps to `tokens_per_sample`, down to none.
+
+    `drop_long_lines` leaves out blocks longer than `max_target_positions`, from scores and from
+    contexts, as fairseq does.
 
     Args:
         line_starts: int64 [lines + 1], the last is the length of the stream.
@@ -62,11 +91,17 @@ def make_rows(
         edges = np.unique(line_starts)
     else:
         edges = _whole_lines(line_starts, block_size)
-    edges = _cut_longer_than(max(max_target_positions, block_size), edges)
+    longest = max(max_target_positions, block_size)
+    kept = None
+    if drop_long_lines and np.diff(edges).max() > longest:
+        lengths = np.diff(edges)
+        kept = np.flatnonzero(np.repeat(lengths <= longest, lengths))
+        edges = np.append(0, np.cumsum(lengths[lengths <= longest]))
+    edges = _cut_longer_than(longest, edges)
     starts, ends = edges[:-1], edges[1:]
     room = np.maximum(tokens_per_sample - (ends - starts), 0)
     context = np.minimum(np.minimum(room, context_window), starts)
-    return Rows(starts - context, starts, ends)
+    return Rows(starts - context, starts, ends, kept)
 
 
 def _whole_lines(line_starts: np.ndarray, block_size: int) -> np.ndarray:

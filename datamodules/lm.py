@@ -28,11 +28,11 @@ from datamodules.binarize import (
     default_workers,
 )
 from datamodules.blocks import BreakMode, Rows, make_batches, make_rows
-from datamodules.corpora import CorpusFiles, resolve_corpus
+from datamodules.corpora import SPLITS, CorpusFiles, resolve_corpus
+from datamodules.databin import check_ids, is_databin, open_databin
 from datamodules.dictionary import EOS, PAD, Dictionary
 from errors import InputError
 
-SPLITS = ("train", "valid", "test")
 CACHE_VERSION = 1  # of the binarised files; raise it when their meaning changes
 
 
@@ -75,8 +75,12 @@ class RowDataset(Dataset):
         if len(row_numbers) == 0:
             begin = scored_from = end = np.zeros((1, 1), dtype=np.int64)
         width = max(int((end - begin).max()), 1)
-        positions = begin + np.arange(width)
-        inside = positions < end
+        offsets = begin + np.arange(width)
+        inside = offsets < end
+        scored = inside & (offsets >= scored_from)
+        positions = offsets
+        if self.rows.kept is not None:
+            positions = self.rows.kept[np.minimum(offsets, len(self.rows.kept) - 1)]
         tokens = np.full(positions.shape, PAD, dtype=np.int64)
         targets = np.full(positions.shape, PAD, dtype=np.int64)
         targets[inside] = self.stream.tokens[positions[inside]]
@@ -86,7 +90,7 @@ class RowDataset(Dataset):
             torch.from_numpy(tokens),
             torch.from_numpy(targets),
             torch.from_numpy(np.where(inside, positions, -1)),
-            torch.from_numpy(inside & (positions >= scored_from)),
+            torch.from_numpy(scored),
         )
 
 
@@ -175,8 +179,9 @@ class LMDataModule(pl.LightningDataModule):
     """Blocks of tokens of a corpus, with left context for evaluation.
 
     Args:
-        corpus: a folder with train.txt, valid.txt and test.txt (or wiki.*.tokens), or the name of
-            a known corpus: python_docs, wikitext-2, wikitext-103, enwik8, lm1b.
+        corpus: a folder with train.txt, valid.txt and test.txt (or wiki.*.tokens), a fairseq
+            data-bin, or the name of a known corpus: python_docs, wikitext-2, wikitext-103, enwik8,
+            lm1b.
         break_mode: where blocks end: `none` anywhere, `complete` at line ends, `eos` at every
             line end.
         tokens_per_sample: length of a row in tokens, its left context included.
@@ -185,6 +190,8 @@ class LMDataModule(pl.LightningDataModule):
         level: what a token is: a white-space separated `word`, a `char`(acter) or a `byte`.
         threshold: words rarer than this in the training text become <unk>.
         dictionary: an existing dict.txt to use instead of the training text's own.
+        drop_long_lines: leave out blocks longer than the model reads, as fairseq does, where they
+            would be cut into pieces otherwise.
         cache_dir: where downloads and binarised corpora are kept.
         num_workers: processes that make batches; 0 makes them in the main process.
         seed: of the order of the training batches.
@@ -203,6 +210,7 @@ class LMDataModule(pl.LightningDataModule):
         level: Literal["word", "char", "byte"] = "word",
         threshold: int = 0,
         dictionary: str | None = None,
+        drop_long_lines: bool = False,
         cache_dir: str = ".cache",
         num_workers: int = 0,
         seed: int = 1,
@@ -223,9 +231,11 @@ class LMDataModule(pl.LightningDataModule):
         self.level = level
         self.threshold = threshold
         self.dictionary_path = dictionary
+        self.drop_long_lines = drop_long_lines
         self.cache_dir = Path(cache_dir)
         self.num_workers = num_workers
         self.seed = seed
+        self._streams: dict[str, TokenStream] = {}
         self.max_target_positions = tokens_per_sample
         """Longest row the model reads; lines that are longer are cut (set it to the model's)."""
 
@@ -247,9 +257,24 @@ class LMDataModule(pl.LightningDataModule):
         return folder
 
     @cached_property
+    def databin(self) -> Path | None:
+        """The corpus's folder where it is a fairseq data-bin: used as it is."""
+        return Path(self.corpus) if is_databin(self.corpus) else None
+
+    @cached_property
     def dictionary(self) -> Dictionary:
         """The vocabulary."""
-        return Dictionary.load(self.folder / "dict.txt")
+        if self.databin is None:
+            return Dictionary.load(self.folder / "dict.txt")
+        dictionary = Dictionary.load(self.databin / "dict.txt")
+        if self.dictionary_path is not None:
+            chosen = Dictionary.load(self.dictionary_path)
+            if chosen.fingerprint != dictionary.fingerprint:
+                raise InputError(
+                    f"--data.dictionary {self.dictionary_path} is another one than that of the "
+                    f"data-bin {self.databin}, whose ids are fixed"
+                )
+        return dictionary
 
     @property
     def vocab_size(self) -> int:
@@ -257,11 +282,19 @@ class LMDataModule(pl.LightningDataModule):
         return len(self.dictionary)
 
     def stream(self, split: str) -> TokenStream:
-        """The tokens of `train`, `valid` or `test`."""
-        return TokenStream.open(self.folder / split)
+        """The tokens of `train`, `valid` or `test` (any split that a data-bin has)."""
+        if self.databin is None:
+            return TokenStream.open(self.folder / split)
+        if split not in self._streams:
+            prefix = self.databin / split
+            self._streams[split] = open_databin(prefix)
+            check_ids(self._streams[split], self.vocab_size, f"{prefix}.bin")
+        return self._streams[split]
 
     def fingerprint(self, split: str) -> str:
         """Identifies the split's tokens."""
+        if self.databin is not None:
+            return _fingerprint_of_tokens(self.stream(split))
         return json.loads((self.folder / "meta.json").read_text())["fingerprints"][split]
 
     def _fingerprint_of_input(self) -> str:
@@ -306,6 +339,7 @@ class LMDataModule(pl.LightningDataModule):
             self.tokens_per_sample,
             context_window,
             self.max_target_positions,
+            self.drop_long_lines,
         )
 
     def evaluation_dataloader(
@@ -319,12 +353,7 @@ class LMDataModule(pl.LightningDataModule):
         dataset = RowDataset(self.stream(split), self.rows(split, self.context_window))
         sampler = DealtBatches(dataset.rows.lengths, self.max_tokens)
         if skip is not None:
-            starts, ends = dataset.rows.starts, dataset.rows.ends
-            sampler.batches = [
-                batch
-                for batch in sampler.batches
-                if not skip(np.concatenate([np.arange(starts[r], ends[r]) for r in batch]))
-            ]
+            sampler.batches = [b for b in sampler.batches if not skip(dataset.rows.scored_by(b))]
         return self._loader(DataLoader, dataset, sampler)
 
     def train_dataloader(self) -> DataLoader:

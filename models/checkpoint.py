@@ -6,18 +6,21 @@ from pathlib import Path
 import torch
 
 from errors import InputError
+from models.fairseq import is_fairseq_checkpoint, load_fairseq_checkpoint
 from models.transformer_lm import TransformerLM
 
 
 def load_model(path: Path) -> TransformerLM:
-    """A `TransformerLM` from a checkpoint, on the CPU, in evaluation mode. Nothing in the file is
-    executed: it is read with `weights_only=True`.
+    """A `TransformerLM` from a checkpoint of train.py or of fairseq, on the CPU, for evaluation.
+    Nothing in the file is executed: it is read with `weights_only=True`.
 
     Raises:
         InputError: no such file, or not a checkpoint of this model.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train.py makes one (--ckpt_path names it)")
+    if is_fairseq_checkpoint(path):
+        return load_fairseq_checkpoint(path).eval()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         hparams, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]

@@ -277,7 +277,8 @@ class TransformerLM(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Records which dictionary the ids belong to."""
-        checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
+        if self.trainer.datamodule is not None:
+            checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of the gradient before it is clipped."""

@@ -6,19 +6,21 @@ A directory with `keys.npy` [N, d] float16 or float32, `values.npy` [N] unsigned
 never found.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
+from jsonargparse import auto_cli
 from numpy.lib.format import open_memmap
 
-from errors import InputError
+from errors import InputError, exit_with_one_sentence
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 
 KIND, VERSION = "datastore", 1
@@ -59,8 +61,13 @@ class Datastore:
         if not manifest["complete"]:
             raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
         rows, dim = manifest["rows"], manifest["dim"]
-        keys = _open_array(path / "keys.npy", (rows, dim), DTYPES[manifest["dtype"]])
-        values = _open_array(path / "values.npy", (rows,), np.dtype(manifest["value_dtype"]))
+        dtype, value_dtype = DTYPES[manifest["dtype"]], np.dtype(manifest["value_dtype"])
+        if "raw" in manifest:
+            keys = _open_raw(path, manifest["raw"]["keys"], (rows, dim), dtype)
+            values = _open_raw(path, manifest["raw"]["values"], (rows,), value_dtype)
+        else:
+            keys = _open_array(path / "keys.npy", (rows, dim), dtype)
+            values = _open_array(path / "values.npy", (rows,), value_dtype)
         masked = np.empty(0, dtype=np.int64)
         if manifest["masked"]:
             masked = _open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
@@ -276,3 +283,62 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
             f"but the manifest says {dtype} {list(shape)}"
         )
     return array
+
+
+def _open_raw(
+    path: Path, described: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """Maps a file without header that belongs to another program."""
+    file, offset = path / described["path"], described["offset"]
+    needed = int(np.prod(shape)) * dtype.itemsize + offset
+    found = file.stat().st_size if file.is_file() else 0
+    if found != needed:
+        raise InputError(
+            f"{file}: has {found} bytes, but {path / 'manifest.json'} needs {needed} there"
+        )
+    return np.memmap(file, dtype, "r", offset, shape)
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Looks at datastores, and takes over those of the original programs.
+
+    python -m retrieval.datastore show datastores/text/train
+    python -m retrieval.datastore import --source PREFIX --output DIR --size N --dim D
+    """
+    from retrieval.foreign import import_datastore
+
+    def show(path: Path) -> None:
+        """Prints what a datastore is and what it was made from."""
+        datastore = Datastore.open(path)
+        print(json.dumps({**datastore.manifest, "fingerprint": datastore.fingerprint}, indent=1))
+
+    def take_over(
+        source: Path,
+        output: Path,
+        size: int | None = None,
+        dim: int | None = None,
+        dtype: Literal["fp16", "fp32"] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Makes a datastore of the original's raw maps, in place.
+
+        Args:
+            source: prefix of _keys.npy and _vals.npy, or a directory with an info.json.
+            output: directory for the manifest.
+            size: number of rows, where there is no info.json.
+            dim: width of the keys, where there is no info.json.
+            dtype: of the keys; told from the file's size by default.
+            vocab_size: of the dictionary, to check the values against.
+        """
+        datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
+        masked = (
+            f", {len(datastore.masked)} of them zero and masked" if len(datastore.masked) else ""
+        )
+        print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}{masked}")
+
+    auto_cli({"show": show, "import": take_over}, args=args)
+
+
+if __name__ == "__main__":
+    main()

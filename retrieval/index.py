@@ -74,10 +74,15 @@ class FaissRetriever:
         if ivf is not None:
             faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(nprobe, ivf.nlist))
 
+        # An index of the original program counts rows, zero ones at the end included.
+        self.counts_rows = index.ntotal != datastore.n_keys
+
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
         distances, ids = self.index.search(normalized(queries, self.metric), k)
-        return distances, self.datastore.rows_of(ids)
+        if not self.counts_rows:
+            return distances, self.datastore.rows_of(ids)
+        return distances, np.where(np.isin(ids, self.datastore.masked), -1, ids)
 
 
 def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int) -> Retriever:
@@ -105,15 +110,15 @@ def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int
             "datastore": datastore.fingerprint,
         }
         refuse_mismatch(path, manifest, expected)
-    opened = read_index(path)
+    opened, n_keys = read_index(path), datastore.n_keys
     found = {
         "dimension": opened.d,
-        "number of keys": opened.ntotal,
+        "number of keys": n_keys if opened.ntotal == len(datastore) else opened.ntotal,
         "faiss metric type": opened.metric_type,
     }
     at_hand = {
         "dimension": datastore.dim,
-        "number of keys": datastore.n_keys,
+        "number of keys": n_keys,
         "faiss metric type": FAISS_METRICS[metric],
     }
     refuse_mismatch(path, found, at_hand)

@@ -21,6 +21,11 @@ class KNNSettings:
         distances: `exact` computes them again from the stored keys, `index` takes the index's own.
         key_type: last_ffn_input, last_hidden, layer:<i>:ffn_input or layer:<i>:output.
         dtype: of the stored keys.
+        similarity: what exact distances are computed with, where it is not the metric.
+        missing: neighbours that an index does not find are left out; `last_row` gives their votes
+            to the last row of the datastore, as the original program does.
+        size: rows of a datastore of the original program (raw maps); needs `dim` too.
+        dim: width of its keys.
         min_context: leave out keys of tokens with less left context than this.
     """
 
@@ -34,6 +39,10 @@ class KNNSettings:
     distances: Literal["exact", "index"] = "exact"
     key_type: str = "last_ffn_input"
     dtype: Literal["fp16", "fp32"] = "fp16"
+    similarity: Literal["l2", "ip", "cosine"] | None = None
+    missing: Literal["left_out", "last_row"] = "left_out"
+    size: int | None = None
+    dim: int | None = None
     min_context: int = 0
 
     def check(self) -> None:
@@ -45,5 +54,9 @@ class KNNSettings:
         for name in ("k", "nprobe"):
             if getattr(self, name) < 1:
                 raise InputError(f"--knn.{name} is {getattr(self, name)}; expected at least 1")
+        if self.similarity is not None and self.distances == "index":
+            raise InputError(
+                f"--knn.similarity {self.similarity} needs --knn.distances exact, not index"
+            )
         if self.min_context < 0:
             raise InputError(f"--knn.min_context is {self.min_context}; expected at least 0")
