@@ -150,11 +150,12 @@ def _code_points(path: Path, start: int, stop: int, level: str) -> np.ndarray:
 def _count_chunk(path: Path, start: int, stop: int, level: str) -> Counter[str]:
     if level == "word":
         return Counter(_read_lines(path, start, stop, "utf-8").split())
-    points, counts = np.unique(_code_points(path, start, stop, level), return_counts=True)
+    points = _code_points(path, start, stop, level)
+    points = np.where(points == ord(" "), ord(SPACE_SYMBOL), points)
     return Counter(
         {
-            SPACE_SYMBOL if point == ord(" ") else chr(point): int(n)
-            for point, n in zip(points, counts, strict=True)
+            chr(point): int(n)
+            for point, n in zip(*np.unique(points, return_counts=True), strict=True)
             if point != ord("\n")
         }
     )

@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
 
 from errors import InputError
@@ -57,7 +58,8 @@ class Dictionary:
             key=lambda item: (-item[1], item[0]),
         )
         padding = -(len(kept) + len(SPECIAL_SYMBOLS)) % padding_factor
-        kept += [(f"madeupword{i:04d}", 0) for i in range(padding)]
+        unused = (name for name in map("madeupword{:04d}".format, count()) if name not in counts)
+        kept += [(name, 0) for name in islice(unused, padding)]
         return cls((symbol for symbol, _ in kept), (n for _, n in kept))
 
     @classmethod
@@ -65,26 +67,33 @@ class Dictionary:
         """Reads a dict.txt.
 
         Raises:
-            InputError: no such file, a line that is not `symbol count`, a symbol listed twice.
+            InputError: no such file, not UTF-8, a line that is not `symbol count`, a symbol listed
+                twice.
         """
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such dictionary; expected a dict.txt file")
+        try:
+            # Not in text mode: a carriage return is a symbol where tokens are bytes.
+            lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: byte {error.start} is not UTF-8; expected a dict.txt file"
+            ) from None
         symbols: dict[str, int] = {}
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         for number, line in enumerate(lines, 1):
-            symbol, _, count = line.rstrip("\r").rpartition(" ")
-            if not symbol or not count.isdecimal():
+            symbol, _, n = line.removesuffix("\r").rpartition(" ")
+            if not symbol or not n.isdecimal():
                 raise InputError(
                     f"{path}, line {number}: found {line[:60]!r}, expected 'symbol count'"
                 )
             if symbol in symbols or symbol in SPECIAL_SYMBOLS:
                 raise InputError(f"{path}, line {number}: {symbol!r} is listed twice")
-            symbols[symbol] = int(count)
+            symbols[symbol] = int(n)
         return cls(symbols, symbols.values())
 
     def save(self, path: Path | str) -> None:
         """Writes a dict.txt that `load` (and fairseq) reads back."""
         first = len(SPECIAL_SYMBOLS)
         lines = zip(self.symbols[first:], self.counts[first:], strict=True)
-        Path(path).write_text("".join(f"{s} {n}\n" for s, n in lines), encoding="utf-8")
+        Path(path).write_bytes("".join(f"{s} {n}\n" for s, n in lines).encode())

@@ -23,12 +23,11 @@ def load_model(path: Path) -> TransformerLM:
         return load_fairseq_checkpoint(path).eval()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        hparams, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+        model = TransformerLM(**{**checkpoint["hyper_parameters"], "compile": False})
+        model.load_state_dict(checkpoint["state_dict"])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise InputError(f"{path}: cannot be read as a checkpoint of train.py ({reason})") from None
-    model = TransformerLM(**{**hparams, "compile": False})
-    model.load_state_dict(weights)
     model.dictionary_fingerprint = checkpoint.get("dictionary")
     model.updates = checkpoint.get("global_step", 0)
     return model.eval()

@@ -303,7 +303,7 @@ def _open_raw(
 def main(args: list[str] | None = None) -> None:
     """Looks at datastores, and takes over those of the original programs.
 
-    python -m retrieval.datastore show datastores/text/train
+    python -m retrieval.datastore show --path datastores/text/train
     python -m retrieval.datastore import --source PREFIX --output DIR --size N --dim D
     """
     from retrieval.foreign import import_datastore
@@ -337,7 +337,7 @@ def main(args: list[str] | None = None) -> None:
         )
         print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}{masked}")
 
-    auto_cli({"show": show, "import": take_over}, args=args)
+    auto_cli({"show": show, "import": take_over}, args=args, as_positional=False)
 
 
 if __name__ == "__main__":

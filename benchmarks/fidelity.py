@@ -1,0 +1,285 @@
+"""Recomputes reference outputs of the original kNN-LM from its own artifacts and compares.
+
+    python -m benchmarks.fidelity --fixtures DIR --output fidelity.json
+
+DIR holds `checkpoint.pt`, `data-bin/`, raw datastores `dstore_<name>_keys.npy` and `_vals.npy`,
+indexes `knn_<name>.index`, `expected.json` (case -> the original's command line and printed
+figures) and `npz/<case>.npz` (its per-token scores). Every case's settings are read from its
+command line. Prints a Markdown table.
+"""
+
+import json
+import math
+import tempfile
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from jsonargparse import auto_cli
+
+from callbacks.knn_interpolation import KNNInterpolation
+from cli import quiet
+from datamodules.lm import LMDataModule
+from errors import InputError, exit_with_one_sentence
+from models.checkpoint import load_model
+from models.transformer_lm import TokenScores
+from retrieval.datastore import Datastore
+from retrieval.foreign import import_datastore
+from retrieval.index import FaissRetriever, read_index
+from retrieval.retriever import FlatRetriever, Retriever
+
+FOUND = -5000.0  # the original's log p_kNN of a target that no neighbour carries is near -10000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the original.
+
+    Attributes:
+        name: its key in expected.json.
+        args: its command line, parsed.
+        loss_base2, ppl: what it printed.
+    """
+
+    name: str
+    args: object
+    loss_base2: str
+    ppl: str
+
+    @classmethod
+    def read(cls, name: str, described: dict) -> "Case":
+        """From an entry of expected.json."""
+        parser = ArgumentParser()
+        parser.add_argument("--gen-subset")
+        parser.add_argument("--sample-break-mode", default="none")
+        parser.add_argument("--context-window", type=int, default=0)
+        parser.add_argument("--model-overrides", default="{}")
+        parser.add_argument("--dstore-filename")
+        parser.add_argument("--dstore-size", type=int)
+        parser.add_argument("--indexfile", default="")
+        parser.add_argument("--k", type=int, default=8)
+        parser.add_argument("--lmbda", type=float)
+        parser.add_argument("--probe", type=int, default=8)
+        parser.add_argument("--knn-sim-func", default="l2")
+        parser.add_argument("--knnlm", action="store_true")
+        args, _ = parser.parse_known_args(described["args"])
+        return cls(name, args, described["loss_base2_printed"], described["ppl_printed"])
+
+    @property
+    def longest(self) -> int | None:
+        """`max_target_positions`, where the command line overrides it."""
+        return json.loads(self.args.model_overrides.replace("'", '"')).get("max_target_positions")
+
+
+class Fixtures:
+    """The artifacts of a fixture directory, each opened once.
+
+    Args:
+        folder: the directory.
+        scratch: where manifests for the raw datastores are written.
+    """
+
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        self.folder = folder
+        self.scratch = scratch
+        self.model = load_model(folder / "checkpoint.pt")
+        self.model.key_type = "last_ffn_input"
+        self.score = cache(self.score)
+        self.datastore = cache(self.datastore)
+
+    def cases(self) -> list[Case]:
+        """All cases that have per-token scores, and artifacts to compute them with."""
+        expected = json.loads((self.folder / "expected.json").read_text())
+        cases = []
+        for name, described in expected.items():
+            if (self.folder / "npz" / f"{name}.npz").is_file():
+                case = Case.read(name, described)
+                if not case.args.knnlm or self.has_datastore(case):
+                    cases.append(case)
+        return cases
+
+    def datastore_name(self, case: Case) -> str:
+        """`mini` of `ds/A_mini`."""
+        return Path(case.args.dstore_filename).name.rpartition("_")[2]
+
+    def has_datastore(self, case: Case) -> bool:
+        """Whether the keys that a case searched are in the fixture."""
+        return (self.folder / f"dstore_{self.datastore_name(case)}_keys.npy").is_file()
+
+    def score(
+        self, split: str, break_mode: str, context_window: int, longest: int | None, drop: bool
+    ) -> TokenScores:
+        """Targets, log-probabilities and keys of a split, sorted by position."""
+        hparams = self.model.hparams
+        data = LMDataModule(
+            str(self.folder / "data-bin"),
+            break_mode=break_mode,
+            tokens_per_sample=hparams.max_target_positions,
+            context_window=context_window,
+            max_tokens=8 * hparams.max_target_positions,
+            drop_long_lines=drop,
+        )
+        data.max_target_positions = longest or hparams.max_target_positions
+        keep = KeepScores()
+        trainer = pl.Trainer(
+            callbacks=[keep],
+            logger=False,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+        )
+        trainer.test(self.model, data.evaluation_dataloader(split), verbose=False)
+        columns = TokenScores(*(torch.cat(parts) for parts in zip(*keep.batches, strict=True)))
+        order = columns.positions.argsort()
+        return TokenScores(*(column[order] for column in columns))
+
+    def datastore(self, name: str, size: int) -> Datastore:
+        """A raw datastore of the original, in place."""
+        width = self.model.key_width("last_ffn_input")
+        source = self.folder / f"dstore_{name}"
+        return import_datastore(source, self.scratch / name, size, width)
+
+    def retriever(self, case: Case, datastore: Datastore) -> Retriever:
+        """The case's index: exact search for a flat one, which fixtures do not store."""
+        name = self.datastore_name(case)
+        if "flat" in case.args.indexfile:
+            return FlatRetriever(datastore, "l2")
+        index = read_index(self.folder / f"knn_{name}.index")
+        return FaissRetriever(index, datastore, "l2", case.args.probe)
+
+
+class KeepScores(pl.Callback):
+    """Keeps what every test step returned."""
+
+    def __init__(self) -> None:
+        self.batches: list[TokenScores] = []
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_) -> None:
+        """Takes a batch's scores."""
+        self.batches.append(outputs)
+
+
+def compute(case: Case, fixtures: Fixtures, faithful: bool = True) -> dict[str, np.ndarray]:
+    """Our scores for a case.
+
+    Args:
+        faithful: with the options that reproduce what the original does to long lines and missing
+            neighbours, where ours does otherwise by default.
+
+    Returns:
+        `position` int64, `lm` and, for kNN cases, `knn` and `mixed`, float32, by position.
+    """
+    a = case.args
+    scores = fixtures.score(
+        a.gen_subset, a.sample_break_mode, a.context_window, case.longest, faithful
+    )
+    result = {"position": scores.positions.numpy(), "lm": scores.log_probs.numpy()}
+    if not a.knnlm:
+        return result
+    datastore = fixtures.datastore(fixtures.datastore_name(case), a.dstore_size)
+    callback = KNNInterpolation(
+        datastore,
+        fixtures.retriever(case, datastore),
+        a.k,
+        a.lmbda,
+        distances="index" if a.knn_sim_func == "do_not_recomp_l2" else "exact",
+        similarity="ip" if a.knn_sim_func == "dot" else None,
+        missing="last_row" if faithful else "left_out",
+        keep_scores=True,
+    )
+    for part in zip(*(column.split(1024) for column in scores), strict=True):
+        callback.on_test_batch_end(None, fixtures.model, TokenScores(*part), None, 0)
+    callback.on_test_epoch_end(None, fixtures.model)
+    table = callback.table.gathered()
+    return {**result, "knn": table["knn_log_prob"], "mixed": table["log_prob"]}
+
+
+def compare(case: Case, fixtures: Fixtures) -> dict:
+    """The original's figures, ours and the largest differences."""
+    ours = compute(case, fixtures)
+    theirs = np.load(fixtures.folder / "npz" / f"{case.name}.npz")
+    lm_case = "lm_" + case.args.gen_subset if case.args.knnlm else case.name
+    position = np.cumsum(np.load(fixtures.folder / "npz" / f"{lm_case}.npz")["position"])
+    if not np.array_equal(position, ours["position"]):
+        raise RuntimeError(f"{case.name}: other tokens were scored than by the original")
+    differences = {}
+    if case.args.knnlm:
+        found = theirs["knn_score"] > FOUND
+        for name, column in (("knn", "knn_score"), ("mixed", "score")):
+            gap = np.abs(ours[name][found] - theirs[column][found])
+            differences[name] = float(gap.max())
+            differences[f"{name}_tokens_above_1e-3"] = int((gap > 1e-3).sum())
+    else:
+        differences["lm"] = float(np.abs(ours["lm"] - theirs["score"]).max())
+    final = ours.get("mixed", ours["lm"])
+    loss = -final.astype(np.float64).mean()
+    return {
+        "case": case.name,
+        "tokens": len(final),
+        "original": {"loss_base2": case.loss_base2, "ppl": case.ppl},
+        "ours": {"loss_base2": f"{loss / math.log(2):.4f}", "ppl": f"{math.exp(loss):.2f}"},
+        "largest_difference": differences,
+        "ours_by_default": by_default(case, fixtures),
+    }
+
+
+def by_default(case: Case, fixtures: Fixtures) -> dict:
+    """What ours gives without the options that reproduce the original."""
+    scores = compute(case, fixtures, faithful=False)
+    final = scores.get("mixed", scores["lm"]).astype(np.float64)
+    return {"tokens": len(final), "ppl": f"{math.exp(-final.mean()):.2f}"}
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """A line a case."""
+    lines = [
+        "| case | loss, base 2: original | ours | perplexity: original | ours | largest difference "
+        "(nats) | by default: perplexity | tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        gaps = row["largest_difference"]
+        largest = ", ".join(
+            f"{name} {gap:.1e}" for name, gap in gaps.items() if "tokens" not in name
+        )
+        many = gaps.get("mixed_tokens_above_1e-3")
+        original, ours, default = row["original"], row["ours"], row["ours_by_default"]
+        lines.append(
+            f"| {row['case']} | {original['loss_base2']} | {ours['loss_base2']} "
+            f"| {original['ppl']} | {ours['ppl']} "
+            f"| {largest}{f' ({many} tokens above 1e-3)' if many else ''} "
+            f"| {default['ppl']} | {default['tokens']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def run(fixtures: Path, output: Path) -> list[dict]:
+    """Compares every case of a fixture directory, prints the table and writes it as JSON.
+
+    Args:
+        fixtures: directory of reference outputs.
+        output: JSON file for the comparison.
+    """
+    if not (fixtures / "expected.json").is_file():
+        raise InputError(f"--fixtures {fixtures}: has no expected.json; expected reference outputs")
+    quiet()
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = Fixtures(fixtures, Path(scratch))
+        rows = [compare(case, opened) for case in opened.cases()]
+    output.write_text(json.dumps(rows, indent=1) + "\n")
+    print(as_markdown(rows))
+    return rows
+
+
+@exit_with_one_sentence
+def main() -> None:
+    """The command line."""
+    auto_cli(run, as_positional=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Blocks against a greedy loop over lines, as fairseq's TokenBlockDataset makes them."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from datamodules.blocks import make_batches, make_rows
+
+# tokens_per_sample, context_window, max_target_positions
+SHAPES = [(1, 0, 1), (8, 0, 8), (8, 7, 8), (12, 5, 12), (12, 5, 30), (7, 3, 4), (500, 100, 900)]
+
+
+def naive_rows(line_lengths, mode, tokens_per_sample, context_window, max_target_positions):
+    """Rows as a list of (context start, start, end)."""
+    size = tokens_per_sample - context_window
+    if mode == "none":
+        total = sum(line_lengths)
+        blocks = [min(size, total - start) for start in range(0, total, size)]
+    elif mode == "eos":
+        blocks = list(line_lengths)
+    else:
+        blocks, current = [], 0
+        for length in line_lengths:  # fairseq's _get_slice_indices, mode `complete`
+            if current and current + length > size:
+                blocks.append(current)
+                current = 0
+            current += length
+        blocks.append(current)
+    rows, start = [], 0
+    longest = max(max_target_positions, size)
+    for block in blocks:
+        while block:
+            length = min(block, longest)
+            context = min(context_window, max(tokens_per_sample - length, 0), start)
+            rows.append((start - context, start, start + length))
+            start, block = start + length, block - length
+    return rows
+
+
+@pytest.mark.parametrize("mode", ["none", "complete", "eos"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows(mode, shape):
+    tokens_per_sample, context_window, max_target_positions = shape
+    generator = np.random.default_rng(7)
+    for lines in (1, 2, 40, 41, 42):
+        for longest_line in (1, 6, 40):
+            lengths = generator.integers(1, longest_line + 1, lines)
+            line_starts = np.concatenate([[0], np.cumsum(lengths)])
+            rows = make_rows(line_starts, mode, *shape)
+            found = list(
+                zip(*(a.tolist() for a in (rows.context_starts, rows.starts, rows.ends)), strict=True)
+            )
+            assert found == naive_rows(lengths.tolist(), mode, *shape)
+            assert {rows.context_starts.dtype, rows.starts.dtype, rows.ends.dtype} == {
+                np.dtype(np.int64)
+            }
+
+            # What any way of cutting must keep to.
+            scored = np.concatenate([np.arange(a, b) for _, a, b in found])
+            np.testing.assert_array_equal(scored, np.arange(lengths.sum()))
+            assert rows.lengths.max() <= max(tokens_per_sample, max_target_positions)
+            assert len(rows) == len(found)
+            for begin, start, end in found:
+                room = max(tokens_per_sample - (end - start), 0)
+                assert start - begin == min(context_window, room, start)
+            if mode != "none" and max_target_positions >= longest_line:
+                assert {end for _, _, end in found} <= set(line_starts.tolist())
+
+
+def test_lines_without_tokens_make_no_rows():
+    """A data-bin of fairseq may hold them."""
+    line_starts = np.array([0, 0, 3, 3, 5, 5])
+    for mode in ("complete", "eos"):
+        rows = make_rows(line_starts, mode, 4, 0, 4)
+        assert list(zip(rows.starts, rows.ends, strict=True)) == [(0, 3), (3, 5)]
+    assert len(make_rows(np.array([0]), "complete", 4, 0, 4)) == 0
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 40, 64, 10_000])
+def test_batches(max_tokens):
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(1, 41, 200)
+    order = generator.permutation(200)
+    batches = make_batches(lengths, order, max_tokens)
+    rows = np.concatenate(batches)
+    assert sorted(rows.tolist()) == list(range(200))
+    place = np.argsort(order)  # of each row in the given order
+    assert all((lengths[a], place[a]) < (lengths[b], place[b]) for a, b in pairwise(rows))
+    for batch, following in pairwise(batches):
+        assert len(batch) * lengths[batch].max() <= max_tokens or len(batch) == 1
+        # Not even one more row would have fitted.
+        assert (len(batch) + 1) * lengths[following[0]] > max_tokens
+    assert len(batches[-1]) * lengths[batches[-1]].max() <= max_tokens or len(batches[-1]) == 1
+
+
+def test_no_rows_make_no_batches():
+    assert make_batches(np.empty(0, np.int64), np.empty(0, np.int64), 8) == []

@@ -1,0 +1,102 @@
+"""The dictionary's order, which follows from the counts, and its file, which is fairseq's."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from datamodules.dictionary import BOS, EOS, PAD, UNK, Dictionary
+from errors import InputError
+
+ORIGINAL = Path(__file__).parents[2] / ".." / "shared" / "parity" / "knnlm"
+
+
+def test_order_threshold_and_padding():
+    counts = Counter({"b": 3, "B": 3, "é": 3, "c": 5, "two": 2, "once": 1, "<unk>": 9, "</s>": 4})
+    dictionary = Dictionary.from_counts(counts, threshold=2)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    padding = [f"madeupword{i:04d}" for i in range(7)]
+    assert dictionary.symbols == [*special, "c", "B", "b", "é", "two", *padding]
+    assert dictionary.counts == [0, 0, 0, 0, 5, 3, 3, 3, 2, *[0] * 7]
+    assert [dictionary.ids[symbol] for symbol in special] == [BOS, PAD, EOS, UNK] == [0, 1, 2, 3]
+    assert all(dictionary.ids[symbol] == i for i, symbol in enumerate(dictionary.symbols))
+    assert len(dictionary) == 16
+
+
+@pytest.mark.parametrize("words", range(3, 13))
+def test_padded_to_a_multiple_of_eight(words):
+    counts = Counter({f"w{i}": 1 for i in range(words)})
+    dictionary = Dictionary.from_counts(counts)
+    assert len(dictionary) == {True: 8, False: 16}[words <= 4]
+    assert len(Dictionary.from_counts(counts, padding_factor=1)) == words + 4
+
+
+def test_padding_takes_no_name_that_a_word_has(tmp_path):
+    dictionary = Dictionary.from_counts(Counter({"madeupword0001": 2, "a": 1}))
+    assert dictionary.symbols[4:] == ["madeupword0001", "a", "madeupword0000", "madeupword0002"]
+    dictionary.save(tmp_path / "dict.txt")
+    assert Dictionary.load(tmp_path / "dict.txt").symbols == dictionary.symbols
+
+
+def test_file_is_one_line_a_symbol_without_the_special_ones(tmp_path):
+    path = tmp_path / "dict.txt"
+    # A line separator, a next line and a carriage return are symbols where tokens are characters.
+    Dictionary(["the", "▁", "\u2028", "\x85", "\r", "a\xa0b"], [7, 6, 5, 4, 3, 0]).save(path)
+    assert path.read_bytes() == "the 7\n▁ 6\n\u2028 5\n\x85 4\n\r 3\na\xa0b 0\n".encode()
+    again = Dictionary.load(path)
+    assert again.symbols[4:] == ["the", "▁", "\u2028", "\x85", "\r", "a\xa0b"]
+    assert again.counts == [0, 0, 0, 0, 7, 6, 5, 4, 3, 0]
+
+
+@pytest.mark.skipif(not ORIGINAL.is_dir(), reason="the original's outputs are not beside it")
+def test_the_originals_dictionary_from_its_text_and_back(tmp_path):
+    written = (ORIGINAL / "dict.txt").read_bytes()
+    counts = Counter((ORIGINAL / "text" / "wiki.train.tokens").read_text("utf-8").split())
+    lines = written.decode().splitlines()
+    threshold = int(lines[-20].split()[1])
+    Dictionary.from_counts(counts, threshold).save(tmp_path / "counted.txt")
+    assert (tmp_path / "counted.txt").read_bytes() == written
+    Dictionary.load(ORIGINAL / "dict.txt").save(tmp_path / "loaded.txt")
+    assert (tmp_path / "loaded.txt").read_bytes() == written
+
+
+@pytest.mark.parametrize("content", [b"a 2\r\nb 1\r\n", b"a 2\nb 1"])
+def test_line_ends_of_other_systems(tmp_path, content):
+    (tmp_path / "dict.txt").write_bytes(content)
+    dictionary = Dictionary.load(tmp_path / "dict.txt")
+    assert (dictionary.symbols[4:], dictionary.counts[4:]) == (["a", "b"], [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a 2\nb 1\na 1\n", "line 3: 'a' is listed twice"),
+        (b"a 2\n<unk> 1\n", "line 2: '<unk>' is listed twice"),
+        (b"a 2\nb\n", "line 2: found 'b', expected 'symbol count'"),
+        (b"a 2\n\nb 1\n", "line 2: found '', expected 'symbol count'"),
+        (b"a many\n", "line 1: found 'a many', expected 'symbol count'"),
+        (b"a -1\n", "line 1: found 'a -1', expected 'symbol count'"),
+        (b" 1\n", "line 1: found ' 1', expected 'symbol count'"),
+        (b"", "line 1: found '', expected 'symbol count'"),
+        (b"a 2\n\xff 1\n", "byte 4 is not UTF-8"),
+    ],
+)
+def test_what_is_no_dictionary(tmp_path, content, sentence):
+    path = tmp_path / "dict.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        Dictionary.load(path)
+    assert str(path) in str(error.value)
+    assert sentence in str(error.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(InputError, match=r"dict\.txt: no such dictionary"):
+        Dictionary.load(tmp_path / "dict.txt")
+
+
+def test_fingerprint_tells_symbols_and_order_apart_but_not_counts():
+    one = Dictionary(["a", "b"], [2, 1])
+    assert one.fingerprint == Dictionary(["a", "b"], [9, 9]).fingerprint
+    assert one.fingerprint != Dictionary(["b", "a"], [2, 1]).fingerprint
+    assert one.fingerprint != Dictionary(["a", "b", "c"], [2, 1, 1]).fingerprint
