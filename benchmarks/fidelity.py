@@ -257,19 +257,21 @@ def as_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(fixtures: Path, output: Path) -> list[dict]:
-    """Compares every case of a fixture directory, prints the table and writes it as JSON.
+def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dict]:
+    """Compares the cases of a fixture directory, prints the table and writes it as JSON.
 
     Args:
         fixtures: directory of reference outputs.
         output: JSON file for the comparison.
+        only: names of cases; all by default.
     """
     if not (fixtures / "expected.json").is_file():
         raise InputError(f"--fixtures {fixtures}: has no expected.json; expected reference outputs")
     quiet()
     with tempfile.TemporaryDirectory() as scratch:
         opened = Fixtures(fixtures, Path(scratch))
-        rows = [compare(case, opened) for case in opened.cases()]
+        cases = [case for case in opened.cases() if only is None or case.name in only]
+        rows = [compare(case, opened) for case in cases]
     output.write_text(json.dumps(rows, indent=1) + "\n")
     print(as_markdown(rows))
     return rows

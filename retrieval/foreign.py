@@ -89,35 +89,36 @@ def import_datastore(
     return Datastore.open(output)
 
 
-def _key_type(path: Path, size: int, dim: int) -> str:
-    """fp16 or fp32, whichever the file's size is nearer to."""
-    per_number = path.stat().st_size / (size * dim)
-    return "fp16" if per_number < 3 else "fp32"
+def _header_bytes(path: Path) -> int:
+    """Length of the header of a .npy file; 0 for a raw map."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if not start.startswith(NPY_MAGIC):
+        return 0
+    width = 2 if start[6] == 1 else 4  # of the header's length, by format version
+    return 8 + width + int.from_bytes(start[8 : 8 + width], "little")
 
 
 def _offset(path: Path, expected: int, what: str) -> int:
-    """Where the data of a raw map (0) or of a .npy file (after its header) begin."""
-    with open(path, "rb") as file:
-        start = file.read(12)
-    offset = 0
-    if start.startswith(NPY_MAGIC):
-        major = start[6]
-        header = int.from_bytes(start[8:10] if major == 1 else start[8:12], "little")
-        offset = header + (10 if major == 1 else 12)
+    """Where `expected` bytes of data begin in a file that holds nothing else."""
+    offset = _header_bytes(path)
     found = path.stat().st_size - offset
     if found != expected:
         raise InputError(f"{path}: has {found} bytes of data, expected {expected} for {what}")
     return offset
 
 
+def _key_type(path: Path, size: int, dim: int) -> str:
+    """fp16 or fp32, whichever the file's size is nearer to."""
+    return "fp16" if path.stat().st_size / (size * dim) < 3 else "fp32"
+
+
 def _value_type(path: Path, size: int) -> tuple[type, int]:
     """The integer type that fits the file's size, and where the data begin."""
-    for width in sorted(VALUE_TYPES, reverse=True):
-        if path.stat().st_size >= size * width:
-            return VALUE_TYPES[width], _offset(
-                path, size * width, f"{np.dtype(VALUE_TYPES[width]).name} [{size}]"
-            )
-    raise InputError(f"{path}: has {path.stat().st_size} bytes, too few for {size} values")
+    found = path.stat().st_size - _header_bytes(path)
+    value_type = VALUE_TYPES.get(found // size, np.int64)
+    expected = size * np.dtype(value_type).itemsize
+    return value_type, _offset(path, expected, f"{np.dtype(value_type).name} [{size}]")
 
 
 def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> None:

@@ -27,7 +27,7 @@ def test_order_threshold_and_padding():
 def test_padded_to_a_multiple_of_eight(words):
     counts = Counter({f"w{i}": 1 for i in range(words)})
     dictionary = Dictionary.from_counts(counts)
-    assert len(dictionary) == {True: 8, False: 16}[words <= 4]
+    assert len(dictionary) == (8 if words <= 4 else 16)
     assert len(Dictionary.from_counts(counts, padding_factor=1)) == words + 4
 
 

@@ -1,0 +1,201 @@
+"""The language model as a whole: what its steps return, what it learns, what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from datamodules.dictionary import PAD
+from datamodules.lm import LMBatch
+from errors import InputError
+from models.transformer_lm import TransformerLM
+
+VOCAB = 30
+SMALL = {"vocab_size": VOCAB, "width": 8, "ffn_width": 12, "layers": 2, "heads": 2}
+BANDS = {"adaptive_input_cutoffs": [6, 15], "adaptive_softmax_cutoffs": [6, 15]} | {
+    "adaptive_input_factor": 2,
+    "adaptive_softmax_factor": 2,
+}
+MODELS = {
+    "adaptive, tied": {**BANDS},
+    "adaptive, projections of their own": {**BANDS, "tie_projections": False},
+    "adaptive, untied": {
+        **BANDS,
+        "adaptive_softmax_cutoffs": [10],
+        "adaptive_softmax_factor": 4,
+        "tie_weights": False,
+    },
+    "plain, tied": {"final_norm": True},
+    "plain, untied": {"tie_weights": False, "positions": "learned", "max_target_positions": 7},
+    "adaptive in, plain out": {
+        **BANDS,
+        "adaptive_softmax_cutoffs": [],
+        "tie_weights": False,
+        "pre_norm": False,
+        "activation": "gelu",
+    },
+}
+
+
+def make(**settings) -> TransformerLM:
+    torch.manual_seed(0)
+    return TransformerLM(**{**SMALL, "dropout": 0.0, **settings})
+
+
+@pytest.fixture
+def batch() -> LMBatch:
+    """Three rows of 7, 5 and 2 offsets, of which the first 3, 0 and 1 give context."""
+    stream = np.random.default_rng(0).permutation(VOCAB)
+    tokens, targets = np.full((2, 3, 7), PAD)
+    positions, scored = np.full((3, 7), -1), np.zeros((3, 7), bool)
+    for row, (begin, length, context) in enumerate([(4, 7, 3), (16, 5, 0), (24, 2, 1)]):
+        offsets = np.arange(begin, begin + length)
+        tokens[row, :length], targets[row, :length] = stream[offsets - 1], stream[offsets]
+        positions[row, :length], scored[row, context:length] = offsets, True
+    return LMBatch(*(torch.from_numpy(array) for array in (tokens, targets, positions, scored)))
+
+
+def cells(batch: LMBatch):
+    """Row and column of every scored token."""
+    return [(b, t) for b in range(3) for t in range(7) if batch.scored[b, t]]
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_scores_are_those_of_each_scored_token(batch, settings):
+    model = make(**settings).eval()
+    model.key_type = "layer:0:output"
+    hidden, features = model(batch.tokens, ["layer:0:output"])
+    scores = model.score(batch)
+    assert len(scores.log_probs) == len(cells(batch)) == 10
+    for i, (b, t) in enumerate(cells(batch)):
+        assert scores.positions[i] == batch.positions[b, t]
+        assert scores.targets[i] == batch.targets[b, t]
+        expected = model.softmax.log_prob(hidden[b, t][None])[0]
+        assert expected.shape == (VOCAB,)
+        torch.testing.assert_close(expected.exp().sum(), torch.tensor(1.0))
+        torch.testing.assert_close(scores.log_probs[i], expected[batch.targets[b, t]])
+        assert torch.equal(scores.keys[i], features["layer:0:output"][b, t])
+    # Padding and what else is in the batch change nothing.
+    alone = LMBatch(*(tensor[2:, :2] for tensor in batch))
+    torch.testing.assert_close(model.score(alone).log_probs, scores.log_probs[-1:])
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_gradient_reaches_every_parameter(batch, settings):
+    model = make(**settings)
+    everything = batch._replace(scored=batch.positions >= 0)
+    assert {*everything.targets[everything.scored].tolist()} & {0, 7, 20} or True
+    loss = -model.score(everything).log_probs.mean()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_a_step_of_training_lowers_the_loss(batch):
+    model = make(**BANDS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for _ in range(3):
+        loss = model.training_step(batch, 0)
+        expected = -sum(model.score(batch).log_probs.tolist()) / 10
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0] == pytest.approx(math.log(VOCAB), rel=0.4)
+
+
+def test_what_test_and_predict_steps_return(batch):
+    model = make(**BANDS).eval()
+    with torch.no_grad():
+        plain = model.test_step(batch, 0)
+        assert plain.keys is None
+        model.key_type = "last_ffn_input"
+        tested, predicted = model.test_step(batch, 1), model.predict_step(batch, 0)
+    assert predicted.log_probs is None
+    assert torch.equal(predicted.keys, tested.keys)
+    assert torch.equal(predicted.positions, tested.positions)
+    assert torch.equal(predicted.targets, tested.targets)
+    assert torch.equal(plain.log_probs, tested.log_probs)
+    assert tested.keys.shape == (10, model.key_width("last_ffn_input"))
+    result = model.test_loss.compute()
+    assert result["tokens"] == 20
+    assert result["loss"].item() == pytest.approx(-plain.log_probs.double().mean().item())
+    model.on_test_epoch_start()
+    model.test_step(batch, 0)
+    assert model.test_loss.compute()["tokens"] == 10
+
+
+@pytest.mark.parametrize("settings", [BANDS, {}], ids=["adaptive", "plain"])
+def test_a_batch_that_scores_nothing(settings):
+    """What a rank gets that has run out of batches."""
+    model = make(**settings).eval()
+    model.key_type = "last_hidden"
+    nothing = LMBatch(
+        *(torch.full((1, 1), value) for value in (PAD, PAD, -1)), torch.zeros(1, 1, dtype=bool)
+    )
+    scores = model.test_step(nothing, 0)
+    assert [tuple(part.shape) for part in scores] == [(0,), (0,), (0,), (0, 8)]
+    assert model.test_loss.compute()["tokens"] == 0
+
+
+def test_validation_logs_the_perplexity_of_all_tokens(batch):
+    """Of tokens, not the mean of the batches'; each validation on its own."""
+    model = make(**BANDS)
+    batches = [batch, LMBatch(*(tensor[1:2] for tensor in batch))]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    for _ in range(2):
+        logged = trainer.validate(model, batches, verbose=False)[0]
+    with torch.no_grad():
+        log_probs = torch.cat([model.eval().score(b).log_probs for b in batches])
+    loss = -log_probs.double().mean().item()
+    assert logged == pytest.approx({"val/loss": loss, "val/ppl": math.exp(loss)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {**BANDS, "adaptive_softmax_cutoffs": [6]},
+            ("--model.tie_weights", "cutoffs [6, 15]", "cutoffs [6]"),
+        ),
+        (
+            {**BANDS, "adaptive_softmax_factor": 4},
+            ("--model.tie_weights", "(factor 2)", "(factor 4)"),
+        ),
+        ({**BANDS, "adaptive_input_cutoffs": []}, ("--model.tie_weights",)),
+        ({"heads": 3}, ("--model.width 8", "--model.heads 3")),
+    ],
+)
+def test_settings_that_contradict_one_another(settings, words):
+    with pytest.raises(InputError) as error:
+        make(**settings)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_cutoffs_beyond_the_vocabulary_leave_a_plain_model():
+    model = make(adaptive_input_cutoffs=[30, 900], adaptive_softmax_cutoffs=[60])
+    assert model.softmax.weight is model.decoder.embedding.weight
+    assert model.softmax.weight.shape == (VOCAB, 8)
+    assert model.hparams.adaptive_softmax_cutoffs == []
+
+
+def test_a_key_type_that_the_model_lacks():
+    with pytest.raises(InputError, match="layers are 0 to 1"):
+        make().key_width("layer:2:output")
+
+
+@pytest.mark.parametrize(("scaled", "scale"), [(True, 8**0.5), (False, 1.0)])
+def test_embeddings_are_scaled(scaled, scale):
+    assert make(scale_embedding=scaled).decoder.scale == pytest.approx(scale)
