@@ -150,5 +150,7 @@ class KNNInterpolation(Callback):
         return {name: mean.item() for name, mean in self.means.compute().items()}
 
     def retrieved(self) -> Retrieved:
-        """All that was kept on this rank."""
-        return Retrieved(*(torch.cat(parts) for parts in zip(*self.kept, strict=True)))
+        """All that was kept on this rank; nothing, if the split had no batch for it."""
+        nothing = torch.empty(0, self.k)
+        kept = [Retrieved(torch.empty(0), nothing, nothing.bool()), *self.kept]
+        return Retrieved(*(torch.cat(parts) for parts in zip(*kept, strict=True)))

@@ -22,7 +22,28 @@ TEXT = (
     "é naïve 猫 😀 cat the the\n"
 )
 DICTIONARY = Dictionary(
-    ["the", "cat", "</s>x", "a", "and", "▁", "t", "h", "e", "é", "猫", "😀", "Ã", "\r", "\u2028", "▁literal", "s", "<", "/"], range(19, 0, -1)
+    [
+        "the",
+        "cat",
+        "</s>x",
+        "a",
+        "and",
+        "▁",
+        "t",
+        "h",
+        "e",
+        "é",
+        "猫",
+        "😀",
+        "Ã",
+        "\r",
+        "\u2028",
+        "▁literal",
+        "s",
+        "<",
+        "/",
+    ],
+    range(19, 0, -1),
 )
 
 

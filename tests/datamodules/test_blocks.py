@@ -49,7 +49,10 @@ def test_rows(mode, shape):
             line_starts = np.concatenate([[0], np.cumsum(lengths)])
             rows = make_rows(line_starts, mode, *shape)
             found = list(
-                zip(*(a.tolist() for a in (rows.context_starts, rows.starts, rows.ends)), strict=True)
+                zip(
+                    *(a.tolist() for a in (rows.context_starts, rows.starts, rows.ends)),
+                    strict=True,
+                )
             )
             assert found == naive_rows(lengths.tolist(), mode, *shape)
             assert {rows.context_starts.dtype, rows.starts.dtype, rows.ends.dtype} == {

@@ -153,7 +153,7 @@ def test_an_epoch_has_every_token_once_without_context(make, mode):
 def test_epochs_are_shuffled_anew_and_seeds_repeat(make):
     settings = {"tokens_per_sample": 12, "max_tokens": 50}
     first, second = train_batches(make(**settings), 2)
-    assert sorted(sum(first, [])) == sorted(sum(second, []))
+    assert sorted(np.concatenate(first)) == sorted(np.concatenate(second))
     assert sorted(map(sorted, first)) != sorted(map(sorted, second))  # batches of other rows
     assert first != sorted(first)
     assert train_batches(make(**settings), 2) == [first, second]
@@ -260,7 +260,7 @@ def test_training_is_dealt_whole(ranks, monkeypatch):
     alone = dealt(DealtBatches(lengths, 27, shuffle_seed=5), 1, monkeypatch)[0]
     of_ranks = dealt(DealtBatches(lengths, 27, shuffle_seed=5), ranks, monkeypatch)
     in_order = [batch for step in zip(*of_ranks, strict=True) for batch in step]
-    assert sorted(sum(alone, [])) == list(range(31))
+    assert sorted(np.concatenate(alone)) == list(range(31))
     assert in_order[: len(alone)] == alone
     assert in_order[len(alone) :] == alone[: -len(alone) % ranks]
 

@@ -78,7 +78,9 @@ def test_target_log_prob_is_its_column_also_in_parts(kind, monkeypatch):
         assert max(rows) == min(max(limit // softmax.columns, 1), len(targets))
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected)
-        for ours, theirs in zip(torch.autograd.grad(found, leaves, upstream), gradients, strict=True):
+        for ours, theirs in zip(
+            torch.autograd.grad(found, leaves, upstream), gradients, strict=True
+        ):
             torch.testing.assert_close(ours, theirs)
         with torch.inference_mode():
             torch.testing.assert_close(softmax.target_log_prob(hidden, targets), expected.detach())

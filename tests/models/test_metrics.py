@@ -43,4 +43,7 @@ def test_nothing_and_a_new_start():
     metric.update(torch.tensor([-1.0]))
     metric.reset()
     metric.update(torch.tensor([[-3.0, -5.0]]))
-    assert metric.compute() == {"loss": torch.tensor(4.0, dtype=torch.float64), "tokens": torch.tensor(2)}
+    assert metric.compute() == {
+        "loss": torch.tensor(4.0, dtype=torch.float64),
+        "tokens": torch.tensor(2),
+    }

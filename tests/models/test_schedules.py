@@ -99,7 +99,11 @@ def test_inverse_sqrt():
 @pytest.mark.parametrize("optimizer", ["nag", "adam"])
 @pytest.mark.parametrize(
     ("schedule", "after"),
-    [("cosine", 0.02 + 0.39 * (1 + math.cos(math.pi * 3 / 6))), ("inverse_sqrt", 0.8 * (4 / 7) ** 0.5), ("constant", 0.8)],
+    [
+        ("cosine", 0.02 + 0.39 * (1 + math.cos(math.pi * 3 / 6))),
+        ("inverse_sqrt", 0.8 * (4 / 7) ** 0.5),
+        ("constant", 0.8),
+    ],
 )
 def test_the_optimiser_follows_the_schedule(optimizer, schedule, after):
     model = TransformerLM(
