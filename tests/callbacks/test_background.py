@@ -1,0 +1,37 @@
+"""Tasks run in order, a bounded number ahead, and their errors surface."""
+
+import threading
+
+import pytest
+
+from callbacks.background import Background
+
+
+def test_order():
+    done: list[int] = []
+    background = Background()
+    for i in range(20):
+        background.submit(done.append, i)
+    background.drain()
+    assert done == list(range(20))
+
+
+def test_errors_surface():
+    background = Background()
+    background.submit(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.drain()
+
+
+def test_submit_waits_when_enough_are_ahead():
+    gate, background = threading.Event(), Background(ahead=2)
+    background.submit(gate.wait)
+    background.submit(int)
+    third = threading.Thread(target=background.submit, args=(int,))
+    third.start()
+    third.join(timeout=0.2)
+    assert third.is_alive()
+    gate.set()
+    third.join(timeout=10)
+    assert not third.is_alive()
+    background.drain()

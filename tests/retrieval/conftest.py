@@ -1,0 +1,40 @@
+"""Small random datastores."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrieval.datastore import Datastore, DatastoreBuilder
+
+
+@pytest.fixture
+def make_store(tmp_path) -> Callable[..., tuple[Datastore, np.ndarray, np.ndarray]]:
+    """Makes a datastore of random keys; returns it with the keys (fp32) and values."""
+
+    def make(
+        rows: int = 300, dim: int = 8, dtype: str = "fp32", masked=(), name: str = "store"
+    ) -> tuple[Datastore, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(0)
+        keys = rng.normal(size=(rows, dim)).astype(np.float32)
+        values = rng.integers(0, 50, rows)
+        builder = builder_of(tmp_path / name, rows, dim, dtype, np.array(masked, dtype=np.int64))
+        builder.write(np.arange(rows), keys, values)
+        builder.sync()
+        store = builder.finish()
+        return store, store.keys.astype(np.float32), values
+
+    return make
+
+
+def builder_of(path: Path, rows=300, dim=8, dtype="fp32", masked=(), **made_from):
+    """A builder with everything but its place given."""
+    made_from = {"model": "m", **made_from}
+    return DatastoreBuilder(path, rows, dim, dtype, 50, made_from, np.array(masked, dtype=np.int64))
+
+
+@pytest.fixture
+def new_builder() -> Callable[..., DatastoreBuilder]:
+    """`builder_of`."""
+    return builder_of
