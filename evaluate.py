@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pytorch_lightning import Callback
@@ -50,9 +50,10 @@ class EvaluateCLI(ProgramCLI):
         )
         parser.add_argument(
             "--split",
-            type=Literal["train", "valid", "test"] | None,
+            type=str | None,
             default=None,
-            help="what to evaluate (default: test) or to store (default: train)",
+            help="what to evaluate (default: test) or to store (default: train): train, valid, "
+            "test, or any split that a data-bin has",
         )
         parser.add_argument(
             "--knnlm", action="store_true", help="mix with the kNN distribution of a datastore"
@@ -106,6 +107,8 @@ class Evaluation:
         self.log_dir = cli.run_dir / "evaluate"
         self.seconds: dict[str, float] = {}
         self.check_dictionary()
+        if cli.config.split is not None:
+            self.data.stream(cli.config.split)
 
     def check_dictionary(self) -> None:
         """Refuses a checkpoint that was trained with another dictionary than the corpus has."""
@@ -282,13 +285,14 @@ class Evaluation:
     # -- scores ----------------------------------------------------------------------------------
 
     def score(self, split: str, *callbacks) -> dict[str, Any]:
-        """One pass over a split; its loss and times."""
+        """One pass over a split; its loss and times (the model's alone where kNN runs beside it)."""
         throughput = Throughput()
         trainer = self.cli.make_trainer([throughput, *callbacks], self.log_dir)
         trainer.test(self.model, self.data.evaluation_dataloader(split), verbose=False)
         total = self.model.test_loss.compute()
         tokens = int(total["tokens"])
-        seconds = throughput.model_seconds if callbacks else throughput.seconds
+        searching = any(isinstance(callback, KNNInterpolation) for callback in callbacks)
+        seconds = throughput.model_seconds if searching else throughput.seconds
         self.trainer, self.pass_seconds = trainer, throughput.seconds
         return {
             "split": split,

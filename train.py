@@ -60,7 +60,13 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
     last = cli.run_dir / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return None
-    before = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
+    config = cli.run_dir / "config.yaml"
+    if not config.is_file():
+        raise InputError(
+            f"{config}: no such file, but {last} is there; remove it, name it as --ckpt_path, or "
+            "choose another --trainer.default_root_dir"
+        )
+    before = yaml.safe_load(config.read_text())
     now = yaml.safe_load(resolved_config(cli))
     for section in ("model", "data"):
         for name, value in now[section].items():

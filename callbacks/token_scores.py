@@ -58,8 +58,10 @@ class LMScores(Callback):
 
 
 def save_scores(path: Path, *tables: ScoreTable) -> None:
-    """Writes the columns of tables over the same tokens to one .npz file."""
+    """Writes the columns of tables over the same tokens to one .npz file, once for all ranks."""
     columns = {name: column for table in tables for name, column in table.gathered().items()}
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         np.savez(file, **columns)

@@ -282,8 +282,14 @@ class LMDataModule(pl.LightningDataModule):
         return len(self.dictionary)
 
     def stream(self, split: str) -> TokenStream:
-        """The tokens of `train`, `valid` or `test` (any split that a data-bin has)."""
+        """The tokens of `train`, `valid` or `test`, or of any split that a data-bin has.
+
+        Raises:
+            InputError: no such split.
+        """
         if self.databin is None:
+            if split not in SPLITS:
+                raise InputError(f"--split is {split}; expected one of {', '.join(SPLITS)}")
             return TokenStream.open(self.folder / split)
         if split not in self._streams:
             prefix = self.databin / split

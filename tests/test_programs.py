@@ -125,6 +125,26 @@ def test_figures_do_not_depend_on_batches_or_workers(workplace, run_program):
     np.testing.assert_allclose(losses[2][:2], losses[0][:2], rtol=1e-12)
 
 
+def test_figures_do_not_depend_on_ranks(workplace, run_program):
+    """Three ranks that share the batches unevenly; also the datastore they write together."""
+    flags = (*HERE, "--knnlm", "--knn.k", 16, "--knn.lmbda", "auto", "--knn.index", "IVF8,SQ8")
+    results, stores = [], []
+    for ranks, strategy in ((1, "auto"), (3, "ddp")):
+        store = workplace / f"store-of-{ranks}"
+        here = ("--knn.datastore", store, "--output", f"{ranks}.json", "--token_scores")
+        devices = ("--trainer.devices", ranks, "--trainer.strategy", strategy)
+        run_program(workplace, "evaluate.py", *flags, *here, f"{ranks}.npz", *devices)
+        results.append(json.loads((workplace / f"{ranks}.json").read_text()))
+        stores.append((store / "keys.npy").read_bytes())
+    assert stores[0] == stores[1]
+    for name in ("tokens", "loss", "ppl"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-12)
+        assert results[0]["knn"][name] == pytest.approx(results[1]["knn"][name], rel=1e-12)
+    scores = [np.load(workplace / f"{ranks}.npz") for ranks in (1, 3)]
+    for name in scores[0]:
+        np.testing.assert_array_equal(scores[0][name], scores[1][name])
+
+
 def test_same_command_same_numbers_and_a_finished_run_stays(workplace, run_program, tmp_path):
     flags = (*HERE, "--trainer.max_steps", 40, "--trainer.val_check_interval", 20)
     run_program(workplace, "train.py", *flags, "--trainer.default_root_dir", tmp_path / "again")
