@@ -285,7 +285,7 @@ class Evaluation:
     # -- scores ----------------------------------------------------------------------------------
 
     def score(self, split: str, *callbacks) -> dict[str, Any]:
-        """One pass over a split; its loss and times (the model's alone where kNN runs beside it)."""
+        """One pass over a split: its loss and times, the model's alone where kNN runs beside it."""
         throughput = Throughput()
         trainer = self.cli.make_trainer([throughput, *callbacks], self.log_dir)
         trainer.test(self.model, self.data.evaluation_dataloader(split), verbose=False)

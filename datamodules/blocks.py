@@ -93,7 +93,7 @@ def make_rows(
         edges = _whole_lines(line_starts, block_size)
     longest = max(max_target_positions, block_size)
     kept = None
-    if drop_long_lines and np.diff(edges).max() > longest:
+    if drop_long_lines and (np.diff(edges) > longest).any():
         lengths = np.diff(edges)
         kept = np.flatnonzero(np.repeat(lengths <= longest, lengths))
         edges = np.append(0, np.cumsum(lengths[lengths <= longest]))

@@ -35,3 +35,23 @@ def test_submit_waits_when_enough_are_ahead():
     third.join(timeout=10)
     assert not third.is_alive()
     background.drain()
+
+
+def test_a_later_submit_raises_and_the_rest_is_done_all_the_same():
+    done, background = [], Background(ahead=1)
+    background.submit(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.submit(done.append, 1)
+    background.submit(done.append, 2)
+    background.drain()
+    background.drain()
+    assert done == [2]
+
+
+def test_tasks_share_one_thread_that_is_not_the_callers():
+    threads, background = [], Background(ahead=5)
+    for _ in range(12):
+        background.submit(lambda: threads.append(threading.get_ident()))
+    background.drain()
+    assert len(set(threads)) == 1
+    assert threading.get_ident() not in threads

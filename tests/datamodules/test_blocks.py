@@ -8,28 +8,31 @@ import pytest
 from datamodules.blocks import make_batches, make_rows
 
 # tokens_per_sample, context_window, max_target_positions
-SHAPES = [(1, 0, 1), (8, 0, 8), (8, 7, 8), (12, 5, 12), (12, 5, 30), (7, 3, 4), (500, 100, 900)]
+SHAPES = [(1, 0, 1), (8, 0, 8), (8, 7, 8), (12, 5, 12), (12, 5, 30), (8, 0, 4), (500, 100, 900)]
+
+
+def naive_blocks(line_lengths, mode, tokens_per_sample, context_window):
+    """Lengths of the blocks before any is cut or dropped."""
+    size = tokens_per_sample - context_window
+    if mode == "none":
+        total = sum(line_lengths)
+        return [min(size, total - start) for start in range(0, total, size)]
+    if mode == "eos":
+        return list(line_lengths)
+    blocks, current = [], 0
+    for length in line_lengths:  # fairseq's _get_slice_indices, mode `complete`
+        if current and current + length > size:
+            blocks.append(current)
+            current = 0
+        current += length
+    return [*blocks, current]
 
 
 def naive_rows(line_lengths, mode, tokens_per_sample, context_window, max_target_positions):
     """Rows as a list of (context start, start, end)."""
-    size = tokens_per_sample - context_window
-    if mode == "none":
-        total = sum(line_lengths)
-        blocks = [min(size, total - start) for start in range(0, total, size)]
-    elif mode == "eos":
-        blocks = list(line_lengths)
-    else:
-        blocks, current = [], 0
-        for length in line_lengths:  # fairseq's _get_slice_indices, mode `complete`
-            if current and current + length > size:
-                blocks.append(current)
-                current = 0
-            current += length
-        blocks.append(current)
     rows, start = [], 0
-    longest = max(max_target_positions, size)
-    for block in blocks:
+    longest = max(max_target_positions, tokens_per_sample - context_window)
+    for block in naive_blocks(line_lengths, mode, tokens_per_sample, context_window):
         while block:
             length = min(block, longest)
             context = min(context_window, max(tokens_per_sample - length, 0), start)
@@ -71,13 +74,66 @@ def test_rows(mode, shape):
                 assert {end for _, _, end in found} <= set(line_starts.tolist())
 
 
+@pytest.mark.parametrize("mode", ["none", "complete", "eos"])
+@pytest.mark.parametrize(
+    "shape", [(8, 0, 8), (12, 5, 12), (7, 3, 4), (12, 5, 30), (1, 0, 1)], ids=str
+)
+def test_long_lines_dropped(mode, shape):
+    """As if they were not in the text, but for the numbers of the offsets."""
+    tokens_per_sample, context_window, max_target_positions = shape
+    longest = max(max_target_positions, tokens_per_sample - context_window)
+    lengths = np.random.default_rng(5).integers(1, 25, 60)
+    line_starts = np.concatenate([[0], np.cumsum(lengths)])
+    rows = make_rows(line_starts, mode, *shape, drop_long_lines=True)
+
+    blocks = naive_blocks(lengths.tolist(), mode, tokens_per_sample, context_window)
+    kept, dropped, left, start = [], [], [], 0
+    for block in blocks:
+        (kept if block <= longest else dropped).extend(range(start, start + block))
+        left += [block] * (block <= longest)
+        start += block
+    assert rows.dropped(start).tolist() == dropped
+    assert (len(dropped) > 0) == (mode != "none" and longest < 24)
+    assert rows.scored_by(np.arange(len(rows))).tolist() == kept
+    np.testing.assert_array_equal(rows.ends - rows.starts, left)
+    for number, block in enumerate(left):
+        room = max(tokens_per_sample - block, 0)
+        begin, start = rows.context_starts[number], rows.starts[number]
+        assert start - begin == min(context_window, room, start)
+    scored = rows.scored_by(np.array([2, 0]))
+    assert scored.tolist() == [kept[i] for r in (2, 0) for i in range(rows.starts[r], rows.ends[r])]
+
+
+@pytest.mark.parametrize("min_context", [0, 1, 4, 100])
+@pytest.mark.parametrize("drop", [False, True])
+def test_behind_less_context(min_context, drop):
+    lengths = np.random.default_rng(5).integers(1, 25, 60)
+    line_starts = np.concatenate([[0], np.cumsum(lengths)])
+    rows = make_rows(line_starts, "complete", 12, 5, 12, drop_long_lines=drop)
+    offsets = range(line_starts[-1]) if rows.kept is None else rows.kept.tolist()
+    expected = [
+        offsets[place]
+        for begin, start, end in zip(rows.context_starts, rows.starts, rows.ends, strict=True)
+        for place in range(start, end)
+        if place - begin < min_context
+    ]
+    assert rows.behind_less_context(min_context).tolist() == expected
+
+
+def test_a_text_of_long_lines_only():
+    rows = make_rows(np.array([0, 9, 18]), "eos", 4, 0, 4, drop_long_lines=True)
+    assert len(rows) == 0
+    assert rows.dropped(18).tolist() == list(range(18))
+
+
 def test_lines_without_tokens_make_no_rows():
     """A data-bin of fairseq may hold them."""
     line_starts = np.array([0, 0, 3, 3, 5, 5])
     for mode in ("complete", "eos"):
         rows = make_rows(line_starts, mode, 4, 0, 4)
         assert list(zip(rows.starts, rows.ends, strict=True)) == [(0, 3), (3, 5)]
-    assert len(make_rows(np.array([0]), "complete", 4, 0, 4)) == 0
+    for drop in (False, True):
+        assert len(make_rows(np.array([0]), "complete", 4, 0, 4, drop_long_lines=drop)) == 0
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 40, 64, 10_000])

@@ -66,15 +66,20 @@ def naive_stream(module: LMDataModule, split: str) -> list[int]:
     return ids
 
 
-def check_batch(batch: lm.LMBatch, stream: list[int], max_tokens: int) -> list[tuple[int, int]]:
-    """Checks every cell of a batch; returns the scored offsets, each with its row's first one."""
+def check_batch(
+    batch: lm.LMBatch, stream: list[int], max_tokens: int, kept: list[int] | None = None
+) -> list[tuple[int, int]]:
+    """Checks every cell of a batch; returns the scored offsets, each with its row's first one.
+    Rows run along the offsets `kept`, all of them if None."""
+    kept = list(range(len(stream))) if kept is None else kept
     assert [t.dtype for t in batch] == [torch.int64] * 3 + [torch.bool]
     height, width = batch.tokens.shape
     assert height * width <= max_tokens or height == 1
     scored = []
     for tokens, targets, positions, is_scored in zip(*(t.tolist() for t in batch), strict=True):
         length = sum(p >= 0 for p in positions)
-        assert positions[:length] == list(range(positions[0], positions[0] + length))
+        first = kept.index(positions[0])
+        assert positions[:length] == kept[first : first + length]
         assert positions[length:] == [-1] * (width - length)
         assert targets == [stream[p] for p in positions[:length]] + [PAD] * (width - length)
         read = [stream[p - 1] if p > 0 else EOS for p in positions[:length]]
@@ -115,6 +120,30 @@ def test_validation_is_the_evaluation_of_valid(make):
     assert len(ours) == len(theirs)
     for x, y in zip(ours, theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+def test_dropped_lines_are_neither_scored_nor_context(make):
+    module = make(
+        break_mode="eos",
+        tokens_per_sample=12,
+        context_window=5,
+        max_tokens=50,
+        drop_long_lines=True,
+    )
+    stream, kept, line = naive_stream(module, "valid"), [], []
+    for offset, word in enumerate(stream):
+        line.append(offset)
+        if word == EOS:
+            kept += line if len(line) <= 12 else []
+            line = []
+    assert 0 < len(kept) < len(stream)
+    batches = module.evaluation_dataloader("valid")
+    scored = [[p for p, _ in check_batch(batch, stream, 50, kept)] for batch in batches]
+    assert sorted(sum(scored[1:], scored[0])) == kept
+    done = set(scored[1])
+    rest = module.evaluation_dataloader("valid", skip=lambda p: done.issuperset(p.tolist()))
+    left = [[p for p, _ in check_batch(batch, stream, 50, kept)] for batch in rest]
+    assert left == scored[:1] + scored[2:]
 
 
 def test_a_rank_without_rows_gets_a_batch_that_scores_nothing(make):
@@ -174,9 +203,16 @@ def test_a_loader_goes_on_with_the_remaining_batches(make, workers):
     loader = make(**settings).train_dataloader()
     loader.load_state_dict(state)
     loader.sampler.set_epoch(1)
-    assert had + first_positions(loader) == whole
+    batches = iter(loader)
+    had += first_positions([next(batches)])
+    once_more = loader.state_dict()  # interrupted a second time
+    assert had + first_positions(batches) == whole
     loader.sampler.set_epoch(2)
     assert first_positions(loader) == following
+
+    loader.load_state_dict(once_more)
+    loader.sampler.set_epoch(1)
+    assert first_positions(loader) == whole[4:]
 
 
 class Recorder(pl.LightningModule):

@@ -148,7 +148,7 @@ def test_a_batch_that_scores_nothing(settings):
 def test_validation_logs_the_perplexity_of_all_tokens(batch):
     """Of tokens, not the mean of the batches'; each validation on its own."""
     model = make(**BANDS)
-    batches = [batch, LMBatch(*(tensor[1:2] for tensor in batch))]
+    other = LMBatch(*(tensor[1:2] for tensor in batch))
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -156,12 +156,12 @@ def test_validation_logs_the_perplexity_of_all_tokens(batch):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    for _ in range(2):
+    for batches in ([batch, other], [other]):
         logged = trainer.validate(model, DataLoader(batches, batch_size=None), verbose=False)[0]
-    with torch.no_grad():
-        log_probs = torch.cat([model.eval().score(b).log_probs for b in batches])
-    loss = -log_probs.double().mean().item()
-    assert logged == pytest.approx({"val/loss": loss, "val/ppl": math.exp(loss)})
+        with torch.no_grad():
+            log_probs = torch.cat([model.eval().score(b).log_probs for b in batches])
+        loss = -log_probs.double().mean().item()
+        assert logged == pytest.approx({"val/loss": loss, "val/ppl": math.exp(loss)})
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,29 @@ def test_cutoffs_beyond_the_vocabulary_leave_a_plain_model():
 def test_a_key_type_that_the_model_lacks():
     with pytest.raises(InputError, match="layers are 0 to 1"):
         make().key_width("layer:2:output")
+
+
+def test_settings_reach_their_places():
+    model = make(
+        **{**BANDS, "dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3},
+        **{"softmax_dropout": 0.4, "final_norm": True, "activation_checkpointing": True},
+        **{"lr": 0.5, "momentum": 0.7, "adam_betas": (0.6, 0.8), "weight_decay": 0.03},
+    )
+    decoder = model.decoder
+    assert decoder.dropout.p == 0.1
+    for layer in decoder.layers:
+        assert (layer.dropout.p, layer.attention_dropout) == (0.1, 0.2)
+        assert layer.activation_dropout.p == 0.3
+    assert model.softmax.dropout == 0.4
+    assert isinstance(decoder.final_norm, torch.nn.LayerNorm)
+    assert decoder.checkpoint_layers
+    adam = model.configure_optimizers()["optimizer"]
+    assert isinstance(adam, torch.optim.AdamW)
+    assert (adam.defaults["betas"], adam.defaults["weight_decay"]) == ((0.6, 0.8), 0.03)
+    model.hparams.optimizer = "nag"
+    nag = model.configure_optimizers()["optimizer"]
+    assert (nag.defaults["momentum"], nag.defaults["weight_decay"]) == (0.7, 0.03)
+    assert nag.defaults["nesterov"]
 
 
 @pytest.mark.parametrize(("scaled", "scale"), [(True, 8**0.5), (False, 1.0)])
