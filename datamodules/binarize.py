@@ -103,19 +103,35 @@ def _over_chunks(work: Callable, path: Path, workers: int, title: str) -> Iterat
     chunks = list(_chunk_bounds(path, size))
     starts, stops = [a for a, _ in chunks], [b for _, b in chunks]
     paths = [path] * len(chunks)
-    with _mapper(min(workers, len(chunks) // CHUNKS_PER_WORKER)) as parallel_map:
-        results = parallel_map(work, paths, starts, stops)
+    with _mapper(work, min(workers, len(chunks) // CHUNKS_PER_WORKER)) as parallel_map:
+        results = parallel_map(paths, starts, stops)
         yield from track(results, description=title, total=len(chunks), transient=True)
 
 
 @contextmanager
-def _mapper(workers: int):
-    """`map` itself for one worker, a process pool's for more."""
+def _mapper(work: Callable, workers: int):
+    """`map` of `work` for one worker, a process pool's for more: there `work`, which may hold a
+    large dictionary, goes to each process once and not with every chunk."""
     if workers <= 1:
-        yield map
+        yield partial(map, work)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield pool.map
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _Worker.start, (work,)) as pool:
+        yield partial(pool.map, _Worker.run)
+
+
+class _Worker:
+    """What a process of the pool does with chunks."""
+
+    work: Callable
+
+    @classmethod
+    def start(cls, work: Callable) -> None:
+        cls.work = staticmethod(work)
+
+    @classmethod
+    def run(cls, *chunk):
+        return cls.work(*chunk)
 
 
 def _chunk_bounds(path: Path, size: int) -> Iterator[tuple[int, int]]:

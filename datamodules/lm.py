@@ -125,9 +125,10 @@ class DealtBatches(Sampler[np.ndarray]):
         batches = make_batches(self.lengths, generator.permutation(order), self.max_tokens)
         return [batches[i] for i in generator.permutation(len(batches))]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of every training epoch."""
-        if epoch != self.epoch and self.shuffle_seed is not None:
+    def start_at(self, epoch: int, first: int) -> None:
+        """The next iteration gives this rank's batches of `epoch` from number `first` on."""
+        self.first = first
+        if epoch != self.epoch:
             self.epoch = epoch
             self.batches = self._compose()
 
@@ -150,23 +151,31 @@ class DealtBatches(Sampler[np.ndarray]):
 
 
 class ResumableLoader(DataLoader):
-    """A training loader whose place in the epoch is saved with Lightning's checkpoints."""
+    """A training loader whose place in its epochs is saved with Lightning's checkpoints.
 
+    It counts its epochs itself: Lightning's number is one ahead, or two, when it goes on from a
+    checkpoint that was saved at the end of an epoch or of the training.
+    """
+
+    epoch = 0
     consumed = 0
 
     def __iter__(self) -> Iterator[LMBatch]:
-        self.consumed = self.sampler.first
+        """The rest of the epoch; all of the next one if there is none."""
+        if self.consumed >= len(self.sampler):
+            self.epoch, self.consumed = self.epoch + 1, 0
+        self.sampler.start_at(self.epoch, self.consumed)
         for batch in super().__iter__():
             self.consumed += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the current epoch this rank has had."""
-        return {"consumed": self.consumed}
+        """The epoch, and how many of its batches this rank has had."""
+        return {"epoch": self.epoch, "consumed": self.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next epoch begin after the batches that were had."""
-        self.sampler.first = state["consumed"]
+        """Goes on after the batches that were had."""
+        self.epoch, self.consumed = state.get("epoch", 0), state["consumed"]
 
 
 def _rank_and_ranks() -> tuple[int, int]:

@@ -53,15 +53,17 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        half = width // 2
-        frequencies = torch.exp(torch.arange(half) * -(math.log(10000) / max(half - 1, 1)))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        # Integers, which stay what they are where a model is turned into half precision: rounded
+        # frequencies would move the angles of later places by whole radians.
+        self.register_buffer("exponents", torch.arange(width // 2), persistent=False)
         self.width = width
 
     def forward(self, length: int) -> Tensor:
         """fp32 `[length, width]` for the first `length` places of a row."""
-        places = torch.arange(length, device=self.frequencies.device) + POSITION_OFFSET
-        angles = places[:, None].float() * self.frequencies
+        scale = -math.log(10000) / max(len(self.exponents) - 1, 1)
+        frequencies = torch.exp(self.exponents.float() * scale)
+        places = torch.arange(length, device=frequencies.device) + POSITION_OFFSET
+        angles = places[:, None].float() * frequencies
         table = torch.cat([angles.sin(), angles.cos()], dim=1)
         return F.pad(table, (0, self.width - table.shape[1]))
 

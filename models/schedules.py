@@ -25,6 +25,8 @@ def cosine(
         length, begin = period, i * period
     else:
         i = math.floor(math.log(1 - done / period * (1 - t_mult), t_mult))
+        # A logarithm a little too low would give the restart itself the floor of the period before.
+        i += done >= period * (1 - t_mult ** (i + 1)) / (1 - t_mult)
         length = period * t_mult**i
         begin = period * (1 - t_mult**i) / (1 - t_mult)
     low, high = floor * shrink**i, peak * shrink**i

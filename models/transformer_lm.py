@@ -23,6 +23,12 @@ from models.decoder import (
 )
 from models.metrics import TokenLoss
 
+MORE_THAN_ZERO = (
+    *("width", "ffn_width", "layers", "heads", "max_target_positions", "lr", "lr_period_updates"),
+    *("adaptive_input_factor", "adaptive_softmax_factor"),
+)
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "softmax_dropout")
+
 
 class TokenScores(NamedTuple):
     """What a model says of the scored tokens of a batch, `n` of them, in row order.
@@ -141,6 +147,26 @@ class TransformerLM(pl.LightningModule):
 
     @staticmethod
     def _check(hparams) -> None:
+        for name in MORE_THAN_ZERO:
+            if not hparams[name] > 0:
+                raise InputError(f"--model.{name} is {hparams[name]}; expected more than 0")
+        for name in DROPOUTS:
+            if not 0 <= hparams[name] < 1:
+                raise InputError(f"--model.{name} is {hparams[name]}; expected 0 <= {name} < 1")
+        if hparams.t_mult < 1:
+            raise InputError(f"--model.t_mult is {hparams.t_mult}; expected at least 1")
+        for side in ("input", "softmax"):
+            name = f"--model.adaptive_{side}_cutoffs"
+            cutoffs = list(hparams[f"adaptive_{side}_cutoffs"])
+            if cutoffs != sorted({c for c in cutoffs if c > 0}):
+                raise InputError(f"{name} are {cutoffs}; expected ascending ids, the first over 0")
+        bands, factor = hparams.adaptive_input_cutoffs, hparams.adaptive_input_factor
+        if hparams.width // factor ** len(bands) < 1:
+            raise InputError(
+                f"--model.adaptive_input_cutoffs {list(bands)} with --model.adaptive_input_factor "
+                f"{factor} leave no width to the last band; expected fewer, as --model.width is "
+                f"{hparams.width}"
+            )
         if hparams.width % hparams.heads:
             raise InputError(
                 f"--model.width {hparams.width} is not a multiple of --model.heads {hparams.heads}"

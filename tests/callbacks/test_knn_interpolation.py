@@ -2,6 +2,7 @@
 
 import math
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from callbacks.knn_interpolation import KNNInterpolation
 from callbacks.token_scores import ScoreTable
 from models.transformer_lm import TokenScores
 from retrieval.datastore import DatastoreBuilder
+from retrieval.index import IndexBuilding, open_retriever
 from retrieval.retriever import FlatRetriever
 
 N, D, Q, K, LMBDA, TEMPERATURE = 200, 6, 70, 9, 0.3, 2.0
@@ -40,6 +42,7 @@ def world(tmp_path):
 
 
 def feed(callback, scores, batch):
+    callback.background.submit(faiss.omp_set_num_threads, 1)  # each thread has its own setting
     callback.on_test_epoch_start(None, FakeModule)
     for part in zip(*(column.split(batch) for column in scores), strict=True):
         callback.on_test_batch_end(None, FakeModule, TokenScores(*part), None, 0)
@@ -125,3 +128,106 @@ def test_score_table_is_in_corpus_order():
     table.add(position=np.array([4, 2]), x=np.array([0.4, 0.2]))
     table.add(position=np.array([0]), x=np.array([0.0]))
     assert table.gathered()["x"].tolist() == [0.0, 0.2, 0.4]
+
+
+def scores_of_all_keys(queries, keys, metric):
+    """float64 `[Q, N]`, larger is nearer."""
+    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
+    if metric == "l2":
+        return -((queries[:, None] - keys) ** 2).sum(-1)
+    if metric == "cosine":
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    return queries @ keys.T
+
+
+def mixture(table, values, scores, lmbda, temperature):
+    """The log-probabilities of targets, from the scores of all keys that take part."""
+    weights = np.exp((table - table.max(1, keepdims=True)) / temperature)
+    hits = values == scores.targets.numpy()[:, None]
+    p_knn = (weights * hits).sum(1) / weights.sum(1)
+    return np.log(lmbda * p_knn + (1 - lmbda) * np.exp(scores.log_probs.double().numpy()))
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_all_keys_vote(world, metric):
+    """k of N and of more than N: what is missing beyond them has no part."""
+    store, keys, values, scores = world
+    expected = mixture(
+        scores_of_all_keys(scores.keys.numpy(), keys, metric), values, scores, 0.6, 0.7
+    )
+    for k in (N, N + 7):
+        callback = KNNInterpolation(store, FlatRetriever(store, metric), k, 0.6, 0.7)
+        loss = feed(callback, scores, 16).loss.compute()["loss"].item()
+        assert loss == pytest.approx(-expected.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize(
+    ("distances", "similarity"), [("index", None), ("exact", None), ("exact", "cosine")]
+)
+def test_a_coarse_index_finds_and_the_settings_say_what_weighs(
+    world, metric, distances, similarity
+):
+    """The four-bit index's own distances are far from the exact ones."""
+    store, keys, values, scores = world
+    IndexBuilding(store, "SQ4", metric).run()
+    retriever = open_retriever(store, "SQ4", metric, 1)
+    callback = KNNInterpolation(
+        store, retriever, K, LMBDA, TEMPERATURE, distances=distances, similarity=similarity
+    )
+    own, found = retriever.search(scores.keys.numpy(), K)
+    if distances == "index":
+        table = -own if metric == "l2" else own
+    else:
+        everything = scores_of_all_keys(scores.keys.numpy(), keys, similarity or metric)
+        table = np.take_along_axis(everything, found, axis=1)
+    expected = mixture(table.astype(np.float64), values[found], scores, LMBDA, TEMPERATURE)
+    loss = feed(callback, scores, 16).loss.compute()["loss"].item()
+    assert loss == pytest.approx(-expected.mean(), rel=1e-6)
+
+
+def test_nothing_but_memory_that_does_not_know_is_infinitely_wrong(world):
+    store, _, _, scores = world
+    unknown = scores._replace(targets=torch.full((Q,), 13))
+    callback = feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 1.0), unknown, 16)
+    assert callback.loss.compute()["loss"].item() == math.inf
+    assert callback.statistics()["target_among_neighbors"] == 0
+    callback = feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 0.25), unknown, 16)
+    expected = -scores.log_probs.double().mean().item() - math.log(0.75)
+    assert callback.loss.compute()["loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_run_starts_its_sums_anew(world):
+    store, _, _, scores = world
+    callback = KNNInterpolation(store, FlatRetriever(store, "l2"), K, LMBDA)
+    first = feed(callback, scores, 16).loss.compute(), callback.statistics()
+    second = feed(callback, scores, 16).loss.compute(), callback.statistics()
+    assert second == first
+
+
+@pytest.mark.xfail(reason="kept and table are not emptied at the start of a run", strict=True)
+def test_each_run_keeps_its_own_tokens(world):
+    store, _, _, scores = world
+    callback = KNNInterpolation(
+        store, FlatRetriever(store, "l2"), K, LMBDA, keep_retrieved=True, keep_scores=True
+    )
+    for _ in range(2):
+        feed(callback, scores, 16)
+    assert len(callback.retrieved().scores) == Q
+    assert len(callback.table.gathered()["position"]) == Q
+
+
+@pytest.mark.xfail(
+    reason="_describe takes the index's first and last, but recomputed distances have another "
+    "order, and an index that counts masked rows has gaps in the middle",
+    strict=True,
+)
+def test_statistics_are_of_the_nearest_and_the_farthest(world):
+    store, keys, _, scores = world
+    rows = np.tile([7, 3, -1, 11, 5], (Q, 1))
+    callback = KNNInterpolation(store, Finds(rows), 5, LMBDA)
+    statistics = feed(callback, scores, Q).statistics()
+    distances = ((scores.keys.double().numpy()[:, None] - keys[[7, 3, 11, 5]]) ** 2).sum(-1)
+    assert statistics["nearest_distance"] == pytest.approx(distances.min(1).mean(), rel=1e-5)
+    assert statistics["kth_distance"] == pytest.approx(distances.max(1).mean(), rel=1e-5)

@@ -37,9 +37,7 @@ def test_saved_columns_of_two_tables_share_their_rows(tmp_path):
     target, knn = rng.integers(0, 9, 20), rng.normal(size=20).astype(np.float32)
     one, two = rng.permutation(20), rng.permutation(20)
     path = tmp_path / "new" / "scores.npz"
-    save_scores(
-        path, table_of(one, 3, target=target[one]), table_of(two, 7, knn_log_prob=knn[two])
-    )
+    save_scores(path, table_of(one, 3, target=target[one]), table_of(two, 7, knn_log_prob=knn[two]))
     saved = np.load(path)
     assert set(saved) == {"position", "target", "knn_log_prob"}
     np.testing.assert_array_equal(saved["position"], np.arange(20))

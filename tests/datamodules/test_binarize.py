@@ -132,9 +132,9 @@ def test_several_processes(tmp_path, monkeypatch):
     pools = []
 
     class Recorded(module.ProcessPoolExecutor):
-        def __init__(self, workers, **kwargs):
+        def __init__(self, workers, *args):
             pools.append(workers)
-            super().__init__(workers, **kwargs)
+            super().__init__(workers, *args)
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", Recorded)
     monkeypatch.setattr(module, "CHUNK_BYTES", 150)

@@ -147,6 +147,13 @@ def test_sinusoidal_table_is_fairseqs(width):
     np.testing.assert_allclose(table, expected, atol=2e-4)  # fp32 angles of up to 600
 
 
+def test_half_precision_leaves_the_angles_alone():
+    table = SinusoidalPositions(64)
+    expected = table(600)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(SinusoidalPositions(64).to(dtype)(600), expected)
+
+
 # -- what it must not depend on -----------------------------------------------------------------
 
 

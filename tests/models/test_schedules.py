@@ -73,6 +73,14 @@ def test_cosine_by_hand(update, rate):
     assert cosine(update, **ANNEAL, t_mult=2, shrink=0.5) == pytest.approx(rate)
 
 
+def test_cosine_starts_anew_where_fairseqs_logarithm_rounds_down():
+    """math.log(243, 3) is 4.999…: fairseq gives the floor for that one update."""
+    settings = {**ANNEAL, "warmup_updates": 0, "period": 10, "t_mult": 3, "shrink": 1}
+    restarts = [0, 10, 40, 130, 400, 1210]
+    assert [cosine(update, **settings) for update in restarts] == pytest.approx([0.8] * 6)
+    assert cosine(1209, **settings) == pytest.approx(0.02, rel=1e-3)
+
+
 @pytest.mark.parametrize("t_mult", [1, 2])
 def test_cosine_jumps_nowhere_but_at_restarts(t_mult):
     rates = [cosine(u, **ANNEAL, t_mult=t_mult, shrink=0.5) for u in range(500)]

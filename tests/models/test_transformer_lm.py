@@ -177,6 +177,14 @@ def test_validation_logs_the_perplexity_of_all_tokens(batch):
         ),
         ({**BANDS, "adaptive_input_cutoffs": []}, ("--model.tie_weights",)),
         ({"heads": 3}, ("--model.width 8", "--model.heads 3")),
+        ({"heads": 0}, ("--model.heads is 0",)),
+        ({"lr": 0.0}, ("--model.lr is 0",)),
+        ({"lr_period_updates": 0}, ("--model.lr_period_updates is 0",)),
+        ({"t_mult": 0.5}, ("--model.t_mult is 0.5", "at least 1")),
+        ({"attention_dropout": 1.0}, ("--model.attention_dropout is 1.0",)),
+        ({"adaptive_input_cutoffs": [6, 6]}, ("--model.adaptive_input_cutoffs are [6, 6]",)),
+        ({"adaptive_softmax_cutoffs": [0]}, ("--model.adaptive_softmax_cutoffs are [0]",)),
+        ({"adaptive_input_cutoffs": [6, 15]}, ("[6, 15]", "_factor 4", "--model.width is 8")),
     ],
 )
 def test_settings_that_contradict_one_another(settings, words):

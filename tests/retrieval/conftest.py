@@ -6,17 +6,20 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import torch
 
 from retrieval.datastore import Datastore, DatastoreBuilder
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine faiss's threads spend far longer waiting for one another than working."""
-    before = faiss.omp_get_max_threads()
+    """On a busy machine the threads of so small tasks spend their time waiting for one another."""
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     yield
-    faiss.omp_set_num_threads(before)
+    torch.set_num_threads(before[0])
+    faiss.omp_set_num_threads(before[1])
 
 
 @pytest.fixture

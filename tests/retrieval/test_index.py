@@ -73,7 +73,7 @@ def test_visiting_every_list_is_exact(make_store, queries, metric, masked):
     "factory", ["IVF7,SQ8", "IVF7,SQfp16", "IVF7,PQ4x4", "RR8,IVF7,RaBitQfs", "OPQ4,IVF7,PQ4x4"]
 )
 def test_compressed_types_find_most_and_their_training_is_seeded(make_store, queries, factory):
-    store, keys, _ = make_store(rows=600)
+    store, keys, _ = make_store(rows=400)
     found = []
     for _ in range(2):
         path = IndexBuilding(store, factory, "l2").run()

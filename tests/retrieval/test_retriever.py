@@ -32,7 +32,7 @@ def poisoned(store: Datastore) -> Datastore:
 
 @pytest.mark.parametrize("masked", [(), MASKED], ids=["all", "masked"])
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
-@pytest.mark.parametrize("k", [1, 5, 40, 83, 95], ids=lambda k: f"k{k}")
+@pytest.mark.parametrize("k", [1, 40, 83, 95], ids=lambda k: f"k{k}")
 def test_every_k_against_all_distances(make_store, monkeypatch, metric, masked, k):
     """k goes beyond a block (32 keys), up to all keys and beyond them."""
     monkeypatch.setattr(datastore_module, "BLOCK_BYTES", 4 * DIM * BLOCK)
