@@ -1,6 +1,7 @@
 """`DatastoreWriter`: one pass of `trainer.predict` over a split fills its datastore."""
 
 import time
+from contextlib import suppress
 
 import numpy as np
 from pytorch_lightning import LightningModule, Trainer
@@ -27,6 +28,12 @@ class DatastoreWriter(BasePredictionWriter):
         self.background = Background()
         self.last_sync = time.perf_counter()
         self.datastore: Datastore | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Publishes a store that only lacks its mark: without batches Lightning runs no loop."""
+        if trainer.is_global_zero and self.builder.n_written == len(self.builder.written):
+            self.builder.finish()
+        trainer.strategy.barrier()
 
     def write_on_batch_end(
         self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx
@@ -58,6 +65,7 @@ class DatastoreWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Keeps what was written so far."""
-        self.background.drain()
+        """Keeps what was written so far, also where writing itself has failed."""
+        with suppress(Exception):
+            self.background.drain()
         self.builder.sync()

@@ -89,6 +89,9 @@ class KNNInterpolation(Callback):
         """Starts new sums."""
         self.loss.reset()
         self.means.reset()
+        self.waiting, self.kept = [], []
+        if self.table is not None:
+            self.table = ScoreTable()
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
@@ -130,12 +133,18 @@ class KNNInterpolation(Callback):
             )
 
     def _describe(self, distances: np.ndarray, rows: np.ndarray, hits: Tensor) -> None:
-        found = rows[:, 0] >= 0
-        last = np.maximum((rows >= 0).sum(1) - 1, 0)
-        kth = np.take_along_axis(distances, last[:, None], axis=1)[:, 0]
         self.means["target_among_neighbors"].update(hits.any(dim=1).float())
-        self.means["nearest_distance"].update(torch.from_numpy(distances[found, 0]))
-        self.means["kth_distance"].update(torch.from_numpy(kth[found]))
+        some = (rows >= 0).any(axis=1)  # of a token without neighbours there is no distance
+        found, distances = rows[some] >= 0, distances[some]
+        ends = [np.where(found, distances, end).T for end in (np.inf, -np.inf)]
+        nearest, farthest = (
+            ends[0].min(axis=0, initial=np.inf),
+            ends[1].max(axis=0, initial=-np.inf),
+        )
+        if self.similarity != "l2":  # similarities: large is near
+            nearest, farthest = farthest, nearest
+        self.means["nearest_distance"].update(torch.from_numpy(nearest))
+        self.means["kth_distance"].update(torch.from_numpy(farthest))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches."""

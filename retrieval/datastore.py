@@ -7,6 +7,7 @@ never found.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from errors import InputError, exit_with_one_sentence
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 
 KIND, VERSION = "datastore", 1
+FIELDS = ("complete", "rows", "dim", "dtype", "value_dtype", "masked", "made_from")
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 BLOCK_BYTES = 64 << 20
 """How much of the keys is read at once, as fp32."""
@@ -57,7 +59,9 @@ class Datastore:
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such datastore; --save_datastore or --knnlm makes it")
-        manifest = read_manifest(path / "manifest.json", KIND, VERSION)
+        manifest = read_manifest(path / "manifest.json", KIND, VERSION, FIELDS)
+        if manifest["dtype"] not in DTYPES:
+            raise InputError(f"{path}: has keys of type {manifest['dtype']}; expected fp16 or fp32")
         if not manifest["complete"]:
             raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
         rows, dim = manifest["rows"], manifest["dim"]
@@ -81,7 +85,7 @@ class Datastore:
             InputError: there is a manifest, but not a datastore's.
         """
         manifest = path / "manifest.json"
-        return manifest.exists() and read_manifest(manifest, KIND, VERSION)["complete"]
+        return manifest.exists() and read_manifest(manifest, KIND, VERSION, FIELDS)["complete"]
 
     def __len__(self) -> int:
         """Rows, the masked ones included."""
@@ -175,33 +179,45 @@ class DatastoreBuilder:
                 self._check_existing()
             else:
                 self._create()
-        self.keys = np.load(self.path / "keys.npy", mmap_mode="r+")
-        self.values = np.load(self.path / "values.npy", mmap_mode="r+")
-        self.written = np.load(self.path / "written.npy", mmap_mode="r+")
+        arrays = self._arrays()
+        self.keys, self.values, self.written = (
+            _open_array(self.path / name, shape, kind, mode="r+")
+            for name, (kind, shape) in arrays.items()
+        )
         self.unmarked: list[np.ndarray] = []
 
     def _check_existing(self) -> None:
-        manifest = read_manifest(self.path / "manifest.json", KIND, VERSION)
+        manifest = read_manifest(self.path / "manifest.json", KIND, VERSION, FIELDS)
         if manifest["complete"]:
             raise InputError(f"{self.path}: already holds a complete datastore; expected none")
         refuse_mismatch(self.path, manifest["made_from"], self.fields["made_from"])
         refuse_mismatch(self.path, manifest, self.fields)
+        if len(self.masked) and not np.array_equal(
+            self.masked, _open_array(self.path / "masked.npy", self.masked.shape, self.masked.dtype)
+        ):
+            raise InputError(
+                f"{self.path / 'masked.npy'}: masks other rows than this command would"
+            )
+
+    def _arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Type and shape of each file while the store is written."""
+        rows, dim = self.fields["rows"], self.fields["dim"]
+        return {
+            "keys.npy": (DTYPES[self.fields["dtype"]], (rows, dim)),
+            "values.npy": (np.dtype(self.fields["value_dtype"]), (rows,)),
+            "written.npy": (np.dtype(bool), (rows,)),
+        }
 
     def _create(self) -> None:
-        rows, dim = self.fields["rows"], self.fields["dim"]
-        dtype, value_dtype = DTYPES[self.fields["dtype"]], np.dtype(self.fields["value_dtype"])
-        needed = rows * (dim * dtype.itemsize + value_dtype.itemsize + 1) + 4096
+        arrays = self._arrays()
+        needed = 4096 + sum(kind.itemsize * math.prod(shape) for kind, shape in arrays.values())
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise InputError(
                 f"{self.path}: the datastore needs {needed / 1e9:.1f} GB but the disk has "
                 f"{free / 1e9:.1f} GB free; --knn.dtype fp16 halves it, --knn.datastore moves it"
             )
-        for name, kind, shape in (
-            ("keys.npy", dtype, (rows, dim)),
-            ("values.npy", value_dtype, (rows,)),
-            ("written.npy", np.dtype(bool), (rows,)),
-        ):
+        for name, (kind, shape) in arrays.items():
             open_memmap(self.path / name, mode="w+", dtype=kind, shape=shape).flush()
         if len(self.masked):
             np.save(self.path / "masked.npy", self.masked)
@@ -228,7 +244,10 @@ class DatastoreBuilder:
 
         Raises:
             InputError: a key is not finite in the datastore's type.
+            ValueError: a value is outside the vocabulary.
         """
+        if len(values) and not 0 <= values.min() <= values.max() < self.fields["vocab_size"]:
+            raise ValueError(f"values from {values.min()} to {values.max()} in {self.path}")
         if len(self.masked):
             at = np.searchsorted(self.masked, rows)
             free = self.masked[np.minimum(at, len(self.masked) - 1)] != rows
@@ -264,10 +283,12 @@ class DatastoreBuilder:
         return Datastore.open(self.path)
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _open_array(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Literal["r", "r+"] = "r"
+) -> np.ndarray:
     """Maps a .npy file that must hold exactly this shape and type."""
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")  # in mode r+ numpy would lengthen a short file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the datastore's manifest promises it") from None
     except (ValueError, EOFError, OSError) as error:
@@ -282,7 +303,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
             f"{path}: holds {array.dtype} {list(array.shape)}, "
             f"but the manifest says {dtype} {list(shape)}"
         )
-    return array
+    return array if mode == "r" else np.load(path, mmap_mode=mode)
 
 
 def _open_raw(

@@ -7,8 +7,11 @@
 import math
 import os
 import re
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import faiss
@@ -175,6 +178,21 @@ def on_gpus(index: faiss.Index) -> faiss.Index:
         return index
 
 
+@contextmanager
+def interrupts_held() -> Iterator[list[int]]:
+    """Keeps interrupts from ending a faiss call half way, which would leave an index in parts;
+    those that came are in the list it gives."""
+    held: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield held  # signals reach the main thread only
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield held
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _reason(error: RuntimeError) -> str:
     """What a faiss error says, without where in faiss it arose."""
     return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
@@ -239,11 +257,7 @@ class IndexBuilding:
             self.seconds["train"] = time.perf_counter() - start
             self._keep(index)
         start = time.perf_counter()
-        try:
-            self._add(index, report)
-        except KeyboardInterrupt:
-            self._keep(index)
-            raise
+        self._add(index, report)
         self.seconds["add"] = time.perf_counter() - start
         self._write(index, self.path)
         fields = {**self.identity, "complete": True, "seconds": self.seconds}
@@ -262,7 +276,11 @@ class IndexBuilding:
         manifest = read_manifest(self._partial_manifest, KIND, VERSION)
         if any(manifest.get(key) != value for key, value in self.identity.items()):
             return None
-        return on_gpus(faiss.read_index(str(self.partial)))
+        try:
+            return on_gpus(faiss.read_index(str(self.partial)))
+        except RuntimeError as error:
+            print(f"{self.partial}: cannot be read ({_reason(error)}); building anew")
+            return None
 
     def _train(self, index: faiss.Index) -> None:
         """Trains on a seeded random sample, read in file order."""
@@ -290,8 +308,15 @@ class IndexBuilding:
         total = self.datastore.n_keys
         report("adding", index.ntotal, total)
         for block in self.datastore.blocks(start=index.ntotal):
-            index.add(normalized(block, self.metric))
-            report("adding", index.ntotal, total)
+            with interrupts_held() as held:
+                index.add(normalized(block, self.metric))
+            try:
+                report("adding", index.ntotal, total)
+                if held:
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                self._keep(index)
+                raise
             if index.ntotal < total and time.perf_counter() - last_kept > pause:
                 start = time.perf_counter()
                 self._keep(index)

@@ -99,7 +99,8 @@ def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tens
     >>> round(knn_log_prob(scores, torch.tensor([[True, False, True, True]])).exp().item(), 4)
     0.6667
     """
-    scaled = scores / temperature
+    best = scores.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
+    scaled = (scores - best) / temperature  # only differences matter, and these are exact
     of_target = scaled.masked_fill(~hits, -torch.inf).logsumexp(dim=1)
     return torch.where(of_target.isneginf(), of_target, of_target - scaled.logsumexp(dim=1))
 

@@ -4,23 +4,26 @@ products which do not fit together."""
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import InputError
 
 
-def read_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:
+def read_manifest(
+    path: Path, kind: str, version: int, required: Sequence[str] = ()
+) -> dict[str, Any]:
     """Reads the manifest of a product.
 
     Args:
         path: the JSON file.
         kind: what it must describe, e.g. "datastore".
         version: the newest format version that the caller understands.
+        required: fields that the caller needs.
 
     Raises:
-        InputError: missing, not JSON, of another kind or a newer version.
+        InputError: missing, not JSON, incomplete, of another kind or a newer version.
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -31,10 +34,12 @@ def read_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else manifest
         raise InputError(f"{path}: describes {found!r}; expected the manifest of a {kind}")
-    if manifest["version"] > version:
-        raise InputError(
-            f"{path}: has format version {manifest['version']}; this program reads up to {version}"
-        )
+    found = manifest.get("version")
+    if not isinstance(found, int) or found > version:
+        raise InputError(f"{path}: has format version {found}; this program reads up to {version}")
+    missing = [field for field in required if field not in manifest]
+    if missing:
+        raise InputError(f"{path}: lacks {', '.join(missing)}; expected the manifest of a {kind}")
     return manifest
 
 

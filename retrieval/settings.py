@@ -1,5 +1,6 @@
 """Everything that `--knn.*` sets, and the checks that need no file."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,8 +50,10 @@ class KNNSettings:
         """Raises InputError where a value alone cannot be right."""
         if self.lmbda != "auto" and not 0 <= self.lmbda <= 1:
             raise InputError(f"--knn.lmbda is {self.lmbda}; expected auto or a number from 0 to 1")
-        if not self.temperature > 0:
-            raise InputError(f"--knn.temperature is {self.temperature}; expected more than 0")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(
+                f"--knn.temperature is {self.temperature}; expected a finite number, more than 0"
+            )
         for name in ("k", "nprobe"):
             if getattr(self, name) < 1:
                 raise InputError(f"--knn.{name} is {getattr(self, name)}; expected at least 1")

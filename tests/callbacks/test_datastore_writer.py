@@ -169,25 +169,16 @@ def overflowing(parts):
 
 
 def test_errors_of_the_writing_thread_surface(overflowing, tmp_path):
-    with pytest.raises(InputError, match="--knn.dtype fp32"):
+    with pytest.raises(InputError, match=r"--knn.dtype fp32"):
         dump(*overflowing, tmp_path / "s", dtype="fp16")
 
 
-@pytest.mark.xfail(
-    reason="on_exception: drain raises the next batch's error, so sync is never reached",
-    strict=True,
-)
 def test_what_was_written_before_an_error_is_kept(overflowing, tmp_path):
     with pytest.raises(InputError):
         dump(*overflowing, tmp_path / "s", dtype="fp16", sync_seconds=1e9)
     assert np.load(tmp_path / "s" / "written.npy").sum() > 0
 
 
-@pytest.mark.xfail(
-    reason="Lightning skips a loop without batches and its hooks: never marked complete, and the "
-    "sentence says to repeat the command, for ever",
-    strict=True,
-)
 def test_a_store_that_only_lacks_its_mark_is_finished(parts, tmp_path):
     """Interrupted after the last batch."""
     data, model = parts

@@ -206,7 +206,6 @@ def test_each_run_starts_its_sums_anew(world):
     assert second == first
 
 
-@pytest.mark.xfail(reason="kept and table are not emptied at the start of a run", strict=True)
 def test_each_run_keeps_its_own_tokens(world):
     store, _, _, scores = world
     callback = KNNInterpolation(
@@ -218,11 +217,6 @@ def test_each_run_keeps_its_own_tokens(world):
     assert len(callback.table.gathered()["position"]) == Q
 
 
-@pytest.mark.xfail(
-    reason="_describe takes the index's first and last, but recomputed distances have another "
-    "order, and an index that counts masked rows has gaps in the middle",
-    strict=True,
-)
 def test_statistics_are_of_the_nearest_and_the_farthest(world):
     store, keys, _, scores = world
     rows = np.tile([7, 3, -1, 11, 5], (Q, 1))

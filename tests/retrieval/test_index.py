@@ -209,11 +209,6 @@ def test_what_another_seed_began_is_not_continued(make_store):
     assert stages[0][0] == "training"
 
 
-@pytest.mark.xfail(
-    reason="an interrupt between two of faiss's own blocks leaves the inner index of a chain "
-    "ahead of the outer one; kept and continued, it holds keys twice",
-    strict=True,
-)
 def test_interrupt_inside_faiss(make_store, queries, monkeypatch):
     def make_interrupted(*args):
         index = make_index(*args)
@@ -226,7 +221,7 @@ def test_interrupt_inside_faiss(make_store, queries, monkeypatch):
         index.add = add
         return index
 
-    store, keys, _ = make_store()
+    store, _, _ = make_store()
     monkeypatch.setattr(index_module, "make_index", make_interrupted)
     with pytest.raises(KeyboardInterrupt):
         IndexBuilding(store, "RR8,IVF7,SQ8", "l2").run()
@@ -237,7 +232,6 @@ def test_interrupt_inside_faiss(make_store, queries, monkeypatch):
     assert all(len(set(found)) == 300 for found in rows.tolist())
 
 
-@pytest.mark.xfail(reason="RuntimeError: a damaged partial index is not begun anew", strict=True)
 def test_damaged_partial_index_is_begun_anew(make_store):
     def interrupt(stage, done, total):
         if done == 300:
@@ -272,7 +266,7 @@ def test_rows_without_a_key_are_neither_trained_on_nor_found(make_store, queries
 @pytest.mark.parametrize("factory", ["IVF7,Flat", "RR8,IVF7,Flat", "IVF7,SQ8,RFlat"])
 def test_nprobe_is_how_many_lists_are_visited(make_store, queries, factory):
     """Also behind a rotation and before a refinement."""
-    store, keys, _ = make_store()
+    store, _, _ = make_store()
     path = IndexBuilding(store, factory, "l2").run()
     index = faiss.read_index(str(path))
     sizes = [faiss.extract_index_ivf(index).get_list_size(i) for i in range(7)]
