@@ -13,6 +13,7 @@ from errors import InputError
 from retrieval import datastore as datastore_module
 from retrieval import index as index_module
 from retrieval.datastore import Datastore
+from retrieval.foreign import import_datastore
 from retrieval.index import IndexBuilding, auto_factory, make_index, open_retriever
 from retrieval.retriever import FlatRetriever
 
@@ -72,18 +73,14 @@ def test_visiting_every_list_is_exact(make_store, queries, metric, masked):
 @pytest.mark.parametrize(
     "factory", ["IVF7,SQ8", "IVF7,SQfp16", "IVF7,PQ4x4", "RR8,IVF7,RaBitQfs", "OPQ4,IVF7,PQ4x4"]
 )
-def test_compressed_types_find_most_and_their_training_is_seeded(make_store, queries, factory):
+def test_compressed_types_find_most(make_store, queries, factory):
+    """Of the 50 nearest of 400; whoever finds at random finds one in eight."""
     store, keys, _ = make_store(rows=400)
-    found = []
-    for _ in range(2):
-        path = IndexBuilding(store, factory, "l2").run()
-        _, rows = open_retriever(store, factory, "l2", nprobe=7).search(queries, 50)
-        found.append(rows)
-        path.unlink()
-    np.testing.assert_array_equal(found[0], found[1])
+    IndexBuilding(store, factory, "l2").run()
+    _, found = open_retriever(store, factory, "l2", nprobe=7).search(queries, 50)
     _, order = brute_force(queries, keys, "l2", 50)
-    recall = np.mean([np.isin(a, b).mean() for a, b in zip(order, found[0], strict=True)])
-    assert recall > 0.3
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(order, found, strict=True)])
+    assert recall > 0.4
 
 
 def test_interrupted_adding_goes_on(make_store, queries, monkeypatch):
@@ -164,7 +161,7 @@ def test_the_same_seed_gives_the_same_file(make_store, monkeypatch):
     monkeypatch.setattr(index_module, "POINTS_PER_CENTROID", 10)
     stores = [make_store(name=name)[0] for name in "abc"]
     a, b, c = (
-        contents(IndexBuilding(store, "IVF7,SQ8", "l2", seed).run())
+        contents(IndexBuilding(store, "RR8,IVF7,PQ4x2", "l2", seed).run())
         for store, seed in zip(stores, (1, 1, 2), strict=True)
     )
     assert a == b
@@ -333,3 +330,60 @@ def test_auto_suits_faiss_and_memory(n_keys, dim):
 def test_auto_is_exact_up_to_four_million_numbers():
     assert auto_factory(4096, 1024) == "flat"
     assert auto_factory(4097, 1024) != "flat"
+
+
+def test_training_sees_what_is_searched(make_store, new_builder, tmp_path, queries):
+    """The ranges of four-bit codes are learnt: of unit vectors under cosine, not of long keys."""
+    _, keys, values = make_store()
+    keys = keys * np.random.default_rng(0).uniform(50, 500, (300, 1)).astype(np.float32)
+    builder = new_builder(tmp_path / "long")
+    builder.write(np.arange(300), keys, values)
+    builder.sync()
+    store = builder.finish()
+    IndexBuilding(store, "SQ4", "cosine").run()
+    _, rows = open_retriever(store, "SQ4", "cosine", 1).search(queries, 20)
+    _, order = brute_force(queries, keys, "cosine", 20)
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(order, rows, strict=True)]) > 0.7
+
+
+@pytest.mark.xfail(
+    reason="an interrupt while keys are read, between two adds, does not keep what was added",
+    strict=True,
+)
+def test_interrupt_while_keys_are_read(make_store, monkeypatch):
+    monkeypatch.setattr(datastore_module, "BLOCK_BYTES", 4 * 8 * 50)
+    store, _, _ = make_store()
+    whole = Datastore.blocks
+
+    def interrupted(self, start=0, block_rows=None):
+        blocks = whole(self, start, block_rows)
+        yield next(blocks)
+        yield next(blocks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Datastore, "blocks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        IndexBuilding(store, "IVF7,SQ8", "l2").run()
+    assert faiss.read_index(str(IndexBuilding(store, "IVF7,SQ8", "l2").partial)).ntotal == 100
+
+
+@pytest.mark.xfail(
+    reason="made_from is empty, so all raw datastores of one shape have one fingerprint",
+    strict=True,
+)
+def test_index_of_another_raw_datastore(tmp_path):
+    rng, stores = np.random.default_rng(0), []
+    for name in ("a", "b"):
+        rng.normal(size=(300, 8)).astype(np.float32).tofile(tmp_path / f"{name}_keys.npy")
+        rng.integers(0, 50, 300).tofile(tmp_path / f"{name}_vals.npy")
+        stores.append(import_datastore(tmp_path / name, tmp_path / f"of-{name}", 300, 8))
+    path = IndexBuilding(stores[0], "IVF7,SQ8", "l2").run()
+    with pytest.raises(InputError, match="its datastore is "):
+        open_retriever(stores[1], str(path), "l2", 1)
+
+
+@pytest.mark.xfail(reason="RuntimeError of faiss after training instead of a sentence", strict=True)
+def test_types_that_number_keys_themselves_are_refused(make_store):
+    store, _, _ = make_store()
+    with pytest.raises(InputError, match="IDMap"):
+        IndexBuilding(store, "IDMap,Flat", "l2").run()

@@ -222,10 +222,14 @@ def planted(tokens, lmbda, temperature, k=16, vocab=5):
 
 
 def test_tuning_finds_what_was_planted():
-    lm, scores, hits = planted(3000, lmbda=0.4, temperature=8.0)
-    tuned = tune(lm, scores, hits)
-    assert abs(tuned.lmbda - 0.4) < 0.06
-    assert 5 < tuned.temperature < 13
+    """Far from temperature 1, and although some tokens found nothing."""
+    lm, scores, hits = planted(3000, lmbda=0.4, temperature=300.0)
+    scores[::13] = -torch.inf
+    tuned = tune(lm, scores, hits & ~scores.isneginf())
+    assert abs(tuned.lmbda - 0.4) < 0.1
+    assert 190 < tuned.temperature < 480
+    steps = np.abs(np.log2(tuned.temperatures / tuned.temperature))
+    assert np.isclose(steps, 0.25).sum() == 2  # both neighbours were tried
     assert tuned.loss == tuned.losses.min()
     assert tuned.losses.shape == (len(tuned.temperatures), len(tuned.lmbdas))
     assert np.isin([tuned.lmbda], tuned.lmbdas)
