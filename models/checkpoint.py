@@ -9,6 +9,9 @@ from errors import InputError
 from models.fairseq import is_fairseq_checkpoint, load_fairseq_checkpoint
 from models.transformer_lm import TransformerLM
 
+COMPUTING = ("heads", "pre_norm", "scale_embedding", "activation", "positions")
+"""Settings that weights of the same shapes may differ in."""
+
 
 def load_model(path: Path) -> TransformerLM:
     """A `TransformerLM` from a checkpoint of train.py or of fairseq, on the CPU, for evaluation.
@@ -33,9 +36,11 @@ def load_model(path: Path) -> TransformerLM:
     return model.eval()
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of all weights, whatever file they came from."""
-    digest = hashlib.blake2b(digest_size=8)
+def model_fingerprint(model: TransformerLM) -> str:
+    """A hash of all weights and of the settings that change what they compute, whatever file they
+    came from."""
+    settings = {name: model.hparams[name] for name in COMPUTING}
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -220,11 +220,18 @@ def test_each_run_keeps_its_own_tokens(world):
     assert len(callback.table.gathered()["position"]) == Q
 
 
-def test_statistics_are_of_the_nearest_and_the_farthest(world):
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_statistics_are_of_the_nearest_and_the_farthest(world, metric):
+    """In whatever order an index gives them, with gaps, and one token that finds nothing."""
     store, keys, _, scores = world
     rows = np.tile([7, 3, -1, 11, 5], (Q, 1))
-    callback = KNNInterpolation(store, Finds(rows), 5, LMBDA)
-    statistics = feed(callback, scores, Q).statistics()
-    distances = ((scores.keys.double().numpy()[:, None] - keys[[7, 3, 11, 5]]) ** 2).sum(-1)
-    assert statistics["nearest_distance"] == pytest.approx(distances.min(1).mean(), rel=1e-5)
-    assert statistics["kth_distance"] == pytest.approx(distances.max(1).mean(), rel=1e-5)
+    rows[13] = -1
+    retriever = Finds(rows)
+    retriever.metric = metric
+    statistics = feed(KNNInterpolation(store, retriever, 5, LMBDA), scores, Q).statistics()
+    table = scores_of_all_keys(scores.keys.numpy(), keys[[7, 3, 11, 5]], metric)
+    table = np.delete(table, 13, axis=0) * (-1 if metric == "l2" else 1)
+    low, high = table.min(1).mean(), table.max(1).mean()
+    nearest, farthest = (low, high) if metric == "l2" else (high, low)
+    assert statistics["nearest_distance"] == pytest.approx(nearest, rel=1e-5)
+    assert statistics["kth_distance"] == pytest.approx(farthest, rel=1e-5)
