@@ -30,8 +30,9 @@ def test_submit_waits_when_enough_are_ahead():
     third = threading.Thread(target=background.submit, args=(int,))
     third.start()
     third.join(timeout=0.2)
-    assert third.is_alive()
+    waits = third.is_alive()
     gate.set()
+    assert waits
     third.join(timeout=10)
     assert not third.is_alive()
     background.drain()
