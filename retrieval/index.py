@@ -158,12 +158,15 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
         InputError: faiss does not know the factory string.
     """
     try:
-        return faiss.index_factory(dim, factory, FAISS_METRICS[metric])
+        index = faiss.index_factory(dim, factory, FAISS_METRICS[metric])
     except RuntimeError as error:
         raise InputError(
             f"--knn.index is {factory!r}; expected flat, auto, the path of an index or a faiss "
             f"factory string that suits dimension {dim} ({_reason(error)})"
         ) from None
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
+        raise InputError(f"--knn.index is {factory!r}; expected a type that counts keys itself")
+    return index
 
 
 def on_gpus(index: faiss.Index) -> faiss.Index:
@@ -183,7 +186,8 @@ def interrupts_held() -> Iterator[list[int]]:
     """Keeps interrupts from ending a faiss call half way, which would leave an index in parts;
     those that came are in the list it gives."""
     held: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield held  # signals reach the main thread only
         return
     before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))

@@ -264,10 +264,6 @@ def test_interrupt_while_faiss_adds_waits_for_its_end(signalled_index):
     assert faiss.read_index(str(building.partial)).ntotal == 150
 
 
-@pytest.mark.xfail(
-    reason="held and raised although the process was told to ignore SIGINT, as under nohup or `&`",
-    strict=True,
-)
 def test_ignored_interrupts_stay_ignored(signalled_index):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     building = IndexBuilding(signalled_index, "IVF7,SQ8", "l2")
@@ -416,10 +412,6 @@ def test_interrupt_while_keys_are_read(make_store, monkeypatch):
     assert faiss.read_index(str(IndexBuilding(store, "IVF7,SQ8", "l2").partial)).ntotal == 100
 
 
-@pytest.mark.xfail(
-    reason="made_from is empty, so all raw datastores of one shape have one fingerprint",
-    strict=True,
-)
 def test_index_of_another_raw_datastore(tmp_path):
     rng, stores = np.random.default_rng(0), []
     for name in ("a", "b"):
@@ -431,7 +423,6 @@ def test_index_of_another_raw_datastore(tmp_path):
         open_retriever(stores[1], str(path), "l2", 1)
 
 
-@pytest.mark.xfail(reason="RuntimeError of faiss after training instead of a sentence", strict=True)
 def test_types_that_number_keys_themselves_are_refused(make_store):
     store, _, _ = make_store()
     with pytest.raises(InputError, match="IDMap"):
