@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from jsonargparse import Namespace
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -55,21 +54,14 @@ class ProgramCLI(LightningCLI):
         """The known corpus's name or the folder's."""
         return Path(self.config.data.corpus).resolve().name
 
-    def make_trainer(self, callbacks: list[Callback], log_dir: Path, **overrides) -> Trainer:
+    def make_trainer(self, callbacks: list[Callback], log_dir: Path) -> Trainer:
         """A Lightning trainer for one stage, with the user's settings and our callbacks."""
-        settings = {**self.config_init.trainer, **overrides}
+        settings = {**self.config_init.trainer}
         if settings["logger"] in (None, True):
             settings["logger"] = TensorBoardLogger(log_dir.parent, name="", version=log_dir.name)
         settings["default_root_dir"] = self.run_dir
         settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
         return Trainer(**settings)
-
-    def instantiate_sections(self, *names: str) -> Namespace:
-        """Makes the objects of some sections only."""
-        config = self.config.clone()
-        for section in {"model", "data", "trainer"} - set(names):
-            config.pop(section, None)
-        return self.parser.instantiate(config)
 
 
 def check_row_length(tokens_per_sample: int, max_target_positions: int) -> None:

@@ -86,7 +86,9 @@ class EvaluateCLI(ProgramCLI):
         self.ckpt_path = Path(path)
         self.model = load_model(self.ckpt_path)
         self.model.key_width(self.knn.key_type)
-        self.config_init = self.instantiate_sections("data", "trainer")
+        config = self.config.clone()
+        config.pop("model")
+        self.config_init = self.parser.instantiate(config)
         self.datamodule: LMDataModule = self.config_init.data
         check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
         self.datamodule.max_target_positions = self.model.max_target_positions
@@ -244,13 +246,20 @@ class Evaluation:
         self.seconds |= {f"index_{stage}": s for stage, s in builder.seconds.items()}
         return datastore
 
-    def check_search(self) -> None:
+    def check_search(self, split: str) -> None:
         """Everything about the search that can be wrong, before any long work."""
         existing = self.open_fitting_datastore("train")
-        n_keys = (
-            int(self.data.stream("train").line_starts[-1]) if existing is None else existing.n_keys
-        )
         where = self.datastore_path("train")
+        if existing is None:
+            stored, n_keys = self.data.fingerprint("train"), len(self.data.stream("train").tokens)
+        else:
+            stored, n_keys = existing.manifest["made_from"].get("corpus"), existing.n_keys
+        for predicted in {split, "valid"} if self.knn.lmbda == "auto" else {split}:
+            if stored == self.data.fingerprint(predicted):
+                raise InputError(
+                    f"--split {predicted}: {where} holds this very split, so that every token "
+                    "would find its own key; expected another split, or another --knn.datastore"
+                )
         if self.knn.k > n_keys:
             raise InputError(f"--knn.k is {self.knn.k}, but {where} has only {n_keys} keys")
         if is_path(self.knn.index):
@@ -308,7 +317,7 @@ class Evaluation:
             results = self.score(split, *lm_scores)
             self.save_scores(*(callback.table for callback in lm_scores))
             return results
-        self.check_search()
+        self.check_search(split)
         datastore = self.ensure_datastore_and_index("train")
         retriever = open_retriever(datastore, self.knn.index, self.knn.metric, self.knn.nprobe)
         self.model.key_type = self.knn.key_type

@@ -8,7 +8,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 
 from callbacks.background import Background
-from retrieval.datastore import Datastore, DatastoreBuilder
+from retrieval.datastore import DatastoreBuilder
 
 
 class DatastoreWriter(BasePredictionWriter):
@@ -27,7 +27,6 @@ class DatastoreWriter(BasePredictionWriter):
         self.sync_seconds = sync_seconds
         self.background = Background()
         self.last_sync = time.perf_counter()
-        self.datastore: Datastore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Publishes a store that only lacks its mark: without batches Lightning runs no loop."""
@@ -60,7 +59,6 @@ class DatastoreWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             self.builder.finish()
         trainer.strategy.barrier()
-        self.datastore = Datastore.open(self.builder.path)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

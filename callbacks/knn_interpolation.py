@@ -136,11 +136,8 @@ class KNNInterpolation(Callback):
         self.means["target_among_neighbors"].update(hits.any(dim=1).float())
         some = (rows >= 0).any(axis=1)  # of a token without neighbours there is no distance
         found, distances = rows[some] >= 0, distances[some]
-        ends = [np.where(found, distances, end).T for end in (np.inf, -np.inf)]
-        nearest, farthest = (
-            ends[0].min(axis=0, initial=np.inf),
-            ends[1].max(axis=0, initial=-np.inf),
-        )
+        nearest = np.where(found, distances, np.inf).min(axis=1)
+        farthest = np.where(found, distances, -np.inf).max(axis=1)
         if self.similarity != "l2":  # similarities: large is near
             nearest, farthest = farthest, nearest
         self.means["nearest_distance"].update(torch.from_numpy(nearest))

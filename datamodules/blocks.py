@@ -46,10 +46,8 @@ class Rows:
 
     def behind_less_context(self, min_context: int) -> np.ndarray:
         """Stream offsets that are scored behind fewer than `min_context` tokens, ascending."""
-        short = np.minimum(
-            min_context - (self.starts - self.context_starts), self.ends - self.starts
-        )
-        short = np.maximum(short, 0)
+        context, lengths = self.starts - self.context_starts, self.ends - self.starts
+        short = np.clip(min_context - context, 0, lengths)
         first = np.repeat(np.cumsum(short) - short, short)
         offsets = np.repeat(self.starts, short) + np.arange(short.sum()) - first
         return offsets if self.kept is None else self.kept[offsets]
@@ -110,9 +108,8 @@ def _whole_lines(line_starts: np.ndarray, block_size: int) -> np.ndarray:
     after = np.searchsorted(line_starts, line_starts + block_size, side="right") - 1
     after = np.maximum(after, np.arange(len(line_starts)) + 1)  # the block after line i starts here
     block_lines, line, last = [0], 0, len(line_starts) - 1
-    following = after.tolist()
     while line < last:
-        line = following[line]
+        line = int(after[line])
         block_lines.append(min(line, last))
     return line_starts[block_lines]
 

@@ -6,8 +6,10 @@ A directory with `keys.npy` [N, d] float16 or float32, `values.npy` [N] unsigned
 never found.
 """
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -219,6 +221,7 @@ class DatastoreBuilder:
             )
         for name, (kind, shape) in arrays.items():
             open_memmap(self.path / name, mode="w+", dtype=kind, shape=shape).flush()
+            _take_room(self.path / name)
         if len(self.masked):
             np.save(self.path / "masked.npy", self.masked)
             written = np.load(self.path / "written.npy", mmap_mode="r+")
@@ -279,7 +282,7 @@ class DatastoreBuilder:
         if missing:
             raise RuntimeError(f"{self.path}: {missing} rows were never written")
         self._write_manifest(complete=True)
-        (self.path / "written.npy").unlink()
+        (self.path / "written.npy").unlink(missing_ok=True)
         return Datastore.open(self.path)
 
 
@@ -304,6 +307,23 @@ def _open_array(
             f"but the manifest says {dtype} {list(shape)}"
         )
     return array if mode == "r" else np.load(path, mmap_mode=mode)
+
+
+def _take_room(path: Path) -> None:
+    """Gives a new file all its blocks: written through a memory map, a sparse one would end the
+    program with a bus error once the disk is full."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return  # the file system cannot do it
+            raise InputError(
+                f"{path}: the disk has no room for its {path.stat().st_size / 1e9:.1f} GB "
+                f"({error.strerror})"
+            ) from None
 
 
 def _open_raw(
@@ -353,10 +373,9 @@ def main(args: list[str] | None = None) -> None:
             vocab_size: of the dictionary, to check the values against.
         """
         datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
-        masked = (
-            f", {len(datastore.masked)} of them zero and masked" if len(datastore.masked) else ""
-        )
-        print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}{masked}")
+        print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
+        if len(datastore.masked):
+            print(f"{len(datastore.masked)} rows of zeros at its end are masked")
 
     auto_cli({"show": show, "import": take_over}, args=args, as_positional=False)
 

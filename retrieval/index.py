@@ -220,6 +220,8 @@ class IndexBuilding:
         self.path = index_path(datastore, factory, metric)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.seconds = {"train": 0.0, "add": 0.0}
+        self.whole = True
+        """False while faiss adds: what an exception leaves then is no index to go on from."""
 
     @property
     def identity(self) -> dict:
@@ -253,15 +255,23 @@ class IndexBuilding:
         """
         index = self._open_partial()
         if index is None:
-            index = on_gpus(make_index(self.datastore.dim, self.factory, self.metric))
+            index = make_index(self.datastore.dim, self.factory, self.metric)
+            ivf = faiss.try_extract_index_ivf(index)  # hidden once the index is on GPUs
+            lists = ivf.nlist if ivf is not None else 0
+            index = on_gpus(index)
             start = time.perf_counter()
             report("training", 0, 1)
-            self._train(index)
+            self._train(index, lists)
             report("training", 1, 1)
             self.seconds["train"] = time.perf_counter() - start
             self._keep(index)
         start = time.perf_counter()
-        self._add(index, report)
+        try:
+            self._add(index, report)
+        except KeyboardInterrupt:
+            if self.whole:
+                self._keep(index)
+            raise
         self.seconds["add"] = time.perf_counter() - start
         self._write(index, self.path)
         fields = {**self.identity, "complete": True, "seconds": self.seconds}
@@ -286,10 +296,8 @@ class IndexBuilding:
             print(f"{self.partial}: cannot be read ({_reason(error)}); building anew")
             return None
 
-    def _train(self, index: faiss.Index) -> None:
+    def _train(self, index: faiss.Index, lists: int) -> None:
         """Trains on a seeded random sample, read in file order."""
-        ivf = faiss.try_extract_index_ivf(index)
-        lists = ivf.nlist if ivf is not None else 0
         size = min(max(lists * POINTS_PER_CENTROID, SAMPLE_AT_LEAST), self.datastore.n_keys)
         if lists > size:
             raise InputError(
@@ -312,15 +320,13 @@ class IndexBuilding:
         total = self.datastore.n_keys
         report("adding", index.ntotal, total)
         for block in self.datastore.blocks(start=index.ntotal):
+            self.whole = False
             with interrupts_held() as held:
                 index.add(normalized(block, self.metric))
-            try:
-                report("adding", index.ntotal, total)
-                if held:
-                    raise KeyboardInterrupt
-            except KeyboardInterrupt:
-                self._keep(index)
-                raise
+            self.whole = True
+            report("adding", index.ntotal, total)
+            if held:
+                raise KeyboardInterrupt
             if index.ntotal < total and time.perf_counter() - last_kept > pause:
                 start = time.perf_counter()
                 self._keep(index)

@@ -53,6 +53,7 @@ def store(workplace, run_program):
         (("--ckpt_path", "words/train.txt"), ("words/train.txt", "cannot be read")),
         (("--knn.lmbda", "1.5"), ("--knn.lmbda", "1.5", "from 0 to 1")),
         (("--knn.k", "100000"), ("--knn.k", "100000", "keys")),
+        (("--split", "train"), ("--split train", "its own key")),
         (("--split", "dev"), ("--split", "dev", "train, valid, test")),
         (("--knn.k", "0"), ("--knn.k", "at least 1")),
         (("--knn.temperature", "0"), ("--knn.temperature", "more than 0")),

@@ -298,11 +298,6 @@ def test_manifests_without_fields(tmp_path, fields):
         Datastore.open(tmp_path)
 
 
-@pytest.mark.xfail(
-    reason="the files are sparse: a disk that others fill kills the program with SIGBUS, without "
-    "a sentence, in the middle of a write",
-    strict=True,
-)
 def test_room_is_taken_at_once(tmp_path, new_builder):
     new_builder(tmp_path / "s", rows=20_000)
     status = (tmp_path / "s" / "keys.npy").stat()

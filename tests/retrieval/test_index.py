@@ -391,10 +391,6 @@ def test_training_sees_what_is_searched(make_store, new_builder, tmp_path, queri
     assert np.mean([np.isin(a, b).mean() for a, b in zip(order, rows, strict=True)]) > 0.7
 
 
-@pytest.mark.xfail(
-    reason="an interrupt while keys are read, between two adds, does not keep what was added",
-    strict=True,
-)
 def test_interrupt_while_keys_are_read(make_store, monkeypatch):
     monkeypatch.setattr(datastore_module, "BLOCK_BYTES", 4 * 8 * 50)
     store, _, _ = make_store()
