@@ -1,21 +1,31 @@
 """What train.py and evaluate.py share: the command line and where a run's files go."""
 
 import logging
+import sys
 import warnings
+from argparse import ArgumentParser
 from pathlib import Path
+from typing import Literal
 
 import torch
+import yaml
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from datamodules.lm import LMDataModule
 from errors import InputError
+from models.gnn_lm import GNNLM
+from models.language_model import LanguageModel
 from models.transformer_lm import TransformerLM
+from retrieval.settings import NeighborSettings
+
+ARCHITECTURES: dict[str, type[LanguageModel]] = {"lm": TransformerLM, "gnn_lm": GNNLM}
 
 
 class ProgramCLI(LightningCLI):
-    """Sections trainer, model and data in YAML, each overridable by flags of the same name.
+    """Sections trainer, model and data in YAML, each overridable by flags of the same name; `arch`
+    says which model the section is of, and a GNN-LM adds the section neighbors.
 
     The data module is made at once; the trainer by `make_trainer`, as often as a program has
     stages.
@@ -23,8 +33,9 @@ class ProgramCLI(LightningCLI):
 
     def __init__(self) -> None:
         quiet()
+        self.arch = chosen_architecture(sys.argv[1:])
         super().__init__(
-            TransformerLM,
+            ARCHITECTURES[self.arch],
             LMDataModule,
             run=False,
             save_config_callback=None,
@@ -39,15 +50,24 @@ class ProgramCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The model's vocabulary is the corpus's."""
+        parser.add_argument(
+            "--arch",
+            type=Literal[tuple(ARCHITECTURES)],
+            default="lm",
+            help="what --model.* describes: a transformer LM, or a graph network on top of one",
+        )
         parser.link_arguments(
             "data", "model.vocab_size", lambda data: data.vocab_size, apply_on="instantiate"
         )
+        if self.arch == "gnn_lm":
+            parser.add_class_arguments(NeighborSettings, "neighbors")
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files are: `--trainer.default_root_dir`, else runs/<corpus>."""
+        """Where the run's files are: `--trainer.default_root_dir`, else runs/<corpus>[-<arch>]."""
         chosen = self.config.trainer.default_root_dir
-        return Path(chosen) if chosen else Path("runs") / self.corpus_name
+        name = self.corpus_name + ("" if self.arch == "lm" else f"-{self.arch}")
+        return Path(chosen) if chosen else Path("runs") / name
 
     @property
     def corpus_name(self) -> str:
@@ -62,6 +82,20 @@ class ProgramCLI(LightningCLI):
         settings["default_root_dir"] = self.run_dir
         settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
         return Trainer(**settings)
+
+
+def chosen_architecture(args: list[str]) -> str:
+    """`--arch`, or else what the config files say: it decides which flags there are."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--arch")
+    parser.add_argument("--config", "-c", action="append", default=[])
+    found, _ = parser.parse_known_args(args)
+    said = [found.arch]
+    for config in reversed(found.config):
+        if Path(config).is_file():
+            settings = yaml.safe_load(Path(config).read_text())
+            said.append(settings.get("arch") if isinstance(settings, dict) else None)
+    return next((arch for arch in said if arch in ARCHITECTURES), "lm")
 
 
 def check_row_length(tokens_per_sample: int, max_target_positions: int) -> None:
@@ -82,5 +116,6 @@ def quiet() -> None:
         ".*exists and is not empty.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*LeafSpec.*",
+        ".*in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -12,28 +12,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pytorch_lightning import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.datastore_writer import DatastoreWriter
-from callbacks.index_builder import IndexBuilder
 from callbacks.knn_interpolation import KNNInterpolation
 from callbacks.throughput import Throughput
 from callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
 from cli import ProgramCLI, check_row_length
 from datamodules.lm import LMDataModule
 from errors import InputError, exit_with_one_sentence
-from models.checkpoint import load_model, model_fingerprint
-from models.transformer_lm import TransformerLM
-from retrieval.datastore import Datastore, DatastoreBuilder
-from retrieval.foreign import import_datastore, is_raw
-from retrieval.index import is_path, make_index, open_retriever, resolve
+from models.checkpoint import load_model
+from models.gnn_lm import GNNLM
+from models.language_model import LanguageModel
+from products import NeighborProducts, Products
+from retrieval.index import is_path, open_retriever, resolve
 from retrieval.knn import Tuning, tune
-from retrieval.manifest import refuse_mismatch
-from retrieval.settings import KNNSettings
+from retrieval.settings import KNNSettings, NeighborSettings
 
 
 class EvaluateCLI(ProgramCLI):
@@ -85,6 +80,11 @@ class EvaluateCLI(ProgramCLI):
         path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
         self.ckpt_path = Path(path)
         self.model = load_model(self.ckpt_path)
+        if isinstance(self.model, GNNLM) != (self.arch == "gnn_lm"):
+            raise InputError(
+                f"{self.ckpt_path}: holds a {type(self.model).__name__}, but --arch is {self.arch} "
+                "(the first line of a gnn_lm.yaml); expected the config that it was trained with"
+            )
         self.model.key_width(self.knn.key_type)
         config = self.config.clone()
         config.pop("model")
@@ -105,12 +105,27 @@ class Evaluation:
         self.cli = cli
         self.knn = cli.knn
         self.data: LMDataModule = cli.datamodule
-        self.model: TransformerLM = cli.model
-        self.log_dir = cli.run_dir / "evaluate"
-        self.seconds: dict[str, float] = {}
+        self.model: LanguageModel = cli.model
+        self.neighbors: NeighborProducts | None = None
         self.check_dictionary()
         if cli.config.split is not None:
             self.data.stream(cli.config.split)
+        if isinstance(self.model, GNNLM):
+            settings = NeighborSettings(**cli.config.neighbors.as_dict())
+            self.neighbors = NeighborProducts(cli, self.data, self.model, settings)
+        # Keys of the LM are those that it would make alone.
+        keyed = self.model if self.neighbors is None or self.gnn_keys else self.model.lm
+        self.products = Products(cli, self.data, keyed, self.knn)
+
+    @property
+    def gnn_keys(self) -> bool:
+        """Whether keys are features of the graph network."""
+        return self.knn.key_type == "gnn"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took that was not done before."""
+        return self.products.seconds | (self.neighbors.seconds if self.neighbors else {})
 
     def check_dictionary(self) -> None:
         """Refuses a checkpoint that was trained with another dictionary than the corpus has."""
@@ -124,132 +139,10 @@ class Evaluation:
                 f"({found}); pass the training run's dict.txt as --data.dictionary"
             )
 
-    # -- datastore and index ---------------------------------------------------------------------
-
-    def datastore_path(self, split: str) -> Path:
-        """`--knn.datastore`, else datastores/<corpus>/<split>[-<key type>]."""
-        if self.knn.datastore is not None:
-            return Path(self.knn.datastore)
-        suffix = "" if self.knn.key_type == "last_ffn_input" else f"-{self.knn.key_type}"
-        name = f"{split}{suffix}".replace(":", "_")
-        return Path("datastores") / self.cli.corpus_name / name
-
-    def expected_of_datastore(self) -> dict[str, Any]:
-        """What any datastore must have been made from to be searched with this model."""
-        return {
-            "model": model_fingerprint(self.model),
-            "dictionary": self.data.dictionary.fingerprint,
-            "key_type": self.knn.key_type,
-        }
-
-    def made_from(self, split: str) -> dict[str, Any]:
-        """What determines the content of the datastore that this command would write."""
-        data = self.data
-        return {
-            **self.expected_of_datastore(),
-            "corpus": data.fingerprint(split),
-            "split": split,
-            "break_mode": data.break_mode,
-            "tokens_per_sample": data.tokens_per_sample,
-            "context_window": data.context_window,
-            "max_tokens": data.max_tokens,
-            "drop_long_lines": data.drop_long_lines,
-            "precision": str(self.cli.config.trainer.precision or "32-true"),
-            "min_context": self.knn.min_context,
-        }
-
-    def open_fitting_datastore(self, split: str) -> Datastore | None:
-        """The datastore if it is complete; None where it must be made or finished.
-
-        Raises:
-            InputError: another model's, dictionary's, key type's or (at the default place)
-                corpus's.
-        """
-        path = self.datastore_path(split)
-        if is_raw(path):
-            return self.open_raw_datastore(path)
-        if not Datastore.is_complete(path):
-            return None
-        datastore = Datastore.open(path)
-        if "raw" in datastore.manifest:
-            return self.check_raw(datastore)
-        made_from = datastore.manifest["made_from"]
-        expected = self.expected_of_datastore()
-        if self.knn.datastore is None:
-            expected |= {"corpus": self.data.fingerprint(split)}
-        refuse_mismatch(path, made_from, expected)
-        refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
-        return datastore
-
-    def open_raw_datastore(self, source: Path) -> Datastore:
-        """Takes over the original program's datastore, with a manifest under datastores/."""
-        datastore = import_datastore(
-            source,
-            Path("datastores") / self.cli.corpus_name / f"imported-{source.name}",
-            self.knn.size,
-            self.knn.dim,
-            vocab_size=self.data.vocab_size,
-        )
-        if len(datastore.masked):
-            print(f"{source}: {len(datastore.masked)} rows of zeros at its end are masked")
-        return self.check_raw(datastore)
-
-    def check_raw(self, datastore: Datastore) -> Datastore:
-        """All that can be checked of a datastore that does not say what made it: its width."""
-        width = self.model.key_width(self.knn.key_type)
-        refuse_mismatch(datastore.path, {"dim": datastore.dim}, {"dim": width})
-        return datastore
-
-    def ensure_datastore(self, split: str, *after: Callback) -> Datastore:
-        """Writes the split's datastore, or the rest of it, unless it is there.
-
-        Args:
-            after: callbacks that work on the datastore once it is written.
-        """
-        datastore = self.open_fitting_datastore(split)
-        if datastore is not None:
-            return datastore
-        rows = self.data.rows(split, self.data.context_window)
-        n_tokens = len(self.data.stream(split).tokens)
-        masked = (rows.behind_less_context(self.knn.min_context), rows.dropped(n_tokens))
-        builder = DatastoreBuilder(
-            self.datastore_path(split),
-            rows=n_tokens,
-            dim=self.model.key_width(self.knn.key_type),
-            dtype=self.knn.dtype,
-            vocab_size=self.data.vocab_size,
-            made_from=self.made_from(split),
-            masked=np.sort(np.concatenate(masked)),
-        )
-        before = builder.n_written
-        if before > len(builder.masked):
-            print(f"{builder.path}: {before} of {len(builder.written)} rows are written; going on")
-        self.model.key_type = self.knn.key_type
-        loader = self.data.evaluation_dataloader(split, skip=builder.is_written)
-        writer, throughput = DatastoreWriter(builder), Throughput()
-        trainer = self.cli.make_trainer([writer, throughput, *after], self.log_dir)
-        trainer.predict(self.model, loader, return_predictions=False)
-        self.seconds["datastore"] = throughput.seconds
-        return Datastore.open(builder.path)
-
-    def ensure_datastore_and_index(self, split: str) -> Datastore:
-        """Makes what is missing of a datastore and its index."""
-        existing = self.open_fitting_datastore(split)
-        builder = IndexBuilder(
-            self.datastore_path(split) if existing is None else existing.path,
-            self.knn.index,
-            self.knn.metric,
-            self.cli.config.seed_everything,
-        )
-        datastore = self.ensure_datastore(split, builder)
-        builder.build()
-        self.seconds |= {f"index_{stage}": s for stage, s in builder.seconds.items()}
-        return datastore
-
     def check_search(self, split: str) -> None:
         """Everything about the search that can be wrong, before any long work."""
-        existing = self.open_fitting_datastore("train")
-        where = self.datastore_path("train")
+        existing = self.products.open_fitting_datastore("train")
+        where = self.products.datastore_path("train")
         if existing is None:
             stored, n_keys = self.data.fingerprint("train"), len(self.data.stream("train").tokens)
         else:
@@ -269,56 +162,67 @@ class Evaluation:
                 )
             open_retriever(existing, self.knn.index, self.knn.metric, self.knn.nprobe)
         else:
-            self.check_index()
+            self.products.check_index()
 
-    def check_index(self) -> None:
-        """Refuses a factory string that faiss does not know."""
-        if self.knn.index not in ("auto", "flat") and not is_path(self.knn.index):
-            make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
+    def give_neighbors(self, *splits: str) -> None:
+        """Makes what a GNN-LM reads besides the text of some splits."""
+        if self.neighbors is not None:
+            self.neighbors.attach(*splits)
 
     def make_products(self, split: str) -> None:
         """`--save_datastore` and `--build_index`: what they ask for and no more."""
-        if not self.cli.config.save_datastore and self.open_fitting_datastore(split) is None:
+        products = self.products
+        if not self.cli.config.save_datastore and products.open_fitting_datastore(split) is None:
             raise InputError(
-                f"{self.datastore_path(split)}: no complete datastore to index; "
+                f"{products.datastore_path(split)}: no complete datastore to index; "
                 "--save_datastore makes it"
             )
         if self.cli.config.build_index:
-            self.check_index()
-            datastore = self.ensure_datastore_and_index(split)
+            products.check_index()
+        if self.gnn_keys:
+            self.give_neighbors(split)
+        if self.cli.config.build_index:
+            datastore = products.ensure_datastore_and_index(split)
             print(f"index: {resolve(datastore, self.knn.index)}")
         else:
-            datastore = self.ensure_datastore(split)
+            datastore = products.ensure_datastore(split)
         print(f"datastore: {datastore.path}, {len(datastore)} keys of width {datastore.dim}")
 
     # -- scores ----------------------------------------------------------------------------------
 
     def score(self, split: str, *callbacks) -> dict[str, Any]:
-        """One pass over a split: its loss and times, the model's alone where kNN runs beside it."""
+        """One pass over a split: losses of the LM and, under `gnn`, of the graph network on top of
+        it, and times, the model's alone where kNN runs beside it."""
         throughput = Throughput()
-        trainer = self.cli.make_trainer([throughput, *callbacks], self.log_dir)
+        trainer = self.cli.make_trainer([throughput, *callbacks], self.cli.run_dir / "evaluate")
         trainer.test(self.model, self.data.evaluation_dataloader(split), verbose=False)
         total = self.model.test_loss.compute()
         tokens = int(total["tokens"])
         searching = any(isinstance(callback, KNNInterpolation) for callback in callbacks)
         seconds = throughput.model_seconds if searching else throughput.seconds
         self.trainer, self.pass_seconds = trainer, throughput.seconds
-        return {
-            "split": split,
-            "tokens": tokens,
-            **figures(total["loss"].item(), tokens, seconds),
-        }
+        results = {"split": split, "tokens": tokens}
+        own = figures(total["loss"].item(), tokens, seconds)
+        if self.neighbors is None:
+            return results | own
+        lm_loss = self.model.lm_loss.compute()["loss"].item()
+        settings = asdict(self.neighbors.settings)
+        return results | figures(lm_loss, tokens, seconds) | {"gnn": own | settings}
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        """LM perplexity of a split and, with `--knnlm`, the mixture's."""
+        """The model's perplexity on a split and, with `--knnlm`, the mixture's."""
         lm_scores = [LMScores()] if self.cli.config.token_scores else []
         if not self.cli.config.knnlm:
+            self.give_neighbors(split)
             self.model.key_type = None
             results = self.score(split, *lm_scores)
             self.save_scores(*(callback.table for callback in lm_scores))
             return results
         self.check_search(split)
-        datastore = self.ensure_datastore_and_index("train")
+        if self.gnn_keys and self.products.open_fitting_datastore("train") is None:
+            self.give_neighbors("train")
+        datastore = self.products.ensure_datastore_and_index("train")
+        self.give_neighbors(split, *(["valid"] if self.knn.lmbda == "auto" else []))
         retriever = open_retriever(datastore, self.knn.index, self.knn.metric, self.knn.nprobe)
         self.model.key_type = self.knn.key_type
         knn = self.knn
@@ -340,7 +244,7 @@ class Evaluation:
             self.score("valid", collecting)
             start = time.perf_counter()
             tuned = tune(*collecting.retrieved(), sum_over_ranks)
-            self.seconds["tuning"] = self.pass_seconds + time.perf_counter() - start
+            self.products.seconds["tuning"] = self.pass_seconds + time.perf_counter() - start
             self.log_tuning(tuned)
         lmbda = tuned.lmbda if tuned else knn.lmbda
         temperature = tuned.temperature if tuned else knn.temperature
@@ -394,15 +298,19 @@ class Evaluation:
         output = Path(self.cli.config.output or self.cli.run_dir / "results.json")
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=1) + "\n")
-        split, knn = results["split"], results.get("knn")
+        split, gnn, knn = results["split"], results.get("gnn"), results.get("knn")
         logged = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
         table = Table("", "perplexity", "nats / token", "tokens / s", title=f"{split} split")
         rows = [("LM", results)]
+        if gnn:
+            logged |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
+            rows += [("GNN-LM", gnn)]
         if knn:
             names = ("loss", "ppl", "lmbda", "temperature", "nearest_distance")
             names += ("kth_distance", "target_among_neighbors")
             logged |= {f"{split}/knn/{name}": knn[name] for name in names}
-            rows += [(f"kNN-LM (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
+            name = "GNN-LM + kNN" if gnn else "kNN-LM"
+            rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
         self.log(logged, self.model.updates)
         for logger in self.trainer.loggers:
             logger.finalize("success")

@@ -13,7 +13,11 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from callbacks.throughput import Throughput
 from cli import ProgramCLI, check_row_length
+from datamodules.corpora import SPLITS
 from errors import InputError, exit_with_one_sentence
+from models.gnn_lm import GNNLM
+from products import NeighborProducts
+from retrieval.settings import NeighborSettings
 
 FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing")
 """Settings that a continued run may have otherwise: they change no number."""
@@ -40,10 +44,13 @@ class TrainCLI(ProgramCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the data module and a new model."""
-        longest = self.config.model.max_target_positions
-        check_row_length(self.config.data.tokens_per_sample, longest)
+        if self.arch == "lm":  # known before the corpus is read
+            longest = self.config.model.max_target_positions
+            check_row_length(self.config.data.tokens_per_sample, longest)
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
+        longest = self.model.max_target_positions
+        check_row_length(self.config.data.tokens_per_sample, longest)
         self.datamodule.max_target_positions = longest
 
 
@@ -68,16 +75,31 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
         )
     before = yaml.safe_load(config.read_text())
     now = yaml.safe_load(resolved_config(cli))
-    for section in ("model", "data"):
-        for name, value in now[section].items():
-            if name not in FREE_TO_CHANGE and before[section].get(name) != value:
+    for section in ("model", "data", "neighbors"):
+        for name, value in now.get(section, {}).items():
+            if name not in FREE_TO_CHANGE and before.get(section, {}).get(name) != value:
                 raise InputError(
                     f"{cli.run_dir}: holds a run with --{section}.{name} "
-                    f"{before[section].get(name)}, but this one has {value}; "
+                    f"{before.get(section, {}).get(name)}, but this one has {value}; "
                     "choose another --trainer.default_root_dir"
                 )
     print(f"continuing from {last}")
     return str(last)
+
+
+def give_neighbors(cli: TrainCLI) -> dict[str, float]:
+    """Makes what a GNN-LM reads besides the text; the seconds of each stage that was missing."""
+    settings = NeighborSettings(**cli.config.neighbors.as_dict())
+    stored = settings.token_features == "stored"
+    if stored and cli.model.trains_features and not cli.model.hparams.lm_path_probability:
+        raise InputError(
+            "--neighbors.token_features is stored, so that --model.unfreeze "
+            f"{cli.model.hparams.unfreeze} would train nothing; expected online"
+        )
+    products = NeighborProducts(cli, cli.datamodule, cli.model, settings)
+    splits = [split for split in SPLITS if cli.datamodule.has(split)]
+    products.attach(*splits, stored_token_features=stored)
+    return products.seconds
 
 
 def resolved_config(cli: TrainCLI) -> str:
@@ -105,6 +127,7 @@ def main() -> None:
         enable_version_counter=False,
         save_on_exception=True,
     )
+    seconds = give_neighbors(cli) if isinstance(cli.model, GNNLM) else {}
     throughput = Throughput()
     trainer = cli.make_trainer(
         [best, last, LearningRateMonitor("step"), throughput], log_dir=cli.run_dir / "train"
@@ -116,11 +139,15 @@ def main() -> None:
     trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(checkpoints / "last.ckpt")
     if trainer.is_global_zero:
-        write_summary(cli.run_dir / "training.json", trainer, best, throughput)
+        write_summary(cli.run_dir / "training.json", trainer, best, throughput, seconds)
 
 
 def write_summary(
-    path: Path, trainer: Trainer, best: ModelCheckpoint, throughput: Throughput
+    path: Path,
+    trainer: Trainer,
+    best: ModelCheckpoint,
+    throughput: Throughput,
+    seconds: dict[str, float],
 ) -> None:
     """Writes and prints what came of the run."""
     score = best.best_model_score
@@ -130,6 +157,7 @@ def write_summary(
             "updates": trainer.global_step,
             "tokens_per_second": rate,
             "best_valid_ppl": None if score is None else score.item(),
+            "stage_seconds": seconds,
         }
         path.write_text(json.dumps(summary, indent=1) + "\n")
     if score is not None:

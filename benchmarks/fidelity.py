@@ -26,7 +26,7 @@ from cli import quiet
 from datamodules.lm import LMDataModule
 from errors import InputError, exit_with_one_sentence
 from models.checkpoint import load_model
-from models.transformer_lm import TokenScores
+from models.language_model import TokenScores
 from retrieval.datastore import Datastore
 from retrieval.foreign import import_datastore
 from retrieval.index import FaissRetriever, read_index
@@ -133,8 +133,9 @@ class Fixtures:
             use_distributed_sampler=False,
         )
         trainer.test(self.model, data.evaluation_dataloader(split), verbose=False)
-        columns = TokenScores(*(torch.cat(parts) for parts in zip(*keep.batches, strict=True)))
-        order = columns.positions.argsort()
+        parts = zip(*(batch[:4] for batch in keep.batches), strict=True)
+        columns = [torch.cat(part) for part in parts]
+        order = columns[0].argsort()
         return TokenScores(*(column[order] for column in columns))
 
     def datastore(self, name: str, size: int) -> Datastore:
@@ -191,7 +192,7 @@ def compute(case: Case, fixtures: Fixtures, faithful: bool = True) -> dict[str, 
         missing="last_row" if faithful else "left_out",
         keep_scores=True,
     )
-    for part in zip(*(column.split(1024) for column in scores), strict=True):
+    for part in zip(*(column.split(1024) for column in scores[:4]), strict=True):
         callback.on_test_batch_end(None, fixtures.model, TokenScores(*part), None, 0)
     callback.on_test_epoch_end(None, fixtures.model)
     table = callback.table.gathered()

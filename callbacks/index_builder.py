@@ -4,15 +4,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from callbacks.progress import progress_bars
 from retrieval.datastore import Datastore
 from retrieval.index import IndexBuilding, is_path, resolve
 from retrieval.retriever import Metric
@@ -49,25 +42,8 @@ class IndexBuilder(Callback):
             return
         building = IndexBuilding(datastore, factory, self.metric, self.seed)
         with FileLock(f"{building.path}.lock"):
-            if not building.is_complete():
-                self._build(building)
-
-    def _build(self, building: IndexBuilding) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as progress:
-            bars: dict[str, TaskID] = {}
-
-            def report(stage: str, done: int, total: int) -> None:
-                if stage not in bars:
-                    title = f"index {building.factory}: {stage}"
-                    bars[stage] = progress.add_task(title, total=total)
-                progress.update(bars[stage], completed=done)
-
-            building.run(report)
+            if building.is_complete():
+                return
+            with progress_bars(f"index {factory}") as report:
+                building.run(report)
         self.seconds = building.seconds

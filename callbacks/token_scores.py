@@ -41,7 +41,8 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class LMScores(Callback):
-    """Keeps `position`, `target` and `lm_log_prob` of every token of a test run."""
+    """Keeps `position`, `target` and `lm_log_prob` of every token of a test run, and
+    `gnn_log_prob` where a graph network sits on the LM."""
 
     def __init__(self) -> None:
         self.table = ScoreTable()
@@ -50,10 +51,13 @@ class LMScores(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
     ) -> None:
         """Takes what the model's test step returned."""
+        log_probs = {"lm_log_prob": outputs.log_probs}
+        if outputs.lm_log_probs is not None:
+            log_probs = {"lm_log_prob": outputs.lm_log_probs, "gnn_log_prob": outputs.log_probs}
         self.table.add(
             position=outputs.positions.cpu().numpy(),
             target=outputs.targets.cpu().numpy(),
-            lm_log_prob=outputs.log_probs.float().cpu().numpy(),
+            **{name: column.float().cpu().numpy() for name, column in log_probs.items()},
         )
 
 

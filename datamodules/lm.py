@@ -31,25 +31,31 @@ from datamodules.blocks import BreakMode, Rows, make_batches, make_rows
 from datamodules.corpora import SPLITS, CorpusFiles, resolve_corpus
 from datamodules.databin import check_ids, is_databin, open_databin
 from datamodules.dictionary import EOS, PAD, Dictionary
+from datamodules.graphs import Neighborhood, NeighborMemory
 from errors import InputError
 
 CACHE_VERSION = 1  # of the binarised files; raise it when their meaning changes
 
 
 class LMBatch(NamedTuple):
-    """Rows of a split, padded on the right; every tensor is `[B, T]`.
+    """Rows of a split, padded on the right; the first four are `[B, T]`.
 
     Attributes:
         tokens: int64, what the model reads.
         targets: int64, the token that follows each.
         positions: int64, offset of each target in the split's stream, -1 where padded.
         scored: bool, False for padding and for tokens that only give context.
+        neighborhood: the tokens' neighbours, for models that read them.
+        token_features: fp32 `[B, T, d]`, stored features of the tokens, where a model does not
+            compute them itself.
     """
 
     tokens: Tensor
     targets: Tensor
     positions: Tensor
     scored: Tensor
+    neighborhood: Neighborhood | None = None
+    token_features: Tensor | None = None
 
 
 class RowDataset(Dataset):
@@ -58,11 +64,15 @@ class RowDataset(Dataset):
     Args:
         stream: the split's tokens.
         rows: which offsets each row reads and scores.
+        memory: gives the rows their neighbours.
     """
 
-    def __init__(self, stream: TokenStream, rows: Rows) -> None:
+    def __init__(
+        self, stream: TokenStream, rows: Rows, memory: NeighborMemory | None = None
+    ) -> None:
         self.stream = stream
         self.rows = rows
+        self.memory = memory
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,11 +96,14 @@ class RowDataset(Dataset):
         targets[inside] = self.stream.tokens[positions[inside]]
         before = positions[inside] - 1
         tokens[inside] = np.where(before < 0, EOS, self.stream.tokens[np.maximum(before, 0)])
+        positions = np.where(inside, positions, -1)
         return LMBatch(
             torch.from_numpy(tokens),
             torch.from_numpy(targets),
-            torch.from_numpy(np.where(inside, positions, -1)),
+            torch.from_numpy(positions),
             torch.from_numpy(scored),
+            self.memory.neighborhood(positions) if self.memory else None,
+            self.memory.features_of(positions) if self.memory else None,
         )
 
 
@@ -247,6 +260,8 @@ class LMDataModule(pl.LightningDataModule):
         self._streams: dict[str, TokenStream] = {}
         self.max_target_positions = tokens_per_sample
         """Longest row the model reads; lines that are longer are cut (set it to the model's)."""
+        self.memories: dict[str, NeighborMemory] = {}
+        """Where the tokens of a split get their neighbours from, for models that read them."""
 
     # -- the corpus ------------------------------------------------------------------------------
 
@@ -305,6 +320,12 @@ class LMDataModule(pl.LightningDataModule):
             self._streams[split] = open_databin(prefix)
             check_ids(self._streams[split], self.vocab_size, f"{prefix}.bin")
         return self._streams[split]
+
+    def has(self, split: str) -> bool:
+        """Whether the corpus has a split."""
+        if self.databin is None:
+            return split in SPLITS
+        return (self.databin / f"{split}.idx").is_file()
 
     def fingerprint(self, split: str) -> str:
         """Identifies the split's tokens."""
@@ -365,7 +386,8 @@ class LMDataModule(pl.LightningDataModule):
         Args:
             skip: called with the int64 offsets that a batch scores; True leaves the batch out.
         """
-        dataset = RowDataset(self.stream(split), self.rows(split, self.context_window))
+        rows = self.rows(split, self.context_window)
+        dataset = RowDataset(self.stream(split), rows, self.memories.get(split))
         sampler = DealtBatches(dataset.rows.lengths, self.max_tokens)
         if skip is not None:
             sampler.batches = [b for b in sampler.batches if not skip(dataset.rows.scored_by(b))]
@@ -373,7 +395,8 @@ class LMDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The training split in blocks of `tokens_per_sample`, shuffled."""
-        dataset = RowDataset(self.stream("train"), self.rows("train", context_window=0))
+        rows = self.rows("train", context_window=0)
+        dataset = RowDataset(self.stream("train"), rows, self.memories.get("train"))
         return self._loader(
             ResumableLoader,
             dataset,

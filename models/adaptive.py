@@ -111,12 +111,20 @@ class PlainSoftmax(OutputSoftmax):
         self.weight = tied if tied is not None else nn.Parameter(torch.empty(vocab_size, width))
         if tied is None:
             nn.init.normal_(self.weight, std=width**-0.5)
+        self.bias: nn.Parameter | None = None
+
+    def add_bias(self) -> None:
+        """Gives the logits a bias, of zeros at first."""
+        self.bias = nn.Parameter(self.weight.new_zeros(self.columns))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias).float()
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(F.linear(hidden, self.weight).float(), targets, reduction="none")
+        return -F.cross_entropy(self._logits(hidden), targets, reduction="none")
 
     def log_prob(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight).float().log_softmax(dim=-1)
+        return self._logits(hidden).log_softmax(dim=-1)
 
 
 class AdaptiveSoftmax(OutputSoftmax):

@@ -7,18 +7,23 @@ import torch
 
 from errors import InputError
 from models.fairseq import is_fairseq_checkpoint, load_fairseq_checkpoint
+from models.gnn_lm import GNNLM
+from models.language_model import LanguageModel
 from models.transformer_lm import TransformerLM
 
-COMPUTING = ("heads", "pre_norm", "scale_embedding", "activation", "positions")
+COMPUTING = (
+    *("heads", "pre_norm", "scale_embedding", "activation", "positions"),
+    *("intra_context", "lm_ratio"),
+)
 """Settings that weights of the same shapes may differ in."""
 
 
-def load_model(path: Path) -> TransformerLM:
-    """A `TransformerLM` from a checkpoint of train.py or of fairseq, on the CPU, for evaluation.
-    Nothing in the file is executed: it is read with `weights_only=True`.
+def load_model(path: Path) -> LanguageModel:
+    """A model from a checkpoint of train.py or of fairseq, on the CPU, for evaluation. Nothing in
+    the file is executed: it is read with `weights_only=True`.
 
     Raises:
-        InputError: no such file, or not a checkpoint of this model.
+        InputError: no such file, or not a checkpoint of a model of ours.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train.py makes one (--ckpt_path names it)")
@@ -26,7 +31,13 @@ def load_model(path: Path) -> TransformerLM:
         return load_fairseq_checkpoint(path).eval()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = TransformerLM(**{**checkpoint["hyper_parameters"], "compile": False})
+        settings = checkpoint["hyper_parameters"]
+        if "lm" in settings:
+            model = GNNLM(**{**settings, "start_from": None})
+            model.lm_fingerprint = checkpoint["lm_fingerprint"]
+            model.neighbors = checkpoint["neighbors"]
+        else:
+            model = TransformerLM(**{**settings, "compile": False})
         model.load_state_dict(checkpoint["state_dict"])
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
@@ -36,10 +47,10 @@ def load_model(path: Path) -> TransformerLM:
     return model.eval()
 
 
-def model_fingerprint(model: TransformerLM) -> str:
+def model_fingerprint(model: LanguageModel) -> str:
     """A hash of all weights and of the settings that change what they compute, whatever file they
     came from."""
-    settings = {name: model.hparams[name] for name in COMPUTING}
+    settings = {name: model.hparams[name] for name in COMPUTING if name in model.hparams}
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -1,18 +1,11 @@
-"""`TransformerLM`: the language model of kNN-LM as a LightningModule.
-
-It knows nothing of retrieval. Its test step gives the log-probability of every scored target and,
-where `key_type` is set, the vector of its context.
-"""
+"""`TransformerLM`: the language model of kNN-LM as a LightningModule."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
 from errors import InputError
-from models import schedules
 from models.adaptive import AdaptiveInput, AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
 from models.decoder import (
     Decoder,
@@ -21,7 +14,7 @@ from models.decoder import (
     SinusoidalPositions,
     key_layer,
 )
-from models.metrics import TokenLoss
+from models.language_model import LanguageModel, TokenScores
 
 MORE_THAN_ZERO = (
     *("width", "ffn_width", "layers", "heads", "max_target_positions", "lr", "lr_period_updates"),
@@ -30,24 +23,7 @@ MORE_THAN_ZERO = (
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "softmax_dropout")
 
 
-class TokenScores(NamedTuple):
-    """What a model says of the scored tokens of a batch, `n` of them, in row order.
-
-    Attributes:
-        positions: int64 `[n]`, offset of each target in its split.
-        targets: int64 `[n]`.
-        log_probs: fp32 `[n]`, natural-log probability of each target; None when only keys were
-            asked for.
-        keys: `[n, width]`, the feature `key_type` of each target's context; None without one.
-    """
-
-    positions: Tensor
-    targets: Tensor
-    log_probs: Tensor | None
-    keys: Tensor | None
-
-
-class TransformerLM(pl.LightningModule):
+class TransformerLM(LanguageModel):
     """Decoder-only transformer with adaptive input and softmax (Baevski & Auli, ICLR 2019).
 
     Args:
@@ -134,14 +110,6 @@ class TransformerLM(pl.LightningModule):
         self._check(self.hparams)
         self.decoder = self._build_decoder()
         self.softmax = self._build_softmax()
-        self.val_loss = TokenLoss()
-        self.test_loss = TokenLoss()
-        self.key_type: str | None = None
-        """Which feature test and predict steps return as keys."""
-        self.dictionary_fingerprint: str | None = None
-        """Of the vocabulary that it was trained with; saved with checkpoints."""
-        self.updates = 0
-        """Optimiser steps it had when it was saved."""
         if compile:
             self.decoder.compile()
 
@@ -241,15 +209,9 @@ class TransformerLM(pl.LightningModule):
 
     @property
     def max_target_positions(self) -> int:
-        """Longest row the model reads."""
         return self.hparams.max_target_positions
 
     def key_width(self, key_type: str) -> int:
-        """Width of the vectors of a key type.
-
-        Raises:
-            InputError: the model has no such feature.
-        """
         key_layer(key_type, self.hparams.layers)
         return self.hparams.width
 
@@ -260,7 +222,6 @@ class TransformerLM(pl.LightningModule):
         return self.decoder(tokens, key_types)
 
     def score(self, batch, with_log_probs: bool = True) -> TokenScores:
-        """Log-probabilities and keys of the scored tokens of an `LMBatch`."""
         key_types = () if self.key_type is None else (self.key_type,)
         hidden, features = self(batch.tokens, key_types)
         targets = batch.targets[batch.scored]
@@ -270,83 +231,3 @@ class TransformerLM(pl.LightningModule):
             self.softmax.target_log_prob(hidden[batch.scored], targets) if with_log_probs else None,
             features[self.key_type][batch.scored] if self.key_type is not None else None,
         )
-
-    def training_step(self, batch, batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood of the batch's targets."""
-        loss = -self.score(batch).log_probs.mean()
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch, batch_idx: int) -> None:
-        """Adds to the validation loss."""
-        self.val_loss.update(self.score(batch).log_probs)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/loss` and `val/ppl`."""
-        loss = self.val_loss.compute()["loss"]
-        self.val_loss.reset()
-        self.log_dict({"val/loss": loss.float(), "val/ppl": loss.exp().float()}, prog_bar=True)
-
-    def test_step(self, batch, batch_idx: int) -> TokenScores:
-        """Scores of the batch; the loss over the split is in `test_loss` at the end."""
-        scores = self.score(batch)
-        self.test_loss.update(scores.log_probs)
-        return scores
-
-    def on_test_epoch_start(self) -> None:
-        """Starts a new sum."""
-        self.test_loss.reset()
-
-    def predict_step(self, batch, batch_idx: int) -> TokenScores:
-        """Keys of the batch, without the softmax."""
-        return self.score(batch, with_log_probs=False)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Records which dictionary the ids belong to."""
-        if self.trainer.datamodule is not None:
-            checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient before it is clipped."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
-
-    def configure_optimizers(self):
-        """The optimiser and, per update, its schedule."""
-        h = self.hparams
-        if h.optimizer == "nag":
-            optimizer = torch.optim.SGD(
-                self.parameters(),
-                h.lr,
-                momentum=h.momentum,
-                nesterov=True,
-                weight_decay=h.weight_decay,
-            )
-        else:
-            optimizer = torch.optim.AdamW(
-                self.parameters(), h.lr, betas=h.adam_betas, weight_decay=h.weight_decay
-            )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda update: self.learning_rate(update) / h.lr
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-    def learning_rate(self, update: int) -> float:
-        """The schedule's learning rate at an update, from 0."""
-        h = self.hparams
-        warm = {"peak": h.lr, "warmup_updates": h.warmup_updates, "warmup_init": h.warmup_init_lr}
-        if h.schedule == "cosine":
-            return schedules.cosine(
-                update,
-                floor=h.min_lr,
-                period=h.lr_period_updates,
-                t_mult=h.t_mult,
-                shrink=h.lr_shrink,
-                **warm,
-            )
-        if h.schedule == "inverse_sqrt":
-            return schedules.inverse_sqrt(update, **warm)
-        return h.lr if update >= h.warmup_updates else schedules.inverse_sqrt(update, **warm)

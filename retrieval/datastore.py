@@ -6,10 +6,8 @@ A directory with `keys.npy` [N, d] float16 or float32, `values.npy` [N] unsigned
 never found.
 """
 
-import errno
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from jsonargparse import auto_cli
 from numpy.lib.format import open_memmap
 
 from errors import InputError, exit_with_one_sentence
+from retrieval.arrays import open_array, open_raw, take_room
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 
 KIND, VERSION = "datastore", 1
@@ -69,14 +68,14 @@ class Datastore:
         rows, dim = manifest["rows"], manifest["dim"]
         dtype, value_dtype = DTYPES[manifest["dtype"]], np.dtype(manifest["value_dtype"])
         if "raw" in manifest:
-            keys = _open_raw(path, manifest["raw"]["keys"], (rows, dim), dtype)
-            values = _open_raw(path, manifest["raw"]["values"], (rows,), value_dtype)
+            keys = open_raw(path, manifest["raw"]["keys"], (rows, dim), dtype)
+            values = open_raw(path, manifest["raw"]["values"], (rows,), value_dtype)
         else:
-            keys = _open_array(path / "keys.npy", (rows, dim), dtype)
-            values = _open_array(path / "values.npy", (rows,), value_dtype)
+            keys = open_array(path / "keys.npy", (rows, dim), dtype)
+            values = open_array(path / "values.npy", (rows,), value_dtype)
         masked = np.empty(0, dtype=np.int64)
         if manifest["masked"]:
-            masked = _open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
+            masked = open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
         return cls(path, manifest, keys, values, masked)
 
     @staticmethod
@@ -122,6 +121,20 @@ class Datastore:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Keys of ascending row numbers, fp32 `[len(rows), d]`."""
         return self.keys[rows].astype(np.float32)
+
+    def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """A random sample, read in file order.
+
+        Args:
+            size: how many; all that have a key where there are fewer.
+
+        Returns:
+            ascending rows int64 `[n]`, and their keys fp32 `[n, d]`.
+        """
+        size = min(size, self.n_keys)
+        chosen = np.random.default_rng(seed).choice(self.n_keys, size, replace=False, shuffle=False)
+        rows = self.rows_of(np.sort(chosen))
+        return rows, self.read(rows)
 
     def blocks(self, start: int = 0, block_rows: int | None = None) -> Iterator[np.ndarray]:
         """Keys from number `start` on, in order and without masked rows, as fp32 blocks."""
@@ -183,7 +196,7 @@ class DatastoreBuilder:
                 self._create()
         arrays = self._arrays()
         self.keys, self.values, self.written = (
-            _open_array(self.path / name, shape, kind, mode="r+")
+            open_array(self.path / name, shape, kind, mode="r+")
             for name, (kind, shape) in arrays.items()
         )
         self.unmarked: list[np.ndarray] = []
@@ -195,7 +208,7 @@ class DatastoreBuilder:
         refuse_mismatch(self.path, manifest["made_from"], self.fields["made_from"])
         refuse_mismatch(self.path, manifest, self.fields)
         if len(self.masked) and not np.array_equal(
-            self.masked, _open_array(self.path / "masked.npy", self.masked.shape, self.masked.dtype)
+            self.masked, open_array(self.path / "masked.npy", self.masked.shape, self.masked.dtype)
         ):
             raise InputError(
                 f"{self.path / 'masked.npy'}: masks other rows than this command would"
@@ -221,7 +234,7 @@ class DatastoreBuilder:
             )
         for name, (kind, shape) in arrays.items():
             open_memmap(self.path / name, mode="w+", dtype=kind, shape=shape).flush()
-            _take_room(self.path / name)
+            take_room(self.path / name)
         if len(self.masked):
             np.save(self.path / "masked.npy", self.masked)
             written = np.load(self.path / "written.npy", mmap_mode="r+")
@@ -284,60 +297,6 @@ class DatastoreBuilder:
         self._write_manifest(complete=True)
         (self.path / "written.npy").unlink(missing_ok=True)
         return Datastore.open(self.path)
-
-
-def _open_array(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Literal["r", "r+"] = "r"
-) -> np.ndarray:
-    """Maps a .npy file that must hold exactly this shape and type."""
-    try:
-        array = np.load(path, mmap_mode="r")  # in mode r+ numpy would lengthen a short file
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; the datastore's manifest promises it") from None
-    except (ValueError, EOFError, OSError) as error:
-        size = path.stat().st_size
-        needed = int(np.prod(shape)) * dtype.itemsize
-        raise InputError(
-            f"{path}: has {size} bytes, expected more than {needed} for {dtype} {list(shape)} "
-            f"({error})"
-        ) from None
-    if array.shape != shape or array.dtype != dtype:
-        raise InputError(
-            f"{path}: holds {array.dtype} {list(array.shape)}, "
-            f"but the manifest says {dtype} {list(shape)}"
-        )
-    return array if mode == "r" else np.load(path, mmap_mode=mode)
-
-
-def _take_room(path: Path) -> None:
-    """Gives a new file all its blocks: written through a memory map, a sparse one would end the
-    program with a bus error once the disk is full."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    with open(path, "r+b") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                return  # the file system cannot do it
-            raise InputError(
-                f"{path}: the disk has no room for its {path.stat().st_size / 1e9:.1f} GB "
-                f"({error.strerror})"
-            ) from None
-
-
-def _open_raw(
-    path: Path, described: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """Maps a file without header that belongs to another program."""
-    file, offset = path / described["path"], described["offset"]
-    needed = int(np.prod(shape)) * dtype.itemsize + offset
-    found = file.stat().st_size if file.is_file() else 0
-    if found != needed:
-        raise InputError(
-            f"{file}: has {found} bytes, but {path / 'manifest.json'} needs {needed} there"
-        )
-    return np.memmap(file, dtype, "r", offset, shape)
 
 
 @exit_with_one_sentence

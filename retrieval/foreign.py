@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
+from retrieval.arrays import data_offset, header_bytes
 from retrieval.datastore import BLOCK_BYTES, DTYPES, KIND, VERSION, Datastore
 from retrieval.manifest import write_manifest
 
-NPY_MAGIC = b"\x93NUMPY"
 VALUE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -64,7 +64,7 @@ def import_datastore(
     if size is None or dim is None:
         raise InputError(f"{keys_path}: is a raw map; give its --knn.size and --knn.dim")
     dtype = dtype or _key_type(keys_path, size, dim)
-    offset = _offset(keys_path, size * dim * DTYPES[dtype].itemsize, f"{dtype} [{size}, {dim}]")
+    offset = data_offset(keys_path, size * dim * DTYPES[dtype].itemsize, f"{dtype} [{size}, {dim}]")
     value_dtype, value_offset = _value_type(values_path, size)
     values = np.memmap(values_path, value_dtype, "r", value_offset, (size,))
     _check_values(values, values_path, vocab_size)
@@ -90,25 +90,6 @@ def import_datastore(
     return Datastore.open(output)
 
 
-def _header_bytes(path: Path) -> int:
-    """Length of the header of a .npy file; 0 for a raw map."""
-    with open(path, "rb") as file:
-        start = file.read(12)
-    if not start.startswith(NPY_MAGIC):
-        return 0
-    width = 2 if start[6] == 1 else 4  # of the header's length, by format version
-    return 8 + width + int.from_bytes(start[8 : 8 + width], "little")
-
-
-def _offset(path: Path, expected: int, what: str) -> int:
-    """Where `expected` bytes of data begin in a file that holds nothing else."""
-    offset = _header_bytes(path)
-    found = path.stat().st_size - offset
-    if found != expected:
-        raise InputError(f"{path}: has {found} bytes of data, expected {expected} for {what}")
-    return offset
-
-
 def _key_type(path: Path, size: int, dim: int) -> str:
     """fp16 or fp32, whichever the file's size is nearer to."""
     return "fp16" if path.stat().st_size / (size * dim) < 3 else "fp32"
@@ -116,10 +97,10 @@ def _key_type(path: Path, size: int, dim: int) -> str:
 
 def _value_type(path: Path, size: int) -> tuple[type, int]:
     """The integer type that fits the file's size, and where the data begin."""
-    found = path.stat().st_size - _header_bytes(path)
+    found = path.stat().st_size - header_bytes(path)
     value_type = VALUE_TYPES.get(found // size, np.int64)
     expected = size * np.dtype(value_type).itemsize
-    return value_type, _offset(path, expected, f"{np.dtype(value_type).name} [{size}]")
+    return value_type, data_offset(path, expected, f"{np.dtype(value_type).name} [{size}]")
 
 
 def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> None:

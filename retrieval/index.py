@@ -20,7 +20,14 @@ import numpy as np
 from errors import InputError
 from retrieval.datastore import Datastore
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
-from retrieval.retriever import FAISS_METRICS, FlatRetriever, Metric, Retriever, normalized
+from retrieval.retriever import (
+    FAISS_METRICS,
+    FlatRetriever,
+    Metric,
+    Retriever,
+    faiss_reason,
+    normalized,
+)
 
 KIND, VERSION = "index", 1
 POINTS_PER_CENTROID = 64
@@ -148,7 +155,9 @@ def read_index(path: Path) -> faiss.Index:
     try:
         return faiss.read_index(str(path), flags)
     except RuntimeError as error:
-        raise InputError(f"{path}: cannot be read as a faiss index ({_reason(error)})") from None
+        raise InputError(
+            f"{path}: cannot be read as a faiss index ({faiss_reason(error)})"
+        ) from None
 
 
 def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
@@ -162,7 +171,7 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
     except RuntimeError as error:
         raise InputError(
             f"--knn.index is {factory!r}; expected flat, auto, the path of an index or a faiss "
-            f"factory string that suits dimension {dim} ({_reason(error)})"
+            f"factory string that suits dimension {dim} ({faiss_reason(error)})"
         ) from None
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise InputError(f"--knn.index is {factory!r}; expected a type that counts keys itself")
@@ -177,7 +186,7 @@ def on_gpus(index: faiss.Index) -> faiss.Index:
     try:
         return faiss.index_cpu_to_all_gpus(index)
     except RuntimeError as error:
-        print(f"building on the CPU: faiss has no such index on GPUs ({_reason(error)})")
+        print(f"building on the CPU: faiss has no such index on GPUs ({faiss_reason(error)})")
         return index
 
 
@@ -195,11 +204,6 @@ def interrupts_held() -> Iterator[list[int]]:
         yield held
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _reason(error: RuntimeError) -> str:
-    """What a faiss error says, without where in faiss it arose."""
-    return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
 
 
 class IndexBuilding:
@@ -293,7 +297,7 @@ class IndexBuilding:
         try:
             return on_gpus(faiss.read_index(str(self.partial)))
         except RuntimeError as error:
-            print(f"{self.partial}: cannot be read ({_reason(error)}); building anew")
+            print(f"{self.partial}: cannot be read ({faiss_reason(error)}); building anew")
             return None
 
     def _train(self, index: faiss.Index, lists: int) -> None:
@@ -304,15 +308,13 @@ class IndexBuilding:
                 f"--knn.index {self.factory} has {lists} lists but the datastore only {size} keys; "
                 "choose fewer lists"
             )
-        chosen = np.random.default_rng(self.seed).choice(
-            self.datastore.n_keys, size, replace=False, shuffle=False
-        )
-        sample = self.datastore.read(self.datastore.rows_of(np.sort(chosen)))
+        _, sample = self.datastore.sample(size, self.seed)
         try:
             index.train(normalized(sample, self.metric))
         except RuntimeError as error:
             raise InputError(
-                f"--knn.index {self.factory} cannot be trained on {size} keys ({_reason(error)})"
+                f"--knn.index {self.factory} cannot be trained on {size} keys "
+                f"({faiss_reason(error)})"
             ) from None
 
     def _add(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:

@@ -1,5 +1,6 @@
 """What everything that searches looks like, and the exact search."""
 
+import re
 from typing import Literal, Protocol
 
 import faiss
@@ -45,6 +46,11 @@ def normalized(vectors: np.ndarray, metric: Metric) -> np.ndarray:
         return vectors
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """What a faiss error says, without where in faiss it arose."""
+    return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
 
 
 class FlatRetriever:

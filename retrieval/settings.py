@@ -1,4 +1,4 @@
-"""Everything that `--knn.*` sets, and the checks that need no file."""
+"""Everything that `--knn.*` and `--neighbors.*` set, and the checks that need no file."""
 
 import math
 from dataclasses import dataclass
@@ -63,3 +63,69 @@ class KNNSettings:
             )
         if self.min_context < 0:
             raise InputError(f"--knn.min_context is {self.min_context}; expected at least 0")
+
+
+@dataclass
+class NeighborSettings:
+    """What the graph network of GNN-LM sees of each token's neighbours.
+
+    Args:
+        k: neighbours per token.
+        left_context: tokens before each neighbour.
+        right_context: tokens after it.
+        key_type: of the keys that are compared, and of the features of tokens and neighbours.
+        metric: cosine, inner product or squared Euclidean distance.
+        index: `auto` (by size), `flat` (exact) or a faiss factory string.
+        nprobe: inverted lists to visit, for indexes that have them.
+        features: of neighbours: `codes`, the keys quantised; `keys` as they are; `embeddings`, word
+            vectors of the tokens.
+        codec: faiss string of the codes; by default OPQ and PQ with a byte for eight dimensions.
+        token_features: in training, features of the tokens themselves: `stored`, from the split's
+            datastore, or `online`, computed by the LM.
+        exclude_window: in training, neighbours nearer than this to the token or to one that it can
+            be seen by are left out; by default all that could show it.
+        dtype: of the stored keys.
+        datastores: their folder; by default datastores/<corpus>.
+    """
+
+    k: int = 32
+    left_context: int = 2
+    right_context: int = 2
+    key_type: str = "last_hidden"
+    metric: Literal["l2", "ip", "cosine"] = "cosine"
+    index: str = "auto"
+    nprobe: int = 32
+    features: Literal["codes", "keys", "embeddings"] = "codes"
+    codec: str | None = None
+    token_features: Literal["stored", "online"] = "stored"
+    exclude_window: int | None = None
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    datastores: str | None = None
+
+    def check(self) -> None:
+        """Raises InputError where a value alone cannot be right."""
+        for name in ("k", "nprobe"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise InputError(f"--neighbors.{name} is {value}; expected at least 1")
+        for name in ("left_context", "right_context", "exclude_window"):
+            if (getattr(self, name) or 0) < 0:
+                value = getattr(self, name)
+                raise InputError(f"--neighbors.{name} is {value}; expected at least 0")
+
+    @property
+    def knn(self) -> KNNSettings:
+        """How the datastores that neighbours come from are made and searched."""
+        return KNNSettings(
+            index=self.index,
+            k=self.k,
+            nprobe=self.nprobe,
+            metric=self.metric,
+            key_type=self.key_type,
+            dtype=self.dtype,
+        )
+
+    def codec_for(self, dim: int) -> str:
+        """The codec's factory string for keys of a width."""
+        bytes_a_row = max(dim // 8, 1)
+        return self.codec or f"OPQ{bytes_a_row}_{dim},PQ{bytes_a_row}"

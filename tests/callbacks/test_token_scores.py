@@ -7,7 +7,7 @@ import torch
 
 from callbacks import token_scores
 from callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
-from models.transformer_lm import TokenScores
+from models.language_model import TokenScores
 
 
 def table_of(positions: np.ndarray, batch: int = 3, **columns: np.ndarray) -> ScoreTable:

@@ -79,7 +79,7 @@ def test_scores_are_those_of_each_scored_token(batch, settings):
         torch.testing.assert_close(scores.log_probs[i], expected[batch.targets[b, t]])
         assert torch.equal(scores.keys[i], features["layer:0:output"][b, t])
     # Padding and what else is in the batch change nothing.
-    alone = LMBatch(*(tensor[2:, :2] for tensor in batch))
+    alone = LMBatch(*(tensor[2:, :2] for tensor in batch[:4]))
     torch.testing.assert_close(model.score(alone).log_probs, scores.log_probs[-1:])
 
 
@@ -141,7 +141,7 @@ def test_a_batch_that_scores_nothing(settings):
         *(torch.full((1, 1), value) for value in (PAD, PAD, -1)), torch.zeros(1, 1, dtype=bool)
     )
     scores = model.test_step(nothing, 0)
-    assert [tuple(part.shape) for part in scores] == [(0,), (0,), (0,), (0, 8)]
+    assert [tuple(part.shape) for part in scores[:4]] == [(0,), (0,), (0,), (0, 8)]
     assert model.test_loss.compute()["tokens"] == 0
 
 

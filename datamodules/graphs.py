@@ -1,0 +1,230 @@
+"""Graphs of tokens, their retrieved neighbours and what surrounded these (Meng et al., ICLR 2022,
+section 2.2).
+
+Two forms of one graph: `hetero_graph` gives it node by node as torch-geometric's `HeteroData`, for
+whoever wants to see it or change it; `Neighborhood` gives what the network's fast computation
+needs, every distinct neighbour once and nothing that cannot reach a token.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import HeteroData
+
+INTRA_TOKEN = ("token", "intra", "token")
+INTER = ("neighbor", "inter", "token")
+INTRA_NEIGHBOR = ("neighbor", "intra", "neighbor")
+
+
+def hetero_graph(
+    neighbors: np.ndarray,
+    n_rows: int,
+    left_context: int,
+    right_context: int,
+    intra_context: int | None = None,
+) -> HeteroData:
+    """The graph of one block, as the paper draws it: duplicates are nodes of their own.
+
+    Nodes `token`: one a token, in order. Nodes `neighbor`: for every token and each of its
+    neighbours the neighbour itself, its left context and its right context, both ascending and cut
+    at the ends of the datastore; `row` is the datastore row, `offset` its distance to the
+    neighbour. Edges: a token to itself and those after it; a neighbour, not its context, to its
+    token; along each chain both ways and to itself.
+
+    Args:
+        neighbors: int64 `[T, k]`, datastore rows, -1 where missing.
+        n_rows: of the datastore.
+        left_context: tokens before each neighbour.
+        right_context: tokens after it.
+        intra_context: tokens that a token attends to, itself included; None for all before it, 0
+            for no such edges at all.
+    """
+    tokens, ranks = np.nonzero(neighbors >= 0)
+    centres = neighbors[tokens, ranks]
+    offsets = np.array([0, *range(-left_context, 0), *range(1, right_context + 1)])
+    rows = centres[:, None] + offsets
+    inside = (rows >= 0) & (rows < n_rows)
+    number = np.cumsum(inside).reshape(inside.shape) - 1  # of the node, where there is one
+
+    in_order = np.argsort(offsets)
+    chain, there = number[:, in_order], inside[:, in_order]
+    both = there[:, :-1] & there[:, 1:]
+    forward = np.stack([chain[:, :-1][both], chain[:, 1:][both]])
+    itself = np.repeat(number[inside][None], 2, axis=0)
+
+    n_tokens = len(neighbors)
+    later, earlier = np.tril_indices(n_tokens)
+    if intra_context is not None:
+        near = later - earlier < intra_context
+        later, earlier = later[near], earlier[near]
+
+    graph = HeteroData()
+    graph["token"].num_nodes = n_tokens
+    graph["neighbor"].num_nodes = int(inside.sum())
+    graph["neighbor"].row = torch.from_numpy(rows[inside])
+    graph["neighbor"].offset = torch.from_numpy(np.broadcast_to(offsets, rows.shape)[inside])
+    if len(later):
+        graph[INTRA_TOKEN].edge_index = torch.from_numpy(np.stack([earlier, later]))
+    graph[INTER].edge_index = torch.from_numpy(np.stack([number[:, 0], tokens]))
+    edges = np.concatenate([itself, forward, forward[::-1]], axis=1)
+    graph[INTRA_NEIGHBOR].edge_index = torch.from_numpy(edges)
+    return graph
+
+
+class Neighborhood(NamedTuple):
+    """The neighbours of a batch, each distinct state of a neighbour once.
+
+    No edge leads from a token to a neighbour, so a neighbour's states depend on the datastore
+    alone; and what reaches the token from it has been updated `layers - 1` times, so nothing
+    farther along the chain matters. State s of a row is the one after s updates. `C` is the number
+    of distinct neighbours, `n_s` that of distinct states s.
+
+    Attributes:
+        neighbors: int64 `[B, T, k]`, number among the distinct neighbours, -1 where missing.
+        rows: int64 `[n_0]`, datastore rows of states 0, ascending.
+        features: `[n_0, …]`, what the feature store has for them.
+        chains: for s = 1 to layers - 1 int64 `[n_s, 3]`: the states s - 1 of the row to the left,
+            of itself and of the row to the right, -1 at the chain's ends.
+        centres: for s = 0 to layers - 1 int64 `[C]`, which state s each distinct neighbour has.
+    """
+
+    neighbors: Tensor
+    rows: Tensor
+    features: Tensor
+    chains: list[Tensor]
+    centres: list[Tensor]
+
+
+def plan_chains(
+    centres: np.ndarray, n_rows: int, left_context: int, right_context: int, updates: int
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Which states to compute so that every centre has been updated `updates` times.
+
+    A state after s updates depends on its row and on how far its chain goes on to either side, as
+    far as s steps; rows that are far enough from the ends of their chains share their states.
+
+    Args:
+        centres: int64 `[C]`, distinct ascending datastore rows.
+
+    Returns:
+        `rows`, `chains` and `centres` of a `Neighborhood`.
+    """
+    base = updates + 1
+
+    def code(row: np.ndarray, left: np.ndarray, right: np.ndarray, s: int) -> np.ndarray:
+        return (row * base + np.minimum(left, s)) * base + np.minimum(right, s)
+
+    states = code(
+        centres,
+        np.minimum(left_context, centres),
+        np.minimum(right_context, n_rows - 1 - centres),
+        updates,
+    )
+    chains: list[np.ndarray] = []
+    own = [np.arange(len(centres))]
+    for s in range(updates, 0, -1):
+        rest, right = np.divmod(states, base)
+        row, left = np.divmod(rest, base)
+        wanted = np.stack(
+            [
+                np.where(left > 0, code(row - 1, left - 1, right + 1, s - 1), -1),
+                code(row, left, right, s - 1),
+                np.where(right > 0, code(row + 1, left + 1, right - 1, s - 1), -1),
+            ],
+            axis=1,
+        )
+        found, index = np.unique(wanted, return_inverse=True)
+        index = index.reshape(wanted.shape)
+        if len(found) and found[0] < 0:
+            found, index = found[1:], index - 1
+        chains.insert(0, index)
+        own.insert(0, index[own[0], 1])
+        states = found
+    return states // (base * base), chains, own
+
+
+def leaking(neighbors: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
+    """Which neighbours could show a token of its own block what it is to predict.
+
+    For blocks of the split that the datastore holds. A neighbour of token i is seen by i and by
+    all later tokens of the block, so it must keep its distance from all of them, not from i alone.
+
+    Args:
+        neighbors: int64 `[B, T, k]`, datastore rows.
+        positions: int64 `[B, T]`, rows of the tokens themselves, -1 where padded.
+        window: rows nearer than this to any token from i on are told.
+
+    Returns:
+        bool `[B, T, k]`.
+    """
+    first = positions[:, :, None] - window
+    last = positions.max(axis=1)[:, None, None] + window
+    return (neighbors > first) & (neighbors < last)
+
+
+class NeighborMemory:
+    """Gives batches their neighbours: a neighbour table over a split, and the features of the
+    datastore that it points into. All arrays may be memory-mapped.
+
+    Args:
+        table: integers `[N, k]`, datastore rows of each token of the split, -1 where missing.
+        features: `[rows, …]` of the datastore: codes uint8, keys, or values.
+        left_context: tokens before each neighbour.
+        right_context: tokens after it.
+        layers: of the graph network.
+        leak_window: see `leaking`; None where the datastore holds another split.
+        token_features: `[N, d]`, features of the split's own tokens; None where the model
+            computes them.
+    """
+
+    def __init__(
+        self,
+        table: np.ndarray,
+        features: np.ndarray,
+        left_context: int,
+        right_context: int,
+        layers: int,
+        leak_window: int | None = None,
+        token_features: np.ndarray | None = None,
+    ) -> None:
+        self.table = table
+        self.features = features
+        self.left_context = left_context
+        self.right_context = right_context
+        self.layers = layers
+        self.leak_window = leak_window
+        self.token_features = token_features
+
+    def neighborhood(self, positions: np.ndarray) -> Neighborhood:
+        """The neighbours of tokens int64 `[B, T]`, -1 where padded."""
+        neighbors = self.table[positions].astype(np.int64)
+        neighbors[positions < 0] = -1
+        if self.leak_window is not None:
+            neighbors[leaking(neighbors, positions, self.leak_window)] = -1
+        centres, numbers = np.unique(neighbors, return_inverse=True)
+        numbers = numbers.reshape(neighbors.shape)
+        if len(centres) and centres[0] < 0:
+            centres, numbers = centres[1:], numbers - 1
+        rows, chains, own = plan_chains(
+            centres, len(self.features), self.left_context, self.right_context, self.layers - 1
+        )
+        features = self.features[rows]
+        if features.dtype.kind in "ui" and features.ndim == 1:
+            features = features.astype(np.int64)  # values: torch indexes with nothing smaller
+        return Neighborhood(
+            torch.from_numpy(numbers),
+            torch.from_numpy(rows),
+            torch.from_numpy(features),
+            [torch.from_numpy(chain) for chain in chains],
+            [torch.from_numpy(index) for index in own],
+        )
+
+    def features_of(self, positions: np.ndarray) -> Tensor | None:
+        """Stored features of tokens int64 `[B, T]`, fp32 `[B, T, d]`, zero where padded."""
+        if self.token_features is None:
+            return None
+        features = self.token_features[positions].astype(np.float32)
+        features[positions < 0] = 0
+        return torch.from_numpy(features)

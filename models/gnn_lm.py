@@ -1,0 +1,287 @@
+"""`GNNLM`: a language model whose tokens attend to their retrieved neighbours and to what
+surrounded them (Meng et al., ICLR 2022).
+
+A graph network between a trained LM's features and its softmax. What the neighbours are, and their
+features, comes with the batch.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+from models.adaptive import PlainSoftmax
+from models.hgt import HGT
+from models.language_model import LanguageModel, TokenScores
+from models.metrics import TokenLoss
+from models.transformer_lm import TransformerLM
+
+Part = Literal["adaptive_softmax", "embedding", "layers"]
+
+
+class GNNLM(LanguageModel):
+    """A graph network on top of a language model, frozen unless told otherwise.
+
+    Args:
+        vocab_size: number of ids; the program takes it from the corpus.
+        lm_checkpoint: the trained LM, of train.py or of fairseq.
+        start_from: checkpoint of a GNN-LM whose weights to start from, the LM's included.
+        lm: settings of the LM, for checkpoints of this model, which hold its weights; leave it out.
+        layers: of the graph network.
+        width: of its states; by default the LM's.
+        heads: attention heads a layer.
+        dropout: on the messages of each layer.
+        attention_dropout: on its attention weights.
+        intra_context: tokens of its own block that a token attends to, itself included; by default
+            all before it; 0 for none, so that all it learns comes from neighbours.
+        lm_ratio: weight of the LM's own distribution in a mixture with the graph network's.
+        lm_path_probability: share of training batches that take the LM's path past the graph
+            network, for parts that are not frozen.
+        unfreeze: parts of the LM that are trained too: adaptive_softmax (the output softmax, a
+            copy where it shares weights with the input), embedding, layers.
+        output_bias: train a bias on the logits of a plain softmax.
+        optimizer: `adam`, or Nesterov's accelerated gradient `nag`.
+        lr: peak learning rate.
+        schedule: `cosine` with restarts, `inverse_sqrt`, or `constant`, each after a warm-up.
+        warmup_updates: updates of linear warm-up.
+        warmup_init_lr: learning rate of the first update.
+        min_lr: where the cosine ends.
+        lr_period_updates: length of the first cosine period.
+        t_mult: how much longer each further period is.
+        lr_shrink: what learning rates are multiplied with at each further period.
+        momentum: of `nag`.
+        adam_betas: of `adam`.
+        weight_decay: of either.
+
+    Raises:
+        InputError: the settings contradict one another, or the LM cannot be read.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        lm_checkpoint: str | None = None,
+        start_from: str | None = None,
+        lm: dict | None = None,
+        layers: int = 3,
+        width: int | None = None,
+        heads: int = 8,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        intra_context: int | None = None,
+        lm_ratio: float = 0.0,
+        lm_path_probability: float = 0.0,
+        unfreeze: Sequence[Part] = (),
+        output_bias: bool = False,
+        optimizer: Literal["nag", "adam"] = "adam",
+        lr: float = 1e-3,
+        schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine",
+        warmup_updates: int = 100,
+        warmup_init_lr: float = 1e-7,
+        min_lr: float = 1e-6,
+        lr_period_updates: int = 10000,
+        t_mult: float = 1.0,
+        lr_shrink: float = 1.0,
+        momentum: float = 0.99,
+        adam_betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        start = None if start_from is None else self._load(start_from, "start_from", GNNLM)
+        if start is not None:
+            lm = start.hparams.lm
+        elif lm is None and lm_checkpoint is None:
+            raise InputError(
+                "--model.lm_checkpoint is missing; expected the checkpoint of a trained LM"
+            )
+        self.lm = (
+            TransformerLM(**lm)
+            if lm is not None
+            else self._load(lm_checkpoint, "lm_checkpoint", TransformerLM)
+        )
+        lm = {**self.lm.hparams, "compile": False}
+        unfreeze = list(unfreeze)
+        self.save_hyperparameters()
+        self._check()
+        self.lm_fingerprint: str | None = None
+        """Of the LM whose datastores it reads; saved with checkpoints."""
+        self.neighbors: dict | None = None
+        """What features its neighbours had in training; saved with checkpoints."""
+        self.code_decoder: nn.Module | None = None
+        """From codes uint8 `[n, M]` to features `[n, width]`, where neighbours come as codes."""
+        self.lm_loss = TokenLoss()
+        """Of the LM alone, beside `test_loss`."""
+        self.network = HGT(
+            self.lm.hparams.width,
+            width or self.lm.hparams.width,
+            layers,
+            heads,
+            dropout,
+            attention_dropout,
+        )
+        self.network.freeze_unused(intra_context)
+        self.softmax = self.lm.softmax
+        self._unfreeze(unfreeze)
+        if start is not None:
+            self._take_weights(start, start_from)
+        self.train()
+
+    @staticmethod
+    def _load(path: str, name: str, kind: type[LanguageModel]) -> LanguageModel:
+        from models.checkpoint import load_model  # which knows this class
+
+        model = load_model(Path(path))
+        if not isinstance(model, kind):
+            raise InputError(
+                f"--model.{name} {path}: holds a {type(model).__name__}; expected a {kind.__name__}"
+            )
+        return model
+
+    def _take_weights(self, start: "GNNLM", path: str) -> None:
+        try:
+            self.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            difference = " ".join(str(error).split(":", 1)[1].split())[:120]
+            raise InputError(
+                f"--model.start_from {path}: is a network of another shape ({difference})"
+            ) from None
+        self.lm_fingerprint, self.neighbors = start.lm_fingerprint, start.neighbors
+
+    def _check(self) -> None:
+        h, lm = self.hparams, self.lm.hparams
+        if h.vocab_size != lm.vocab_size:
+            raise InputError(
+                f"--model.lm_checkpoint {h.lm_checkpoint}: has a vocabulary of {lm.vocab_size}, "
+                f"but the corpus one of {h.vocab_size}; pass the LM's dict.txt as --data.dictionary"
+            )
+        for name in ("layers", "heads", "lr", "lr_period_updates"):
+            if not h[name] > 0:
+                raise InputError(f"--model.{name} is {h[name]}; expected more than 0")
+        for name in ("dropout", "attention_dropout", "lm_ratio", "lm_path_probability"):
+            if not 0 <= h[name] < 1:
+                raise InputError(f"--model.{name} is {h[name]}; expected 0 <= {name} < 1")
+        if h.intra_context is not None and h.intra_context < 0:
+            raise InputError(f"--model.intra_context is {h.intra_context}; expected at least 0")
+        width = lm.width if h.width is None else h.width
+        if width < 1 or width % h.heads:
+            raise InputError(f"--model.width {width} is not a multiple of --model.heads {h.heads}")
+        if h.lm_path_probability and not h.unfreeze:
+            raise InputError(
+                f"--model.lm_path_probability is {h.lm_path_probability}, but nothing on the LM's "
+                "path is trained; expected --model.unfreeze to name a part"
+            )
+        if h.output_bias and not isinstance(self.lm.softmax, PlainSoftmax):
+            raise InputError("--model.output_bias needs an LM with a plain softmax, not adaptive")
+
+    def _unfreeze(self, parts: Sequence[Part]) -> None:
+        self.lm.requires_grad_(False)
+        if "adaptive_softmax" in parts or self.hparams.output_bias:
+            self.softmax = copy.deepcopy(self.lm.softmax)
+            self.softmax.requires_grad_("adaptive_softmax" in parts)
+        if self.hparams.output_bias:
+            self.softmax.add_bias()
+        decoder = self.lm.decoder
+        if "embedding" in parts:
+            decoder.embedding.requires_grad_(True)
+            decoder.positions.requires_grad_(True)
+        if "layers" in parts:
+            decoder.layers.requires_grad_(True)
+            decoder.final_norm.requires_grad_(True)
+
+    @property
+    def trains_features(self) -> bool:
+        """Whether training changes the LM's features."""
+        return bool({"embedding", "layers"} & set(self.hparams.unfreeze))
+
+    def train(self, mode: bool = True) -> "GNNLM":
+        """Dropout stays off in an LM that is not trained."""
+        super().train(mode)
+        self.lm.train(mode and self.trains_features)
+        self.softmax.train(mode and "adaptive_softmax" in self.hparams.unfreeze)
+        return self
+
+    @property
+    def max_target_positions(self) -> int:
+        """Longest row the model reads."""
+        return self.lm.max_target_positions
+
+    def key_width(self, key_type: str) -> int:
+        """Width of `gnn`, the output of the graph network, or of a feature of the LM."""
+        return self.lm.hparams.width if key_type == "gnn" else self.lm.key_width(key_type)
+
+    def neighbor_features(self, features: Tensor) -> Tensor:
+        """fp32 `[n, width]` of what a feature store holds: codes uint8 `[n, M]`, keys `[n, width]`
+        or tokens int64 `[n]`, whose word vectors are taken, neither scaled nor with positions."""
+        if features.dtype == torch.int64:
+            return self.lm.decoder.embedding(features)
+        return self.code_decoder(features) if features.dtype == torch.uint8 else features.float()
+
+    def forward(self, batch, key_types: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict]:
+        """Features of the LM and of the graph network `[B, T, width]`, and features by key type."""
+        features: dict[str, Tensor] = {}
+        wanted = [key_type for key_type in key_types if key_type != "gnn"]
+        if batch.token_features is not None and not wanted:
+            hidden = batch.token_features
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_features):
+                hidden, features = self.lm(batch.tokens, wanted)
+        neighborhood = batch.neighborhood
+        out = self.network.fast(
+            hidden,
+            self.neighbor_features(neighborhood.features),
+            neighborhood,
+            self.hparams.intra_context,
+        )
+        return hidden, out, {**features, "gnn": out}
+
+    def score(self, batch, with_log_probs: bool = True) -> TokenScores:
+        """See `LanguageModel.score`."""
+        if self.training and torch.rand(()) < self.hparams.lm_path_probability:
+            return self._score_by_lm(batch)
+        key_types = () if self.key_type is None else (self.key_type,)
+        hidden, out, features = self(batch, key_types)
+        hidden, out, targets = (x[batch.scored] for x in (hidden, out, batch.targets))
+        log_probs = lm_log_probs = None
+        if with_log_probs:
+            log_probs = self.softmax.target_log_prob(out, targets)
+            if self.hparams.lm_ratio:
+                beside = self.softmax.target_log_prob(hidden, targets)
+                log_probs = mix(beside, log_probs, self.hparams.lm_ratio)
+            if not self.training:  # what the LM says itself, for comparison
+                lm_log_probs = self.lm.softmax.target_log_prob(hidden, targets)
+        keys = None if self.key_type is None else features[self.key_type][batch.scored]
+        return TokenScores(batch.positions[batch.scored], targets, log_probs, keys, lm_log_probs)
+
+    def _score_by_lm(self, batch) -> TokenScores:
+        """The LM's path past the graph network, through the trained softmax."""
+        hidden, _ = self.lm(batch.tokens)
+        targets = batch.targets[batch.scored]
+        log_probs = self.softmax.target_log_prob(hidden[batch.scored], targets)
+        return TokenScores(batch.positions[batch.scored], targets, log_probs, None)
+
+    def test_step(self, batch, batch_idx: int) -> TokenScores:
+        """Scores of the batch; the losses over the split are in `test_loss` and `lm_loss`."""
+        scores = super().test_step(batch, batch_idx)
+        self.lm_loss.update(scores.lm_log_probs)
+        return scores
+
+    def on_test_epoch_start(self) -> None:
+        """Starts new sums."""
+        super().on_test_epoch_start()
+        self.lm_loss.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Records what the neighbours are features of."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lm_fingerprint"] = self.lm_fingerprint
+        checkpoint["neighbors"] = self.neighbors
+
+
+def mix(lm_log_prob: Tensor, gnn_log_prob: Tensor, lm_ratio: float) -> Tensor:
+    """log(r p_LM + (1 - r) p_GNN), in log space."""
+    return torch.logaddexp(lm_log_prob + math.log(lm_ratio), gnn_log_prob + math.log1p(-lm_ratio))

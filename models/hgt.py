@@ -1,0 +1,356 @@
+"""The heterogeneous graph transformer of GNN-LM (Meng et al., ICLR 2022, section 2.3; Hu et al.,
+WWW 2020), computed in two ways with equal results.
+
+`HGT.forward` passes messages over any graph of tokens and neighbours. `HGT.fast` computes the same
+for the graphs that GNN-LM makes, out of a `Neighborhood`: each distinct neighbour once, causal
+attention among tokens by torch's fused kernels, and a gathered attention from tokens to their
+neighbours.
+
+With d = width / heads, node type t and relation e, per head:
+
+    score(s -> t) = (Q_t h_t) . (K_s h_s A_e) pri_e / sqrt(d)        softmax over sources of one e
+    m_t           = mean over e of  sum over s of softmax(score) (V_s h_s M_e)
+    h_t'          = LayerNorm_t(h_t + O_t m_t)
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch_geometric.nn import MessagePassing
+from torch_geometric.utils import softmax
+
+NODE_TYPES = ("token", "neighbor")
+RELATIONS = ("intra", "inter")
+GATHERED_AT_ONCE = 1 << 25
+"""Most numbers of gathered neighbour states that are held at a time: 128 MiB in fp32."""
+
+Nodes = Mapping[str, Tensor]
+Edges = Mapping[tuple[str, str, str], Tensor]
+
+
+class RelationAttention(MessagePassing):
+    """Attention over the edges of one type; messages are added up."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="add", node_dim=0)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, edge_index: Tensor, dropout: float
+    ) -> Tensor:
+        """Queries `[N, heads, d]`, scaled, keys and values `[M, heads, d]`, edges int64 `[2, E]`
+        from the M to the N, to `[N, heads, d]`."""
+        return self.propagate(
+            edge_index,
+            q=(None, q),
+            k=(k, None),
+            v=(v, None),
+            size=(len(k), len(q)),
+            dropout=dropout,
+        )
+
+    def message(
+        self, q_i: Tensor, k_j: Tensor, v_j: Tensor, index: Tensor, size_i: int, dropout: float
+    ) -> Tensor:
+        """Each edge's share, `[E, heads, d]`."""
+        weight = softmax((q_i * k_j).sum(-1), index, num_nodes=size_i)
+        return F.dropout(weight, dropout)[..., None] * v_j
+
+
+class HGTLayer(nn.Module):
+    """One layer; parameters per node type and per relation.
+
+    Args:
+        width: of the states.
+        heads: of the attention.
+        dropout: on the messages, after their output projection.
+        attention_dropout: on attention weights.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        part = width // heads
+
+        def per_type(make) -> nn.ModuleDict:
+            return nn.ModuleDict({node_type: make() for node_type in NODE_TYPES})
+
+        def per_relation(*shape: int) -> nn.ParameterDict:
+            return nn.ParameterDict({e: nn.Parameter(torch.empty(shape)) for e in RELATIONS})
+
+        # A bias of the keys would add the same to all scores of a softmax.
+        self.key = per_type(lambda: nn.Linear(width, width, bias=False))
+        self.query = per_type(lambda: nn.Linear(width, width))
+        self.value = per_type(lambda: nn.Linear(width, width))
+        self.output = per_type(lambda: nn.Linear(width, width))
+        self.norm = per_type(lambda: nn.LayerNorm(width))
+        self.prior = per_relation(heads)
+        self.attention = per_relation(heads, part, part)
+        self.message = per_relation(heads, part, part)
+        self.over_edges = RelationAttention()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Priors one, relation matrices Xavier as one tensor over both relations."""
+        for relation in RELATIONS:
+            nn.init.ones_(self.prior[relation])
+        for matrices in (self.attention, self.message):
+            both = torch.empty(len(RELATIONS), *matrices["intra"].shape)
+            nn.init.xavier_uniform_(both)
+            for relation, matrix in zip(RELATIONS, both, strict=True):
+                matrices[relation].data.copy_(matrix)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def _scale(self, relation: str) -> Tensor:
+        """What queries are multiplied with, `[heads, 1]`."""
+        prior = self.prior[relation]
+        return (prior / math.sqrt(self.attention[relation].shape[-1]))[:, None]
+
+    def _queries(self, x: Tensor, node_type: str) -> Tensor:
+        return self._split(self.query[node_type](x))
+
+    def _update(self, x: Tensor, message: Tensor, node_type: str) -> Tensor:
+        message = F.dropout(self.output[node_type](message), self.dropout, self.training)
+        return self.norm[node_type](x + message)
+
+    @property
+    def _weight_dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    # -- any graph -------------------------------------------------------------------------------
+
+    def forward(self, x: Nodes, edges: Edges) -> dict[str, Tensor]:
+        """States `[N, width]` of each node type to the same, one layer later."""
+        messages: dict[str, list[Tensor]] = {node_type: [] for node_type in x}
+        for (source, relation, target), edge_index in edges.items():
+            q = self._queries(x[target], target) * self._scale(relation)
+            k = torch.einsum(
+                "nhi,hij->nhj", self._split(self.key[source](x[source])), self.attention[relation]
+            )
+            v = torch.einsum(
+                "nhi,hij->nhj", self._split(self.value[source](x[source])), self.message[relation]
+            )
+            message = self.over_edges(q, k, v, edge_index, self._weight_dropout)
+            messages[target].append(message.flatten(1))
+        return {
+            node_type: self._update(states, torch.stack(messages[node_type]).mean(0), node_type)
+            for node_type, states in x.items()
+        }
+
+    # -- the graph of GNN-LM ---------------------------------------------------------------------
+
+    def update_neighbors(self, states: Tensor, chain: Tensor) -> Tensor:
+        """One update along the chains.
+
+        The relation's matrices are multiplied into the projections once.
+
+        Args:
+            states: `[n, width]`.
+            chain: int64 `[m, 3]`, left, self and right among the n, -1 where there is none.
+
+        Returns:
+            `[m, width]`.
+        """
+        own = states[chain[:, 1]]
+        q = self._queries(own, "neighbor") * self._scale("intra")
+        missing = chain < 0
+        sources = chain.clamp(min=0)
+        k = F.linear(states, self._folded(self.key["neighbor"].weight, self.attention["intra"]))
+        v = F.linear(
+            states,
+            self._folded(self.value["neighbor"].weight, self.message["intra"]),
+            self._folded(self.value["neighbor"].bias[:, None], self.message["intra"])[:, 0],
+        )
+        k, v = (self._split(F.embedding(sources, projected)) for projected in (k, v))
+        scores = (q[:, None] * k).sum(-1).masked_fill(missing[..., None], -torch.inf)
+        weights = F.dropout(scores.softmax(dim=1), self._weight_dropout)
+        message = (weights[..., None] * v).sum(dim=1).flatten(1)
+        return self._update(own, message, "neighbor")
+
+    @staticmethod
+    def _folded(weight: Tensor, relation: Tensor) -> Tensor:
+        """The weight of x -> (weight x) relation, `[width, c]`, of `[width, c]` and a relation's
+        matrices `[heads, d, d]`."""
+        per_head = weight.unflatten(0, (relation.shape[0], -1))
+        return (relation.transpose(1, 2) @ per_head).flatten(0, 1)
+
+    def update_tokens(
+        self, x: Tensor, centres: Tensor, neighbors: Tensor, intra_context: int | None
+    ) -> Tensor:
+        """One update of the tokens.
+
+        Args:
+            x: `[B, T, width]`; padding on the right.
+            centres: `[C, width]`, states of the distinct neighbours.
+            neighbors: int64 `[B, T, k]` among the C, -1 where missing.
+            intra_context: see `datamodules.graphs.hetero_graph`.
+
+        Returns:
+            `[B, T, width]`.
+        """
+        q = self._queries(x, "token")
+        message = self._from_neighbors(q, centres, neighbors)
+        if intra_context != 0:
+            message = (message + self._from_tokens(x, q, intra_context)) / 2
+        return self._update(x, message, "token")
+
+    def _from_tokens(self, x: Tensor, q: Tensor, intra_context: int | None) -> Tensor:
+        """Causal attention among tokens."""
+        q = (q * self._scale("intra")).transpose(1, 2)
+        k = self._split(self.key["token"](x)).transpose(1, 2) @ self.attention["intra"]
+        v = self._split(self.value["token"](x)).transpose(1, 2) @ self.message["intra"]
+        mask = None
+        if intra_context is not None:
+            here = torch.arange(x.shape[1], device=x.device)
+            back = here[:, None] - here
+            mask = (back >= 0) & (back < intra_context)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, self._weight_dropout, is_causal=mask is None, scale=1.0
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def _from_neighbors(self, q: Tensor, centres: Tensor, neighbors: Tensor) -> Tensor:
+        """Attention of each token to its own neighbours.
+
+        Keys and values of neighbours are never made: scores are (q A^T K) . h, and the messages
+        V (sum of weights times h), so that projections are of tokens only, and of neighbours only
+        their states are gathered.
+        """
+        batch, length, heads, _ = q.shape
+        if len(centres) == 0:
+            return q.new_zeros(batch, length, centres.shape[1])
+        key = self.key["neighbor"].weight.unflatten(0, (heads, -1))
+        q = torch.einsum("bthj,hij->bthi", q * self._scale("inter"), self.attention["inter"])
+        absorbed = torch.einsum("bthi,hid->bthd", q, key).flatten(0, 1)
+        flat = neighbors.flatten(0, 1)
+        at_once = max(GATHERED_AT_ONCE // (flat.shape[1] * centres.shape[1]), 1)
+        parts = list(zip(absorbed.split(at_once), flat.split(at_once), strict=True))
+        if len(parts) == 1:
+            gathered, total = self._gather(absorbed, flat, centres)
+        else:  # gathered again in the backward pass instead of being kept
+            done = [checkpoint(self._gather, *p, centres, use_reentrant=False) for p in parts]
+            gathered, total = (torch.cat(column) for column in zip(*done, strict=True))
+        value = self.value["neighbor"]
+        message = torch.einsum(
+            "nhd,hid->nhi", gathered, value.weight.unflatten(0, (heads, -1))
+        ) + total[..., None] * self._split(value.bias)
+        message = torch.einsum("nhi,hij->nhj", message, self.message["inter"])
+        return message.flatten(1).view(batch, length, -1)
+
+    def _gather(self, q: Tensor, neighbors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sums of neighbours' states.
+
+        Args:
+            q: `[n, heads, width]`.
+            neighbors: int64 `[n, k]`, -1 where missing.
+            centres: `[C, width]`.
+
+        Returns:
+            `[n, heads, width]`, and the sum of the weights `[n, heads]`: 0 without neighbours.
+        """
+        states = F.embedding(neighbors.clamp(min=0), centres)
+        missing = (neighbors < 0)[:, None]
+        scores = (q @ states.transpose(1, 2)).masked_fill(missing, -torch.inf)
+        weights = scores.softmax(dim=-1).masked_fill(missing, 0.0)
+        weights = F.dropout(weights, self._weight_dropout)
+        return weights @ states, weights.sum(-1)
+
+
+class HGT(nn.Module):
+    """The stack of layers between the LM's features and its softmax.
+
+    Args:
+        input_width: of the features, and of what comes out.
+        width: of the states; other than `input_width`, they are projected on the way in and out.
+        layers: number of layers.
+        heads: attention heads a layer.
+        dropout: see `HGTLayer`.
+        attention_dropout: see `HGTLayer`.
+    """
+
+    def __init__(
+        self,
+        input_width: int,
+        width: int,
+        layers: int,
+        heads: int,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            HGTLayer(width, heads, dropout, attention_dropout) for _ in range(layers)
+        )
+        self.adapt = self.out = None
+        if width != input_width:
+            self.adapt = nn.ModuleDict({t: nn.Linear(input_width, width) for t in NODE_TYPES})
+            self.out = nn.Linear(width, input_width)
+
+    def freeze_unused(self, intra_context: int | None) -> None:
+        """Leaves out of training what `fast` does not use."""
+        last = self.layers[-1]
+        unused = [last.query["neighbor"], last.output["neighbor"], last.norm["neighbor"]]
+        if intra_context == 0:
+            for layer in self.layers:
+                unused += [layer.key["token"], layer.value["token"]]
+            for parameters in (last.prior, last.attention, last.message):
+                parameters["intra"].requires_grad_(False)
+        for module in unused:
+            module.requires_grad_(False)
+
+    def _adapted(self, features: Tensor, node_type: str) -> Tensor:
+        return features if self.adapt is None else F.gelu(self.adapt[node_type](features))
+
+    def forward(self, x: Nodes, edges: Edges) -> list[dict[str, Tensor]]:
+        """Message passing.
+
+        Args:
+            x: features `[N, input_width]` of `token` and `neighbor` nodes.
+            edges: int64 `[2, E]` by (source, relation, target), as `HeteroData.edge_index_dict`.
+
+        Returns:
+            The adapted features, then the states after each layer, both node types; the last
+            entry projected to `[N, input_width]`.
+        """
+        states = [{t: self._adapted(features, t) for t, features in x.items()}]
+        for layer in self.layers:
+            states.append(layer(states[-1], edges))
+        if self.out is not None:
+            states.append({t: self.out(last) for t, last in states[-1].items()})
+        else:
+            states.append(states[-1])
+        return states
+
+    def fast(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        neighborhood,
+        intra_context: int | None = None,
+    ) -> Tensor:
+        """What `forward` gives the tokens, for the graph of a `Neighborhood`.
+
+        Args:
+            tokens: features `[B, T, input_width]`; padding on the right.
+            features: `[n_0, input_width]`, decoded features of the neighbourhood's rows.
+            neighborhood: a `datamodules.graphs.Neighborhood` made for this number of layers.
+            intra_context: see `datamodules.graphs.hetero_graph`.
+
+        Returns:
+            `[B, T, input_width]`.
+        """
+        tokens = self._adapted(tokens, "token")
+        states = self._adapted(features, "neighbor")
+        for number, layer in enumerate(self.layers):
+            centres = F.embedding(neighborhood.centres[number], states)
+            tokens = layer.update_tokens(tokens, centres, neighborhood.neighbors, intra_context)
+            if number < len(self.layers) - 1:
+                states = layer.update_neighbors(states, neighborhood.chains[number])
+        return tokens if self.out is None else self.out(tokens)

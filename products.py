@@ -1,0 +1,300 @@
+"""What the programs make of a model and a corpus, once, and find again: datastores, their indexes,
+and for the graph network neighbour tables and codes.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from pytorch_lightning import Callback
+
+from callbacks.datastore_writer import DatastoreWriter
+from callbacks.index_builder import IndexBuilder
+from callbacks.neighbor_table_writer import NeighborTableWriter
+from callbacks.progress import progress_bars
+from callbacks.throughput import Throughput
+from cli import ProgramCLI
+from datamodules.graphs import NeighborMemory
+from datamodules.lm import LMDataModule
+from errors import InputError
+from models.checkpoint import model_fingerprint
+from models.features import CodeDecoder
+from models.gnn_lm import GNNLM
+from models.language_model import LanguageModel
+from retrieval.codec import build_codes, check_codec
+from retrieval.datastore import Datastore, DatastoreBuilder
+from retrieval.foreign import import_datastore, is_raw
+from retrieval.index import is_path, make_index
+from retrieval.manifest import refuse_mismatch
+from retrieval.settings import KNNSettings, NeighborSettings
+
+
+class Products:
+    """The datastores of one model's keys and their indexes.
+
+    Args:
+        cli: the parsed command line.
+        data: the corpus.
+        model: whose keys they hold.
+        knn: which keys, and how they are indexed.
+        root: folder of the datastores; by default datastores/<corpus>.
+        fingerprint: of the model that made them; by default that of `model`.
+    """
+
+    def __init__(
+        self,
+        cli: ProgramCLI,
+        data: LMDataModule,
+        model: LanguageModel,
+        knn: KNNSettings,
+        root: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.cli = cli
+        self.data = data
+        self.model = model
+        self.knn = knn
+        self.root = Path(root) if root else Path("datastores") / cli.corpus_name
+        self.own_fingerprint = model_fingerprint(model)
+        self.fingerprint = fingerprint or self.own_fingerprint
+        self.seconds: dict[str, float] = {}
+
+    def datastore_path(self, split: str) -> Path:
+        """`--knn.datastore`, else <split>[-<key type>] under the root."""
+        if self.knn.datastore is not None:
+            return Path(self.knn.datastore)
+        suffix = "" if self.knn.key_type == "last_ffn_input" else f"-{self.knn.key_type}"
+        name = f"{split}{suffix}".replace(":", "_")
+        return self.root / name
+
+    def expected_of_datastore(self) -> dict[str, Any]:
+        """What any datastore must have been made from to be searched with this model."""
+        expected = {
+            "model": self.fingerprint,
+            "dictionary": self.data.dictionary.fingerprint,
+            "key_type": self.knn.key_type,
+        }
+        if self.knn.key_type == "gnn":
+            expected["neighbors"] = self.model.neighbors
+        return expected
+
+    def made_from(self, split: str) -> dict[str, Any]:
+        """What determines the content of the datastore that this command would write."""
+        data = self.data
+        return {
+            **self.expected_of_datastore(),
+            "corpus": data.fingerprint(split),
+            "split": split,
+            "break_mode": data.break_mode,
+            "tokens_per_sample": data.tokens_per_sample,
+            "context_window": data.context_window,
+            "max_tokens": data.max_tokens,
+            "drop_long_lines": data.drop_long_lines,
+            "precision": str(self.cli.config.trainer.precision or "32-true"),
+            "min_context": self.knn.min_context,
+        }
+
+    def open_fitting_datastore(self, split: str) -> Datastore | None:
+        """The datastore if it is complete; None where it must be made or finished.
+
+        Raises:
+            InputError: another model's, dictionary's, key type's or (at the default place)
+                corpus's.
+        """
+        path = self.datastore_path(split)
+        if is_raw(path):
+            return self.open_raw_datastore(path)
+        if not Datastore.is_complete(path):
+            return None
+        datastore = Datastore.open(path)
+        if "raw" in datastore.manifest:
+            return self.check_raw(datastore)
+        made_from = datastore.manifest["made_from"]
+        expected = self.expected_of_datastore()
+        if self.knn.datastore is None:
+            expected |= {"corpus": self.data.fingerprint(split)}
+        refuse_mismatch(path, made_from, expected)
+        refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
+        return datastore
+
+    def open_raw_datastore(self, source: Path) -> Datastore:
+        """Takes over the original program's datastore, with a manifest under datastores/."""
+        datastore = import_datastore(
+            source,
+            self.root / f"imported-{source.name}",
+            self.knn.size,
+            self.knn.dim,
+            vocab_size=self.data.vocab_size,
+        )
+        if len(datastore.masked):
+            print(f"{source}: {len(datastore.masked)} rows of zeros at its end are masked")
+        return self.check_raw(datastore)
+
+    def check_raw(self, datastore: Datastore) -> Datastore:
+        """All that can be checked of a datastore that does not say what made it: its width."""
+        width = self.model.key_width(self.knn.key_type)
+        refuse_mismatch(datastore.path, {"dim": datastore.dim}, {"dim": width})
+        return datastore
+
+    def ensure_datastore(self, split: str, *after: Callback) -> Datastore:
+        """Writes the split's datastore, or the rest of it, unless it is there.
+
+        Args:
+            after: callbacks that work on the datastore once it is written.
+        """
+        datastore = self.open_fitting_datastore(split)
+        if datastore is not None:
+            return datastore
+        if self.fingerprint != self.own_fingerprint:
+            raise InputError(
+                f"{self.datastore_path(split)}: no such datastore, and it cannot be made any more: "
+                "the LM that made the others was changed by training"
+            )
+        rows = self.data.rows(split, self.data.context_window)
+        n_tokens = len(self.data.stream(split).tokens)
+        masked = (rows.behind_less_context(self.knn.min_context), rows.dropped(n_tokens))
+        builder = DatastoreBuilder(
+            self.datastore_path(split),
+            rows=n_tokens,
+            dim=self.model.key_width(self.knn.key_type),
+            dtype=self.knn.dtype,
+            vocab_size=self.data.vocab_size,
+            made_from=self.made_from(split),
+            masked=np.sort(np.concatenate(masked)),
+        )
+        before = builder.n_written
+        if before > len(builder.masked):
+            print(f"{builder.path}: {before} of {len(builder.written)} rows are written; going on")
+        self.model.key_type = self.knn.key_type
+        loader = self.data.evaluation_dataloader(split, skip=builder.is_written)
+        writer, throughput = DatastoreWriter(builder), Throughput()
+        trainer = self.cli.make_trainer([writer, throughput, *after], self.cli.run_dir / "evaluate")
+        trainer.predict(self.model, loader, return_predictions=False)
+        stage = "datastore" if split == "train" else f"datastore_{split}"
+        self.seconds[stage] = throughput.seconds
+        return Datastore.open(builder.path)
+
+    def ensure_datastore_and_index(self, split: str) -> Datastore:
+        """Makes what is missing of a datastore and its index."""
+        existing = self.open_fitting_datastore(split)
+        builder = IndexBuilder(
+            self.datastore_path(split) if existing is None else existing.path,
+            self.knn.index,
+            self.knn.metric,
+            self.cli.config.seed_everything,
+        )
+        datastore = self.ensure_datastore(split, builder)
+        builder.build()
+        self.seconds |= {f"index_{stage}": s for stage, s in builder.seconds.items()}
+        return datastore
+
+    def check_index(self) -> None:
+        """Refuses a factory string that faiss does not know."""
+        if self.knn.index not in ("auto", "flat") and not is_path(self.knn.index):
+            make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
+
+
+class NeighborProducts:
+    """Neighbour tables and feature store of a GNN-LM, made from the datastores of its LM.
+
+    Args:
+        cli: the parsed command line.
+        data: the corpus; its batches get their neighbours by `attach`.
+        model: gets what decodes their features.
+        settings: what the model is to see.
+
+    Raises:
+        InputError: the settings contradict themselves, the model's or what it was trained with.
+    """
+
+    def __init__(
+        self, cli: ProgramCLI, data: LMDataModule, model: GNNLM, settings: NeighborSettings
+    ) -> None:
+        settings.check()
+        self.cli = cli
+        self.data = data
+        self.model = model
+        self.settings = settings
+        self.products = Products(
+            cli, data, model.lm, settings.knn, settings.datastores, model.lm_fingerprint
+        )
+        model.lm_fingerprint = self.products.fingerprint
+        self.codec = settings.codec_for(model.lm.key_width(settings.key_type))
+        seen = {
+            "features": settings.features,
+            "key_type": settings.key_type,
+            "codec": self.codec if settings.features == "codes" else None,
+        }
+        if model.neighbors is not None:
+            refuse_mismatch(cli.config.ckpt_path or "the checkpoint", model.neighbors, seen)
+        model.neighbors = seen
+        self.products.check_index()
+        if settings.features == "codes":
+            check_codec(self.codec, model.lm.key_width(settings.key_type))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took that was not done before."""
+        return self.products.seconds
+
+    def attach(self, *splits: str, stored_token_features: bool = False) -> None:
+        """Gives batches of some splits their neighbours, making what is missing of datastores,
+        index, tables and codes.
+
+        Args:
+            splits: of the corpus.
+            stored_token_features: give them the stored features of their own tokens too.
+        """
+        settings = self.settings
+        missing = [split for split in splits if split not in self.data.memories]
+        if not missing:
+            return
+        memory = self.products.ensure_datastore_and_index("train")
+        features = self._features(memory)
+        for split in missing:
+            queries = self.products.ensure_datastore(split)
+            window = self._window(memory) if split == "train" else 0
+            writer = NeighborTableWriter(
+                queries.path,
+                memory.path,
+                settings.index,
+                settings.metric,
+                settings.nprobe,
+                settings.k,
+                window,
+            )
+            start = time.perf_counter()
+            table = writer.build()
+            self.seconds[f"neighbors_{split}"] = time.perf_counter() - start
+            self.data.memories[split] = NeighborMemory(
+                table.nearest(settings.k),
+                features,
+                settings.left_context,
+                settings.right_context,
+                self.model.hparams.layers,
+                window if split == "train" else None,
+                queries.keys if stored_token_features else None,
+            )
+
+    def _features(self, memory: Datastore) -> np.ndarray:
+        """The feature store of neighbours, memory-mapped."""
+        if self.settings.features == "keys":
+            return memory.keys
+        if self.settings.features == "embeddings":
+            return memory.values
+        start = time.perf_counter()
+        with FileLock(memory.path / "codes.lock"), progress_bars(f"codes {self.codec}") as report:
+            codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
+        self.seconds["codes"] = time.perf_counter() - start
+        self.model.code_decoder = CodeDecoder(codes.decoder_arrays())
+        return codes.codes
+
+    def _window(self, memory: Datastore) -> int:
+        """Tokens within which a neighbour on the training split could show what is to be
+        predicted: its chain's features have read as much as a row of the LM holds."""
+        if self.settings.exclude_window is not None:
+            return self.settings.exclude_window
+        span = memory.manifest["made_from"].get("tokens_per_sample", self.data.tokens_per_sample)
+        return span + max(self.settings.left_context, self.settings.right_context)

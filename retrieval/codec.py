@@ -1,0 +1,407 @@
+"""Feature codecs: the datastore's keys in a few bytes each, for the graph network of a GNN-LM (Meng
+et al., ICLR 2022, section 2.3), which reads hundreds of them for every token.
+
+`codes-<codec>.npy` [N, M] uint8 lies beside the keys, with the trained faiss codec as
+`codes-<codec>.faiss` and `codes-<codec>.json` as the manifest. What decodes them without faiss is
+`Codes.decoder_arrays`.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from errors import InputError, exit_with_one_sentence
+from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
+from retrieval.datastore import BLOCK_BYTES, Datastore
+from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+from retrieval.retriever import faiss_reason
+
+KIND, VERSION = "set of feature codes", 1
+FIELDS = ("complete", "rows", "dim", "code_size", "datastore")
+SAMPLE, HELD = 65536, 8192
+"""Keys to train on, and to measure the error on; where there are fewer, in the same proportion."""
+IMPORTED = "imported"
+"""What `open_codes` calls the codes of the original program."""
+DECODABLE = "PQ with 8 bits or SQ8, alone or behind orthonormal rotations and projections"
+
+
+class FeatureCodec:
+    """A trained faiss codec.
+
+    Args:
+        codec: an index that serves as a standalone codec; nothing is added to it.
+    """
+
+    def __init__(self, codec: faiss.Index) -> None:
+        self.codec = codec
+        self.dim: int = codec.d
+        self.code_size: int = codec.sa_code_size()
+
+    @classmethod
+    def train(cls, factory: str, sample: np.ndarray) -> "FeatureCodec":
+        """Trains what a factory string names.
+
+        Args:
+            factory: of faiss, e.g. `OPQ16_128,PQ16` or `SQ8`.
+            sample: fp32 `[n, d]`.
+
+        Raises:
+            InputError: faiss cannot make it, train it on so many vectors, or use it as a codec.
+        """
+        size, dim = sample.shape
+        try:
+            codec = faiss.index_factory(dim, factory)
+            quantizer = _parts(codec)[1]
+            if isinstance(quantizer, faiss.IndexPQ):
+                # It would number the centroids anew for Hamming distances, seconds for each byte.
+                quantizer.do_polysemous_training = False
+            codec.train(sample)
+            codec.sa_decode(codec.sa_encode(sample[:1]))
+        except RuntimeError as error:
+            raise InputError(
+                f"codec {factory!r}: expected a faiss factory string of a codec that {size} keys "
+                f"of width {dim} can train ({faiss_reason(error)})"
+            ) from None
+        return cls(codec)
+
+    @classmethod
+    def read(cls, path: Path) -> "FeatureCodec":
+        """Opens a codec that was written.
+
+        Raises:
+            InputError: missing, or not a faiss codec.
+        """
+        try:
+            return cls(faiss.read_index(str(path)))
+        except RuntimeError as error:
+            raise InputError(f"{path}: cannot be read as a codec ({faiss_reason(error)})") from None
+
+    def write(self, path: Path) -> None:
+        """Writes it so that a reader sees all of it or nothing."""
+        making = path.with_name(f"{path.name}.making")
+        faiss.write_index(self.codec, str(making))
+        os.replace(making, path)
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """fp32 `[n, d]` to uint8 `[n, code_size]`."""
+        return self.codec.sa_encode(np.ascontiguousarray(vectors))
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """uint8 `[n, code_size]` to fp32 `[n, d]`."""
+        return self.codec.sa_decode(np.ascontiguousarray(codes))
+
+    def relative_error(self, vectors: np.ndarray, codes: np.ndarray | None = None) -> float:
+        """sum |x - x'|^2 / sum |x - mean|^2; 0 is perfect, and 1 no better than their mean.
+
+        Args:
+            vectors: fp32 `[n, d]`.
+            codes: uint8 `[n, code_size]`; by default this codec's own.
+        """
+        decoded = self.decode(self.encode(vectors) if codes is None else codes)
+        lost = np.square(vectors - decoded, dtype=np.float64).sum()
+        return float(lost / np.square(vectors - vectors.mean(axis=0), dtype=np.float64).sum())
+
+    def decoder_arrays(self) -> dict[str, np.ndarray]:
+        """What decodes without faiss, all fp32.
+
+        A code becomes y `[d_out]`, with PQ by `centroids` `[M, 256, d_out / M]`, of which code
+        byte m chooses one for each m, and with SQ8 by `vmin` and `vdiff` `[d_out]`:
+        y = vmin + vdiff (code + 0.5) / 255. Where the codec begins with linear transforms there
+        are `A` `[d_out, d]` and `b` `[d_out]` too, and the vector is (y - b) A.
+
+        Raises:
+            InputError: another kind of codec, which faiss alone decodes.
+        """
+        transforms, quantizer = _parts(self.codec)
+        arrays = _quantizer_arrays(quantizer)
+        if not transforms:
+            return arrays
+        matrix, bias = np.eye(self.dim), np.zeros(self.dim)
+        for transform in transforms:
+            linear = isinstance(transform, faiss.LinearTransform)
+            # A bias before a projection has a part that no bias after it can express.
+            lost = transform.d_out < transform.d_in and bias.any()
+            if not linear or not transform.is_orthonormal or lost:
+                raise _not_decodable(transform)
+            step = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+            matrix, bias = step @ matrix, step @ bias
+            if transform.have_bias:
+                bias += faiss.vector_to_array(transform.b)
+        return {**arrays, "A": matrix.astype(np.float32), "b": bias.astype(np.float32)}
+
+
+def _parts(codec: faiss.Index) -> tuple[list[faiss.VectorTransform], faiss.Index]:
+    """Views of the transforms that a codec begins with and of the quantiser behind them."""
+    codec = faiss.downcast_index(codec)
+    if not isinstance(codec, faiss.IndexPreTransform):
+        return [], codec
+    chain = [faiss.downcast_VectorTransform(codec.chain.at(i)) for i in range(codec.chain.size())]
+    return chain, faiss.downcast_index(codec.index)
+
+
+def _quantizer_arrays(index: faiss.Index) -> dict[str, np.ndarray]:
+    if isinstance(index, faiss.IndexPQ) and index.pq.nbits == 8:
+        quantizer = index.pq
+        centroids = faiss.vector_to_array(quantizer.centroids)
+        return {"centroids": centroids.reshape(quantizer.M, quantizer.ksub, quantizer.dsub)}
+    eight_bits = faiss.ScalarQuantizer.QT_8bit
+    if isinstance(index, faiss.IndexScalarQuantizer) and index.sq.qtype == eight_bits:
+        vmin, vdiff = faiss.vector_to_array(index.sq.trained).reshape(2, index.d)
+        return {"vmin": vmin, "vdiff": vdiff}
+    raise _not_decodable(index)
+
+
+def check_codec(factory: str, dim: int) -> None:
+    """Refuses, before anything is trained, what could not be decoded without faiss.
+
+    Raises:
+        InputError: not a factory string, or of another kind of codec.
+    """
+    try:
+        whole = faiss.index_factory(dim, factory)
+    except RuntimeError as error:
+        raise InputError(
+            f"codec {factory!r}: expected a faiss factory string that suits dimension {dim} "
+            f"({faiss_reason(error)})"
+        ) from None
+    codec = faiss.downcast_index(whole)
+    if isinstance(codec, faiss.IndexPreTransform):
+        codec = faiss.downcast_index(codec.index)
+    product = isinstance(codec, faiss.IndexPQ) and codec.pq.nbits == 8
+    scalar = isinstance(codec, faiss.IndexScalarQuantizer)
+    if not product and not (scalar and codec.sq.qtype == faiss.ScalarQuantizer.QT_8bit):
+        raise InputError(f"codec {factory!r}: expected {DECODABLE}")
+
+
+def _not_decodable(part: faiss.Index | faiss.VectorTransform) -> InputError:
+    bits = f" with {part.pq.nbits} bits" if isinstance(part, faiss.IndexPQ) else ""
+    return InputError(f"the codec has a {type(part).__name__}{bits}; expected {DECODABLE}")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The opened codes of a datastore.
+
+    Attributes:
+        path: their manifest.
+        manifest: what that says.
+        codes: uint8 `[N, code_size]`, memory-mapped; zeros where the datastore has no key.
+        codec: decodes them.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    codes: np.ndarray
+    codec: FeatureCodec
+
+    def decoder_arrays(self) -> dict[str, np.ndarray]:
+        """See `FeatureCodec.decoder_arrays`."""
+        return self.codec.decoder_arrays()
+
+
+def codes_path(datastore: Datastore, factory: str) -> Path:
+    """Where the manifest of the codes of a factory string lies."""
+    return datastore.path / f"codes-{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}.json"
+
+
+def open_codes(datastore: Datastore, factory: str) -> Codes:
+    """Opens the complete codes of a datastore.
+
+    Args:
+        datastore: whose keys were encoded.
+        factory: of the codec, or `imported`.
+
+    Raises:
+        InputError: missing, unfinished, another datastore's, or the files are not what the
+            manifest says.
+    """
+    path = codes_path(datastore, factory)
+    manifest = read_manifest(path, KIND, VERSION, FIELDS)
+    refuse_mismatch(path, manifest, {"factory": factory, **_source(datastore)})
+    if not manifest["complete"]:
+        raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
+    shape, dtype = (manifest["rows"], manifest["code_size"]), np.dtype(np.uint8)
+    if "raw" in manifest:
+        codes = open_raw(path.parent, manifest["raw"]["codes"], shape, dtype)
+        codec = FeatureCodec.read(path.parent / manifest["raw"]["codec"]["path"])
+    else:
+        codes = open_array(path.with_suffix(".npy"), shape, dtype)
+        codec = FeatureCodec.read(path.with_suffix(".faiss"))
+    found = {"dim": codec.dim, "code_size": codec.code_size}
+    refuse_mismatch(path.with_suffix(".faiss"), found, {key: manifest[key] for key in found})
+    return Codes(path, manifest, codes, codec)
+
+
+def build_codes(
+    datastore: Datastore,
+    factory: str,
+    seed: int = 1,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+) -> Codes:
+    """Trains a codec on a sample of the keys and encodes them all; goes on where a killed run
+    stopped, and only opens what is complete.
+
+    Args:
+        datastore: whose keys to encode.
+        factory: faiss factory string, e.g. `OPQ16_128,PQ16`.
+        seed: of the sample.
+        report: called with a stage, how much of it is done, and how much there is.
+
+    Raises:
+        InputError: faiss cannot make the codec, codes of this name are there but made from
+            something else, or the disk has no room.
+    """
+    path = codes_path(datastore, factory)
+    identity = {"factory": factory, "seed": seed, **_source(datastore)}
+    if path.exists():
+        fields = read_manifest(path, KIND, VERSION, FIELDS)
+        refuse_mismatch(path, fields, identity)
+        codec = FeatureCodec.read(path.with_suffix(".faiss"))
+    else:
+        report("training", 0, 1)
+        codec, quality = _trained(datastore, factory, seed)
+        report("training", 1, 1)
+        codec.write(path.with_suffix(".faiss"))
+        fields = {**identity, **asdict(quality)}
+
+    def encode(first: int, last: int) -> tuple[np.ndarray]:
+        rows = np.arange(first, last)
+        rows = rows[~np.isin(rows, datastore.masked)]
+        codes = np.zeros((last - first, codec.code_size), dtype=np.uint8)
+        if len(rows):
+            codes[rows - first] = codec.encode(datastore.read(rows))
+        return (codes,)
+
+    shape = (len(datastore), codec.code_size)
+    fill_rows(
+        path,
+        KIND,
+        VERSION,
+        fields,
+        {path.with_suffix(".npy").name: (np.dtype(np.uint8), shape)},
+        max(BLOCK_BYTES // (4 * datastore.dim), 1),
+        encode,
+        lambda done, total: report("encoding", done, total),
+    )
+    return open_codes(datastore, factory)
+
+
+def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
+    """Takes over codes of the original program, in place; `open_codes` then finds them under
+    `imported`.
+
+    Args:
+        datastore: whose keys were encoded; the manifest is written there.
+        source: uint8 `[N, M]`, a raw map or a `.npy` file.
+        quantizer: the faiss codec that made them.
+
+    Raises:
+        InputError: a file is missing, or sizes differ from the datastore's or the codec's.
+    """
+    codec = FeatureCodec.read(quantizer)
+    refuse_mismatch(quantizer, {"dim": codec.dim}, {"dim": datastore.dim})
+    if not source.is_file():
+        raise InputError(f"{source}: no such file; expected the original program's codes")
+    shape = (len(datastore), codec.code_size)
+    offset = data_offset(source, math.prod(shape), f"uint8 {list(shape)}")
+    rows, keys = datastore.sample(HELD, seed=1)
+    codes = np.memmap(source, np.uint8, "r", offset, shape)
+    path = codes_path(datastore, IMPORTED)
+    fields = {
+        "factory": IMPORTED,
+        **_source(datastore),
+        "code_size": codec.code_size,
+        "relative_error": codec.relative_error(keys, codes[rows]),
+        "raw": {
+            "codes": {"path": os.path.relpath(source, path.parent), "offset": offset},
+            "codec": {"path": os.path.relpath(quantizer, path.parent)},
+        },
+        "complete": True,
+    }
+    write_manifest(path, KIND, VERSION, fields)
+    return open_codes(datastore, IMPORTED)
+
+
+@dataclass(frozen=True)
+class CodecQuality:
+    """What a codec costs and loses on a datastore.
+
+    Attributes:
+        code_size: bytes a row.
+        relative_error: see `FeatureCodec.relative_error`, on keys it was not trained on.
+        train_seconds: to train it.
+    """
+
+    code_size: int
+    relative_error: float
+    train_seconds: float
+
+
+def compare_codecs(
+    datastore: Datastore, factories: Sequence[str], seed: int = 1
+) -> dict[str, CodecQuality]:
+    """Trains each codec on the same sample and measures it; writes nothing.
+
+    Raises:
+        InputError: faiss cannot make one of them.
+    """
+    return {factory: _trained(datastore, factory, seed)[1] for factory in factories}
+
+
+def _trained(datastore: Datastore, factory: str, seed: int) -> tuple[FeatureCodec, CodecQuality]:
+    rows, keys = datastore.sample(SAMPLE + HELD, seed)
+    is_held = np.zeros(len(rows), dtype=bool)
+    count = max(len(rows) * HELD // (SAMPLE + HELD), 1)
+    is_held[np.random.default_rng(seed).permutation(len(rows))[:count]] = True
+    start = time.perf_counter()
+    codec = FeatureCodec.train(factory, keys[~is_held])
+    seconds = time.perf_counter() - start
+    return codec, CodecQuality(codec.code_size, codec.relative_error(keys[is_held]), seconds)
+
+
+def _source(datastore: Datastore) -> dict[str, Any]:
+    """What codes and their datastore must have in common."""
+    return {
+        "rows": len(datastore),
+        "dim": datastore.dim,
+        "datastore": datastore.fingerprint,
+    }
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Compares codecs on a datastore.
+
+    python -m retrieval.codec --datastore datastores/text/train --codecs OPQ16_128,PQ16 SQ8 RaBitQ
+    """
+    parser = ArgumentParser("retrieval.codec", description="Compares codecs on a datastore.")
+    parser.add_argument("--datastore", type=Path, required=True, help="directory of the datastore")
+    parser.add_argument("--codecs", nargs="+", required=True, help="faiss factory strings")
+    parser.add_argument("--seed", type=int, default=1, help="of the sample of keys")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    options = parser.parse_args(args)
+    results = compare_codecs(Datastore.open(options.datastore), options.codecs, options.seed)
+    table = Table("codec", "bytes a row", "relative error", "seconds to train")
+    for factory, quality in results.items():
+        error, seconds = f"{quality.relative_error:.4g}", f"{quality.train_seconds:.1f}"
+        table.add_row(factory, str(quality.code_size), error, seconds)
+    Console().print(table)
+    if options.output is not None:
+        fields = {factory: asdict(quality) for factory, quality in results.items()}
+        options.output.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
