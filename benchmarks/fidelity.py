@@ -1,11 +1,12 @@
-"""Recomputes reference outputs of the original kNN-LM from its own artifacts and compares.
+"""Recomputes reference outputs of the original programs from their own artifacts and compares.
 
     python -m benchmarks.fidelity --fixtures DIR --output fidelity.json
 
 DIR holds `checkpoint.pt`, `data-bin/`, raw datastores `dstore_<name>_keys.npy` and `_vals.npy`,
 indexes `knn_<name>.index`, `expected.json` (case -> the original's command line and printed
 figures) and `npz/<case>.npz` (its per-token scores). Every case's settings are read from its
-command line. Prints a Markdown table.
+command line. Prints a Markdown table. A directory with `world.npz` holds outputs of GNN-LM:
+`benchmarks/fidelity_gnn.py` compares those.
 """
 
 import json
@@ -21,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import auto_cli
 
+from benchmarks import fidelity_gnn
 from callbacks.knn_interpolation import KNNInterpolation
 from cli import quiet
 from datamodules.lm import LMDataModule
@@ -266,9 +268,17 @@ def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dic
         output: JSON file for the comparison.
         only: names of cases; all by default.
     """
-    if not (fixtures / "expected.json").is_file():
-        raise InputError(f"--fixtures {fixtures}: has no expected.json; expected reference outputs")
     quiet()
+    if (fixtures / "world.npz").is_file():
+        rows = fidelity_gnn.compare(fixtures)
+        output.write_text(json.dumps(rows, indent=1) + "\n")
+        print(fidelity_gnn.as_markdown(rows))
+        return rows
+    if not (fixtures / "expected.json").is_file():
+        raise InputError(
+            f"--fixtures {fixtures}: has neither expected.json nor world.npz; expected reference "
+            "outputs of kNN-LM or GNN-LM"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         opened = Fixtures(fixtures, Path(scratch))
         cases = [case for case in opened.cases() if only is None or case.name in only]

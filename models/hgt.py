@@ -28,6 +28,9 @@ RELATIONS = ("intra", "inter")
 GATHERED_AT_ONCE = 1 << 25
 """Most numbers of gathered neighbour states that are held at a time: 128 MiB in fp32."""
 
+CACHED_NUMBERS = 1 << 16
+"""Queries of a chain attention that are worked on at a time, on a CPU."""
+
 Nodes = Mapping[str, Tensor]
 Edges = Mapping[tuple[str, str, str], Tensor]
 
@@ -58,6 +61,70 @@ class RelationAttention(MessagePassing):
         """Each edge's share, `[E, heads, d]`."""
         weight = softmax((q_i * k_j).sum(-1), index, num_nodes=size_i)
         return F.dropout(weight, dropout)[..., None] * v_j
+
+
+class ChainAttention(torch.autograd.Function):
+    """Attention of each neighbour to the row on its left, itself and the row on its right.
+
+    A few rows at a time, so that what is gathered stays in the cache, and is gathered again in the
+    backward pass instead of being kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, both: Tensor, chain: Tensor, kept: Tensor | None) -> Tensor:
+        """Messages `[m, width]`.
+
+        Args:
+            q: `[m, heads, d]`, scaled.
+            both: `[n, 2 width]`, keys and values.
+            chain: int64 `[m, 3]` among the n, -1 where there is none.
+            kept: `[m, 3, heads]`, what dropout multiplies the weights with.
+        """
+        message = q.new_empty(len(q), both.shape[1] // 2)
+        weights = q.new_empty(len(q), 3, q.shape[1])
+        for rows in _slices(q):
+            k, v = _gathered(both, chain[rows], q.shape[1])
+            scores = (q[rows, None] * k).sum(-1).masked_fill_(chain[rows, :, None] < 0, -torch.inf)
+            weights[rows] = scores.softmax(dim=1)
+            used = weights[rows] if kept is None else weights[rows] * kept[rows]
+            message[rows] = (used[..., None] * v).sum(dim=1).flatten(1)
+        ctx.save_for_backward(q, both, chain, kept, weights)
+        return message
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q and both."""
+        q, both, chain, kept, weights = ctx.saved_tensors
+        of_q, of_both = torch.empty_like(q), torch.zeros_like(both)
+        for rows in _slices(q):
+            k, v = _gathered(both, chain[rows], q.shape[1])
+            of_message = gradient[rows].view(-1, 1, *q.shape[1:])
+            weight = weights[rows]
+            used = weight if kept is None else weight * kept[rows]
+            of_weight = (of_message * v).sum(-1)
+            if kept is not None:
+                of_weight *= kept[rows]
+            of_score = weight * (of_weight - (weight * of_weight).sum(1, keepdim=True))
+            of_q[rows] = (of_score[..., None] * k).sum(dim=1)
+            parts = torch.stack(
+                [of_score[..., None] * q[rows, None], used[..., None] * of_message], 2
+            )
+            # Where a row is missing its weight is zero, and so is what is added to row 0 for it.
+            of_both.index_add_(0, chain[rows].clamp(min=0).flatten(), parts.view(-1, both.shape[1]))
+        return of_q, of_both, None, None
+
+
+def _slices(q: Tensor) -> list[slice]:
+    """Of its rows: all at once on an accelerator, else as many as stay in a cache."""
+    step = len(q) if q.device.type != "cpu" else max(CACHED_NUMBERS // (q.shape[1] * q.shape[2]), 1)
+    return [slice(first, first + step) for first in range(0, len(q), max(step, 1))]
+
+
+def _gathered(both: Tensor, chain: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[m, 3, heads, d]` of rows that are a chain's."""
+    rows = both.index_select(0, chain.clamp(min=0).flatten())
+    k, v = rows.view(len(chain), 3, 2, heads, -1).unbind(2)
+    return k, v
 
 
 class HGTLayer(nn.Module):
@@ -158,20 +225,21 @@ class HGTLayer(nn.Module):
         Returns:
             `[m, width]`.
         """
-        own = states[chain[:, 1]]
+        own = F.embedding(chain[:, 1], states)
         q = self._queries(own, "neighbor") * self._scale("intra")
-        missing = chain < 0
-        sources = chain.clamp(min=0)
-        k = F.linear(states, self._folded(self.key["neighbor"].weight, self.attention["intra"]))
-        v = F.linear(
-            states,
-            self._folded(self.value["neighbor"].weight, self.message["intra"]),
-            self._folded(self.value["neighbor"].bias[:, None], self.message["intra"])[:, 0],
+        key, value = self.key["neighbor"], self.value["neighbor"]
+        weight = torch.cat(
+            [
+                self._folded(key.weight, self.attention["intra"]),
+                self._folded(value.weight, self.message["intra"]),
+            ]
         )
-        k, v = (self._split(F.embedding(sources, projected)) for projected in (k, v))
-        scores = (q[:, None] * k).sum(-1).masked_fill(missing[..., None], -torch.inf)
-        weights = F.dropout(scores.softmax(dim=1), self._weight_dropout)
-        message = (weights[..., None] * v).sum(dim=1).flatten(1)
+        bias = self._folded(value.bias[:, None], self.message["intra"])[:, 0]
+        both = F.linear(states, weight, F.pad(bias, (len(bias), 0)))
+        kept = None
+        if self._weight_dropout:
+            kept = F.dropout(q.new_ones(len(chain), 3, self.heads), self._weight_dropout)
+        message = ChainAttention.apply(q, both, chain, kept)
         return self._update(own, message, "neighbor")
 
     @staticmethod
