@@ -49,15 +49,12 @@ class ProgramCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The model's vocabulary is the corpus's."""
+        """What is not a section."""
         parser.add_argument(
             "--arch",
             type=Literal[tuple(ARCHITECTURES)],
             default="lm",
             help="what --model.* describes: a transformer LM, or a graph network on top of one",
-        )
-        parser.link_arguments(
-            "data", "model.vocab_size", lambda data: data.vocab_size, apply_on="instantiate"
         )
         if self.arch == "gnn_lm":
             parser.add_class_arguments(NeighborSettings, "neighbors")

@@ -34,6 +34,15 @@ from retrieval.settings import KNNSettings, NeighborSettings
 class EvaluateCLI(ProgramCLI):
     """The command line of evaluate.py; the model is the checkpoint's, whatever the config says."""
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sections; what the one of the model says is only carried along."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
+        parser.add_argument(
+            "--model", type=dict, default={}, help="settings of training; the checkpoint has them"
+        )
+        parser.add_lightning_class_args(LMDataModule, "data")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section of train.py."""
         super().add_arguments_to_parser(parser)
@@ -86,9 +95,7 @@ class EvaluateCLI(ProgramCLI):
                 "(the first line of a gnn_lm.yaml); expected the config that it was trained with"
             )
         self.model.key_width(self.knn.key_type)
-        config = self.config.clone()
-        config.pop("model")
-        self.config_init = self.parser.instantiate(config)
+        self.config_init = self.parser.instantiate(self.config)
         self.datamodule: LMDataModule = self.config_init.data
         check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
         self.datamodule.max_target_positions = self.model.max_target_positions

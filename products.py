@@ -23,11 +23,12 @@ from models.checkpoint import model_fingerprint
 from models.features import CodeDecoder
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
-from retrieval.codec import build_codes, check_codec
+from retrieval.codec import IMPORTED, build_codes, check_codec, open_codes
 from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.foreign import import_datastore, is_raw
 from retrieval.index import is_path, make_index
 from retrieval.manifest import refuse_mismatch
+from retrieval.neighbors import NeighborTable, open_imported
 from retrieval.settings import KNNSettings, NeighborSettings
 
 
@@ -230,8 +231,9 @@ class NeighborProducts:
         if model.neighbors is not None:
             refuse_mismatch(cli.config.ckpt_path or "the checkpoint", model.neighbors, seen)
         model.neighbors = seen
-        self.products.check_index()
-        if settings.features == "codes":
+        if settings.index != IMPORTED:
+            self.products.check_index()
+        if settings.features == "codes" and self.codec != IMPORTED:
             check_codec(self.codec, model.lm.key_width(settings.key_type))
 
     @property
@@ -251,23 +253,19 @@ class NeighborProducts:
         missing = [split for split in splits if split not in self.data.memories]
         if not missing:
             return
-        memory = self.products.ensure_datastore_and_index("train")
+        imported = settings.index == IMPORTED
+        if imported:
+            memory = self.products.ensure_datastore("train")
+        else:
+            memory = self.products.ensure_datastore_and_index("train")
         features = self._features(memory)
         for split in missing:
             queries = self.products.ensure_datastore(split)
             window = self._window(memory) if split == "train" else 0
-            writer = NeighborTableWriter(
-                queries.path,
-                memory.path,
-                settings.index,
-                settings.metric,
-                settings.nprobe,
-                settings.k,
-                window,
-            )
-            start = time.perf_counter()
-            table = writer.build()
-            self.seconds[f"neighbors_{split}"] = time.perf_counter() - start
+            if imported:
+                table = open_imported(queries, memory, settings.k)
+            else:
+                table = self._table(split, queries, memory, window)
             self.data.memories[split] = NeighborMemory(
                 table.nearest(settings.k),
                 features,
@@ -275,8 +273,35 @@ class NeighborProducts:
                 settings.right_context,
                 self.model.hparams.layers,
                 window if split == "train" else None,
-                queries.keys if stored_token_features else None,
+                queries.keys if stored_token_features and self.are_token_features else None,
+                memory.values if self.model.hparams.values else None,
             )
+
+    def _table(
+        self, split: str, queries: Datastore, memory: Datastore, window: int
+    ) -> NeighborTable:
+        settings = self.settings
+        writer = NeighborTableWriter(
+            queries.path,
+            memory.path,
+            settings.index,
+            settings.metric,
+            settings.nprobe,
+            settings.k,
+            window,
+        )
+        start = time.perf_counter()
+        table = writer.build()
+        self.seconds[f"neighbors_{split}"] = time.perf_counter() - start
+        return table
+
+    @property
+    def are_token_features(self) -> bool:
+        """Whether the keys are what the LM's softmax reads, and so a token's features."""
+        layers = self.model.lm.hparams.layers
+        last = f"layer:{layers - 1}:output"
+        final_norm = self.model.lm.hparams.final_norm
+        return self.settings.key_type in ("last_hidden", *([] if final_norm else [last]))
 
     def _features(self, memory: Datastore) -> np.ndarray:
         """The feature store of neighbours, memory-mapped."""
@@ -285,8 +310,12 @@ class NeighborProducts:
         if self.settings.features == "embeddings":
             return memory.values
         start = time.perf_counter()
-        with FileLock(memory.path / "codes.lock"), progress_bars(f"codes {self.codec}") as report:
-            codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
+        if self.codec == IMPORTED:
+            codes = open_codes(memory, IMPORTED)
+        else:
+            lock = FileLock(memory.path / "codes.lock")
+            with lock, progress_bars(f"codes {self.codec}") as report:
+                codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
         self.seconds["codes"] = time.perf_counter() - start
         self.model.code_decoder = CodeDecoder(codes.decoder_arrays())
         return codes.codes

@@ -4,6 +4,7 @@ A run that was interrupted goes on from its last checkpoint when the same comman
 """
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -19,6 +20,8 @@ from models.gnn_lm import GNNLM
 from products import NeighborProducts
 from retrieval.settings import NeighborSettings
 
+BATCHES_TO_BEGIN = 8
+"""Of the validation split, by which a graph network is made to begin as the LM."""
 FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing")
 """Settings that a continued run may have otherwise: they change no number."""
 
@@ -27,8 +30,11 @@ class TrainCLI(ProgramCLI):
     """The command line of train.py."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what is not a section."""
+        """Adds what is not a section; the model's vocabulary is the corpus's."""
         super().add_arguments_to_parser(parser)
+        parser.link_arguments(
+            "data", "model.vocab_size", lambda data: data.vocab_size, apply_on="instantiate"
+        )
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
@@ -99,6 +105,9 @@ def give_neighbors(cli: TrainCLI) -> dict[str, float]:
     products = NeighborProducts(cli, cli.datamodule, cli.model, settings)
     splits = [split for split in SPLITS if cli.datamodule.has(split)]
     products.attach(*splits, stored_token_features=stored)
+    if cli.model.hparams.start_from is None:
+        batches = islice(cli.datamodule.val_dataloader(), BATCHES_TO_BEGIN)
+        cli.model.begin_as_lm(batches)
     return products.seconds
 
 

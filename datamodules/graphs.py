@@ -85,6 +85,7 @@ class Neighborhood(NamedTuple):
         neighbors: int64 `[B, T, k]`, number among the distinct neighbours, -1 where missing.
         rows: int64 `[n_0]`, datastore rows of states 0, ascending.
         features: `[n_0, …]`, what the feature store has for them.
+        values: int64 `[n_0]`, their tokens, where these are shown beside the features.
         chains: for s = 1 to layers - 1 int64 `[n_s, 3]`: the states s - 1 of the row to the left,
             of itself and of the row to the right, -1 at the chain's ends.
         centres: for s = 0 to layers - 1 int64 `[C]`, which state s each distinct neighbour has.
@@ -95,6 +96,7 @@ class Neighborhood(NamedTuple):
     features: Tensor
     chains: list[Tensor]
     centres: list[Tensor]
+    values: Tensor | None = None
 
 
 def plan_chains(
@@ -177,6 +179,7 @@ class NeighborMemory:
         leak_window: see `leaking`; None where the datastore holds another split.
         token_features: `[N, d]`, features of the split's own tokens; None where the model
             computes them.
+        values: `[rows]`, tokens of the datastore, to show beside the features.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class NeighborMemory:
         layers: int,
         leak_window: int | None = None,
         token_features: np.ndarray | None = None,
+        values: np.ndarray | None = None,
     ) -> None:
         self.table = table
         self.features = features
@@ -196,6 +200,7 @@ class NeighborMemory:
         self.layers = layers
         self.leak_window = leak_window
         self.token_features = token_features
+        self.values = values
 
     def neighborhood(self, positions: np.ndarray) -> Neighborhood:
         """The neighbours of tokens int64 `[B, T]`, -1 where padded."""
@@ -219,6 +224,7 @@ class NeighborMemory:
             torch.from_numpy(features),
             [torch.from_numpy(chain) for chain in chains],
             [torch.from_numpy(index) for index in own],
+            None if self.values is None else torch.from_numpy(self.values[rows].astype(np.int64)),
         )
 
     def features_of(self, positions: np.ndarray) -> Tensor | None:

@@ -1,4 +1,5 @@
-"""Checkpoints of fairseq 0.9's `transformer_lm`, in as a `TransformerLM` and out again.
+"""Checkpoints of fairseq 0.9's `transformer_lm`, in as a `TransformerLM` and out again; in also
+those of the original GNN-LM, as a `GNNLM`.
 
     python -m models.fairseq convert checkpoint_best.pt lm.ckpt
     python -m models.fairseq export lm.ckpt checkpoint_best.pt
@@ -31,6 +32,7 @@ from torch import Tensor
 from errors import InputError, exit_with_one_sentence
 from models.adaptive import band_edges
 from models.decoder import POSITION_OFFSET
+from models.language_model import LanguageModel
 from models.transformer_lm import TransformerLM
 
 LIGHTNING_KEY = "pytorch-lightning_version"
@@ -218,7 +220,7 @@ def hyper_parameters(
         "pre_norm": pre_norm,
         "final_norm": pre_norm and not args.no_decoder_final_norm and version > 2,
         "scale_embedding": not args.no_scale_embedding,
-        **_optimisation(args),
+        **optimisation(args),
     }
 
 
@@ -301,8 +303,8 @@ def _vocab_size(stored: Mapping[str, Tensor], bands: list[int], path: Path | str
     return (bands[-1] if bands else 0) + stored[name].shape[0]
 
 
-def _optimisation(args: Namespace) -> dict[str, Any]:
-    """What `TransformerLM` has too of fairseq's optimiser and schedule."""
+def optimisation(args: Namespace) -> dict[str, Any]:
+    """What `LanguageModel`s have too of fairseq's optimiser and schedule."""
     found: dict[str, Any] = {}
     optimizer = getattr(args, "optimizer", None)
     if optimizer in ("nag", "adam"):
@@ -383,12 +385,13 @@ def pieces(hparams: Mapping[str, Any], prefix: str = "") -> list[Piece]:
     for layer in range(hparams["layers"]):
         found += _layer_pieces(layer, hparams["width"])
     if hparams["final_norm"]:
-        found += _pair("decoder.layer_norm", "decoder.final_norm")
+        found += pair("decoder.layer_norm", "decoder.final_norm")
     found += _softmax_pieces(hparams)
     return [replace(piece, ours=prefix + piece.ours) for piece in found]
 
 
-def _pair(theirs: str, ours: str) -> list[Piece]:
+def pair(theirs: str, ours: str) -> list[Piece]:
+    """The weight and the bias of a module, all of them."""
     return [Piece(f"{theirs}.{part}", f"{ours}.{part}") for part in ("weight", "bias")]
 
 
@@ -418,11 +421,11 @@ def _layer_pieces(layer: int, width: int) -> Iterator[Piece]:
                 our_start=order * width,
                 rows=width,
             )
-    yield from _pair(f"{name}.self_attn.out_proj", f"{name}.attention_out")
-    yield from _pair(f"{name}.self_attn_layer_norm", f"{name}.attention_norm")
-    yield from _pair(f"{name}.fc1", f"{name}.fc1")
-    yield from _pair(f"{name}.fc2", f"{name}.fc2")
-    yield from _pair(f"{name}.final_layer_norm", f"{name}.ffn_norm")
+    yield from pair(f"{name}.self_attn.out_proj", f"{name}.attention_out")
+    yield from pair(f"{name}.self_attn_layer_norm", f"{name}.attention_norm")
+    yield from pair(f"{name}.fc1", f"{name}.fc1")
+    yield from pair(f"{name}.fc2", f"{name}.fc2")
+    yield from pair(f"{name}.final_layer_norm", f"{name}.ffn_norm")
 
 
 def _softmax_pieces(hparams: Mapping[str, Any]) -> Iterator[Piece]:
@@ -488,14 +491,25 @@ def _their_shapes(found: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, t
 
 
 def check_tensors(
-    found: list[Piece], ours: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Path | str
+    found: list[Piece],
+    ours: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    path: Path | str,
+    besides: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Whether a checkpoint has every tensor that it should, in its shape, and no other.
+
+    Args:
+        found: how its tensors make ours.
+        ours: state dict of our model.
+        stored: its tensors.
+        path: for messages.
+        besides: shapes of further tensors that it should have.
 
     Raises:
         InputError: lists all that are missing, unexpected or misshapen.
     """
-    shapes = _their_shapes(found, ours)
+    shapes = _their_shapes(found, ours) | dict(besides or {})
     known = {name for name in stored if not JUNK.fullmatch(name)}
     problems = [
         *(f"{name} is missing" for name in shapes if name not in known),
@@ -528,7 +542,7 @@ def our_state(
     return state
 
 
-def _check_ties(model: TransformerLM, state: Mapping[str, Tensor], path: Path | str) -> None:
+def _check_ties(model: LanguageModel, state: Mapping[str, Tensor], path: Path | str) -> None:
     """A file may hold what is one parameter here as two tensors: they must be the same."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -540,22 +554,48 @@ def _check_ties(model: TransformerLM, state: Mapping[str, Tensor], path: Path | 
             )
 
 
-def load_fairseq_checkpoint(path: Path | str) -> TransformerLM:
-    """Builds the model that a fairseq checkpoint describes, with its weights in fp32.
+def take_tensors(
+    model: LanguageModel,
+    found: list[Piece],
+    stored: Mapping[str, Tensor],
+    path: Path | str,
+    besides: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Gives a model the weights of a checkpoint.
+
+    Args:
+        found: how its tensors make those of the model.
+        stored: its tensors.
+        path: for messages.
+        besides: shapes of tensors that it has too, and that are no weights of the model.
 
     Raises:
-        InputError: the file cannot be read, holds objects that are not allowed, is of a kind of
-            model that `TransformerLM` is not, or its tensors do not fit its arguments.
+        InputError: lists all tensors that do not fit; or those that should be the same differ.
     """
-    args, stored = _read(Path(path))
-    stored = modern_names(stored)
-    model = TransformerLM(**hyper_parameters(args, stored, path))
     ours = model.state_dict()
-    found = pieces(model.hparams)
-    check_tensors(found, ours, stored, path)
+    check_tensors(found, ours, stored, path, besides)
     state = our_state(found, ours, stored)
     _check_ties(model, state, path)
     model.load_state_dict(state)
+
+
+def load_fairseq_checkpoint(path: Path | str) -> LanguageModel:
+    """Builds the model that a fairseq checkpoint describes, with its weights in fp32: a
+    `TransformerLM`, or of the original GNN-LM's a `GNNLM`.
+
+    Raises:
+        InputError: the file cannot be read, holds objects that are not allowed, is of a kind of
+            model that ours are not, or its tensors do not fit its arguments.
+    """
+    args, stored = _read(Path(path))
+    stored = modern_names(stored)
+    settings = hyper_parameters(args, stored, path)
+    if getattr(args, "graph_layer", 0):
+        from models.fairseq_gnn import gnn_lm  # which builds on this file
+
+        return gnn_lm(args, stored, settings, path)
+    model = TransformerLM(**settings)
+    take_tensors(model, pieces(model.hparams), stored, path)
     return model
 
 
@@ -678,7 +718,8 @@ def convert(checkpoint: Path, output: Path) -> None:
     """Makes a Lightning checkpoint of a fairseq checkpoint.
 
     Args:
-        checkpoint: of fairseq 0.9 or older, such as checkpoint_best.pt.
+        checkpoint: of fairseq 0.9 or older, or of the original GNN-LM, such as
+            checkpoint_best.pt.
         output: the Lightning checkpoint to write.
     """
     model = load_fairseq_checkpoint(checkpoint)
@@ -690,6 +731,14 @@ def convert(checkpoint: Path, output: Path) -> None:
         model.CHECKPOINT_HYPER_PARAMS_NAME: "kwargs",
         model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams),
     }
+    if not isinstance(model, TransformerLM):
+        # Neither the LM's datastores nor the neighbours' features are known.
+        contents |= {"lm_fingerprint": None, "neighbors": None}
+        if model.code_decoder is not None:
+            print(
+                f"{output}: is without the quantiser of {checkpoint}, as a codec lies beside the "
+                "codes that it makes and not in a model"
+            )
     _publish(contents, output)
 
 
@@ -725,9 +774,17 @@ def _load_lightning_checkpoint(path: Path) -> TransformerLM:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint of a TransformerLM")
     try:
-        return TransformerLM.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        of_gnn_lm = "lm" in checkpoint["hyper_parameters"]
+        if not of_gnn_lm:
+            model = TransformerLM(**checkpoint["hyper_parameters"])
+            model.load_state_dict(checkpoint["state_dict"])
+            return model
     except READ_ERRORS:
         raise InputError(f"{path}: expected a Lightning checkpoint of a TransformerLM") from None
+    raise InputError(
+        f"{path}: holds a GNNLM; expected a TransformerLM, all that fairseq itself has"
+    )
 
 
 @exit_with_one_sentence

@@ -7,7 +7,7 @@ features, comes with the batch.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,10 @@ class GNNLM(LanguageModel):
         attention_dropout: on its attention weights.
         intra_context: tokens of its own block that a token attends to, itself included; by default
             all before it; 0 for none, so that all it learns comes from neighbours.
+        residual: add a projection of what the network gives to the LM's features, where the paper
+            puts it in their place: training then begins at the LM itself.
+        values: add to each neighbour's features a projection of its token's word vector, where in
+            the paper the token shows only in the features of the row after it.
         lm_ratio: weight of the LM's own distribution in a mixture with the graph network's.
         lm_path_probability: share of training batches that take the LM's path past the graph
             network, for parts that are not frozen.
@@ -74,6 +78,8 @@ class GNNLM(LanguageModel):
         dropout: float = 0.1,
         attention_dropout: float = 0.0,
         intra_context: int | None = None,
+        residual: bool = False,
+        values: bool = False,
         lm_ratio: float = 0.0,
         lm_path_probability: float = 0.0,
         unfreeze: Sequence[Part] = (),
@@ -99,11 +105,7 @@ class GNNLM(LanguageModel):
             raise InputError(
                 "--model.lm_checkpoint is missing; expected the checkpoint of a trained LM"
             )
-        self.lm = (
-            TransformerLM(**lm)
-            if lm is not None
-            else self._load(lm_checkpoint, "lm_checkpoint", TransformerLM)
-        )
+        self.lm = self._make_lm(lm, lm_checkpoint)
         lm = {**self.lm.hparams, "compile": False}
         unfreeze = list(unfreeze)
         self.save_hyperparameters()
@@ -125,11 +127,25 @@ class GNNLM(LanguageModel):
             attention_dropout,
         )
         self.network.freeze_unused(intra_context)
+        self.residual = None
+        if residual:
+            self.residual = nn.Linear(self.lm.hparams.width, self.lm.hparams.width, bias=False)
+            nn.init.zeros_(self.residual.weight)
+        self.of_values = None
+        if values:
+            self.of_values = nn.Linear(self.lm.hparams.width, self.lm.hparams.width, bias=False)
         self.softmax = self.lm.softmax
         self._unfreeze(unfreeze)
         if start is not None:
             self._take_weights(start, start_from)
         self.train()
+
+    @classmethod
+    def _make_lm(cls, lm: dict | None, lm_checkpoint: str | None) -> TransformerLM:
+        # Called straight from __init__, Lightning would take its arguments for the LM's own.
+        if lm is not None:
+            return TransformerLM(**lm)
+        return cls._load(lm_checkpoint, "lm_checkpoint", TransformerLM)
 
     @staticmethod
     def _load(path: str, name: str, kind: type[LanguageModel]) -> LanguageModel:
@@ -214,12 +230,25 @@ class GNNLM(LanguageModel):
         """Width of `gnn`, the output of the graph network, or of a feature of the LM."""
         return self.lm.hparams.width if key_type == "gnn" else self.lm.key_width(key_type)
 
-    def neighbor_features(self, features: Tensor) -> Tensor:
-        """fp32 `[n, width]` of what a feature store holds: codes uint8 `[n, M]`, keys `[n, width]`
-        or tokens int64 `[n]`, whose word vectors are taken, neither scaled nor with positions."""
-        if features.dtype == torch.int64:
-            return self.lm.decoder.embedding(features)
-        return self.code_decoder(features) if features.dtype == torch.uint8 else features.float()
+    def neighbor_features(self, stored: Tensor, values: Tensor | None = None) -> Tensor:
+        """Features of neighbours.
+
+        Args:
+            stored: what the feature store holds: codes uint8 `[n, M]`, keys `[n, width]` or tokens
+                int64 `[n]`, whose word vectors are taken, neither scaled nor with positions.
+            values: tokens int64 `[n]`, for a network that is shown them besides.
+
+        Returns:
+            fp32 `[n, width]`.
+        """
+        embedding = self.lm.decoder.embedding
+        if stored.dtype == torch.int64:
+            features = embedding(stored)
+        else:
+            features = self.code_decoder(stored) if stored.dtype == torch.uint8 else stored.float()
+        if self.of_values is not None:
+            features = features + self.of_values(embedding(values))
+        return features
 
     def forward(self, batch, key_types: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict]:
         """Features of the LM and of the graph network `[B, T, width]`, and features by key type."""
@@ -233,10 +262,12 @@ class GNNLM(LanguageModel):
         neighborhood = batch.neighborhood
         out = self.network.fast(
             hidden,
-            self.neighbor_features(neighborhood.features),
+            self.neighbor_features(neighborhood.features, neighborhood.values),
             neighborhood,
             self.hparams.intra_context,
         )
+        if self.residual is not None:
+            out = hidden + self.residual(out)
         return hidden, out, {**features, "gnn": out}
 
     def score(self, batch, with_log_probs: bool = True) -> TokenScores:
@@ -263,6 +294,32 @@ class GNNLM(LanguageModel):
         targets = batch.targets[batch.scored]
         log_probs = self.softmax.target_log_prob(hidden[batch.scored], targets)
         return TokenScores(batch.positions[batch.scored], targets, log_probs, None)
+
+    @torch.inference_mode()
+    def begin_as_lm(self, batches: Iterable) -> None:
+        """Lets training begin near the LM itself; see `HGT.begin_as_identity`.
+
+        Args:
+            batches: a few `LMBatch`es of any split.
+        """
+        if self.residual is not None:
+            return
+        self.lm.eval()
+        hidden = [self.lm(batch.tokens)[0][batch.scored] for batch in batches]
+        self.network.begin_as_identity(torch.cat(hidden))
+        self.train()
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        """Adds to the validation losses."""
+        scores = self.score(batch)
+        self.val_loss.update(scores.log_probs)
+        self.lm_loss.update(scores.lm_log_probs)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/loss` and `val/ppl`, and the LM's alone as `val/lm_ppl`."""
+        super().on_validation_epoch_end()
+        self.log("val/lm_ppl", self.lm_loss.compute()["loss"].exp().float())
+        self.lm_loss.reset()
 
     def test_step(self, batch, batch_idx: int) -> TokenScores:
         """Scores of the batch; the losses over the split are in `test_loss` and `lm_loss`."""

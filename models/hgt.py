@@ -373,6 +373,27 @@ class HGT(nn.Module):
         for module in unused:
             module.requires_grad_(False)
 
+    @torch.no_grad()
+    def begin_as_identity(self, features: Tensor) -> None:
+        """Lets training begin near the identity of the tokens: no messages yet, and a last layer
+        norm that gives back, as well as one can by a scale and a shift of each column, what it
+        takes. Nothing is done where states have another width than features.
+
+        Args:
+            features: fp32 `[n, input_width]`, some of the tokens'.
+        """
+        if self.out is not None:
+            return
+        for layer in self.layers:
+            nn.init.zeros_(layer.output["token"].weight)
+            nn.init.zeros_(layer.output["token"].bias)
+        norm = self.layers[-1].norm["token"]
+        normed = F.layer_norm(features, features.shape[1:], eps=norm.eps)
+        centred = normed - normed.mean(0)
+        scale = (centred * (features - features.mean(0))).mean(0) / centred.square().mean(0)
+        norm.weight.copy_(scale)
+        norm.bias.copy_(features.mean(0) - scale * normed.mean(0))
+
     def _adapted(self, features: Tensor, node_type: str) -> Tensor:
         return features if self.adapt is None else F.gelu(self.adapt[node_type](features))
 

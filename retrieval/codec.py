@@ -11,7 +11,6 @@ import math
 import os
 import re
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
@@ -382,25 +382,46 @@ def _source(datastore: Datastore) -> dict[str, Any]:
 
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
-    """Compares codecs on a datastore.
+    """Compares codecs on a datastore, and takes over the codes of the original program.
 
-    python -m retrieval.codec --datastore datastores/text/train --codecs OPQ16_128,PQ16 SQ8 RaBitQ
+    python -m retrieval.codec compare --datastore DIR --codecs '["OPQ16_128,PQ16", "SQ8"]'
+    python -m retrieval.codec import --datastore DIR --codes FILE --quantizer FILE
     """
-    parser = ArgumentParser("retrieval.codec", description="Compares codecs on a datastore.")
-    parser.add_argument("--datastore", type=Path, required=True, help="directory of the datastore")
-    parser.add_argument("--codecs", nargs="+", required=True, help="faiss factory strings")
-    parser.add_argument("--seed", type=int, default=1, help="of the sample of keys")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    options = parser.parse_args(args)
-    results = compare_codecs(Datastore.open(options.datastore), options.codecs, options.seed)
-    table = Table("codec", "bytes a row", "relative error", "seconds to train")
-    for factory, quality in results.items():
-        error, seconds = f"{quality.relative_error:.4g}", f"{quality.train_seconds:.1f}"
-        table.add_row(factory, str(quality.code_size), error, seconds)
-    Console().print(table)
-    if options.output is not None:
-        fields = {factory: asdict(quality) for factory, quality in results.items()}
-        options.output.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+    def compare(
+        datastore: Path, codecs: list[str], seed: int = 1, output: Path | None = None
+    ) -> None:
+        """Prints what codecs cost and lose.
+
+        Args:
+            datastore: directory of the datastore.
+            codecs: faiss factory strings.
+            seed: of the sample of keys.
+            output: JSON file for the results.
+        """
+        results = compare_codecs(Datastore.open(datastore), codecs, seed)
+        table = Table("codec", "bytes a row", "relative error", "seconds to train")
+        for name, quality in results.items():
+            figures = f"{quality.relative_error:.4g}", f"{quality.train_seconds:.1f}"
+            table.add_row(name, str(quality.code_size), *figures)
+        Console().print(table)
+        if output is not None:
+            found = {name: asdict(quality) for name, quality in results.items()}
+            output.write_text(json.dumps(found, indent=1) + "\n")
+
+    def take_over(datastore: Path, codes: Path, quantizer: Path) -> None:
+        """Takes over the original's codes, in place: `--neighbors.codec imported` uses them.
+
+        Args:
+            datastore: directory of the datastore whose keys were encoded.
+            codes: uint8, raw or .npy.
+            quantizer: its faiss codec.
+        """
+        taken = import_codes(Datastore.open(datastore), codes, quantizer)
+        error = taken.manifest["relative_error"]
+        print(f"codes: {taken.path}, {len(taken.codes)} rows, relative error {error:.4f}")
+
+    auto_cli({"compare": compare, "import": take_over}, args=args, as_positional=False)
 
 
 if __name__ == "__main__":

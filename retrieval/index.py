@@ -136,7 +136,10 @@ def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int
 
 
 def is_path(index: str) -> bool:
-    """Whether `--knn.index` names a file and not a factory string."""
+    """Whether `--knn.index` names a file and not a factory string; files called `auto` or `flat`
+    need a folder before their name."""
+    if index in ("auto", "flat"):
+        return False
     return index.endswith((".faiss", ".index")) or os.sep in index or Path(index).is_file()
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse import auto_cli
 
-from errors import InputError
+from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
 from retrieval.datastore import Datastore
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
@@ -283,15 +284,18 @@ class NeighborSearch:
     def _search(self, queries: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows and distances `[n, k]`, those in the window left out.
 
-        Few queries have their whole window among their neighbours: all fetch a little more than
-        k, and only who then lacks some fetches what is enough in any case.
+        Few queries have much of their window among their neighbours: all fetch a little more than
+        k, and those who then lack some four times as many, until what they fetch is enough in any
+        case.
         """
         enough = self.k + max(2 * self.exclude_window - 1, 0)
-        modest = min(enough, self.k + max(16, self.k // 8))
-        rows, distances, lacking = self._fetch(queries, positions, modest)
-        if modest < enough and lacking.any():
-            again = self._fetch(queries[lacking], positions[lacking], enough)
-            rows[lacking], distances[lacking], _ = again
+        count = min(enough, self.k + max(16, self.k // 8))
+        rows, distances, lacking = self._fetch(queries, positions, count)
+        who = np.flatnonzero(lacking)
+        while count < enough and len(who):
+            count = min(4 * count, enough)
+            rows[who], distances[who], lacking = self._fetch(queries[who], positions[who], count)
+            who = who[lacking]
         return rows, distances
 
     def _fetch(
@@ -314,6 +318,23 @@ def _row_type(rows: int) -> np.dtype:
     """The smallest of int16, int32 and int64 that holds row numbers below `rows`."""
     types = map(np.dtype, (np.int16, np.int32, np.int64))
     return next(dtype for dtype in types if rows - 1 <= np.iinfo(dtype).max)
+
+
+def imported_path(queries: Datastore, k: int) -> Path:
+    """Where the manifest of the original program's table of a split is."""
+    return queries.path / f"neighbors-k{k}-imported.json"
+
+
+def open_imported(queries: Datastore, memory: Datastore, k: int) -> NeighborTable:
+    """Opens the table that `import_table` took over.
+
+    Raises:
+        InputError: none was, or of other datastores.
+    """
+    table = NeighborTable.open(imported_path(queries, k))
+    fingerprints = {"queries": queries.fingerprint, "memory": memory.fingerprint}
+    refuse_mismatch(table.path, table.manifest, fingerprints)
+    return table
 
 
 def import_table(path: Path, k: int, queries: Datastore, memory: Datastore) -> NeighborTable:
@@ -347,7 +368,33 @@ def import_table(path: Path, k: int, queries: Datastore, memory: Datastore) -> N
         "memory": memory.fingerprint,
         "content": blake2b(sample.tobytes(), digest_size=8).hexdigest(),
     }
-    manifest = _manifest_path(queries.path, identity)
+    manifest = imported_path(queries, k)
     fields = {**identity, "dtype": dtype.name, "distances": False, "raw": raw, "complete": True}
     write_manifest(manifest, KIND, VERSION, fields)
     return NeighborTable.open(manifest)
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Takes over a neighbour table of the original program: `--neighbors.index imported` uses it.
+
+    python -m retrieval.neighbors --table neighbors.mmap.128 --k 128 --queries DIR --memory DIR
+    """
+
+    def take_over(table: Path, k: int, queries: Path, memory: Path) -> None:
+        """Makes a neighbour table of the original's raw map, in place.
+
+        Args:
+            table: its neighbors.mmap.<k>.
+            k: neighbours a token.
+            queries: directory of the split's datastore.
+            memory: directory of the datastore whose rows it holds.
+        """
+        taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory))
+        print(f"neighbours: {taken.path}, {len(taken.rows)} tokens")
+
+    auto_cli(take_over, args=args, as_positional=False)
+
+
+if __name__ == "__main__":
+    main()

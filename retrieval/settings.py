@@ -73,15 +73,17 @@ class NeighborSettings:
         k: neighbours per token.
         left_context: tokens before each neighbour.
         right_context: tokens after it.
-        key_type: of the keys that are compared, and of the features of tokens and neighbours.
+        key_type: of the keys that are compared, and of the neighbours' features.
         metric: cosine, inner product or squared Euclidean distance.
-        index: `auto` (by size), `flat` (exact) or a faiss factory string.
+        index: `auto` (by size), `flat` (exact) or a faiss factory string; `imported` for tables of
+            the original program (see retrieval/neighbors.py).
         nprobe: inverted lists to visit, for indexes that have them.
         features: of neighbours: `codes`, the keys quantised; `keys` as they are; `embeddings`, word
             vectors of the tokens.
-        codec: faiss string of the codes; by default OPQ and PQ with a byte for eight dimensions.
+        codec: faiss string of the codes, by default OPQ and PQ with a byte for eight dimensions;
+            `imported` for those of the original program (see retrieval/codec.py).
         token_features: in training, features of the tokens themselves: `stored`, from the split's
-            datastore, or `online`, computed by the LM.
+            datastore if its keys are last_hidden, or `online`, computed by the LM.
         exclude_window: in training, neighbours nearer than this to the token or to one that it can
             be seen by are left out; by default all that could show it.
         dtype: of the stored keys.

@@ -107,8 +107,8 @@ def test_resumed_codes_have_the_same_bytes(make_store, monkeypatch, factory):
 def test_compared_on_the_command_line(store, tmp_path, capsys):
     factories = ["SQ8", "SQfp16", "RaBitQ"]
     output = tmp_path / "codecs.json"
-    arguments = ["--datastore", str(store.path), "--output", str(output)]
-    main([*arguments, "--codecs", *factories])
+    arguments = ["compare", "--datastore", str(store.path), "--output", str(output)]
+    main([*arguments, "--codecs", json.dumps(list(factories))])
     results = json.loads(output.read_text())
     assert list(results) == factories
     assert [results[name]["code_size"] for name in factories[:2]] == [8, 16]
@@ -118,7 +118,7 @@ def test_compared_on_the_command_line(store, tmp_path, capsys):
     assert compare_codecs(store, ["SQ8"])["SQ8"].relative_error == errors[0]  # the same sample
     assert not list(store.path.glob("codes*"))
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--codecs", "nonsense"])
+        main([*arguments, "--codecs", '["nonsense"]'])
     assert stopped.value.code == 2
     assert "codec 'nonsense'" in capsys.readouterr().err
 

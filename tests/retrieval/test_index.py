@@ -16,8 +16,8 @@ from retrieval import datastore as datastore_module
 from retrieval import index as index_module
 from retrieval.datastore import Datastore
 from retrieval.foreign import import_datastore
-from retrieval.index import IndexBuilding, auto_factory, make_index, open_retriever
-from retrieval.retriever import FlatRetriever
+from retrieval.index import IndexBuilding, auto_factory, is_path, make_index, open_retriever
+from retrieval.retriever import FlatRetriever, normalized
 
 
 def brute_force(queries, keys, metric, k):
@@ -423,3 +423,37 @@ def test_types_that_number_keys_themselves_are_refused(make_store):
     store, _, _ = make_store()
     with pytest.raises(InputError, match="IDMap"):
         IndexBuilding(store, "IDMap,Flat", "l2").run()
+
+
+@pytest.mark.parametrize("place", ["some/dir/faiss_store.cosine", "faiss_store.cosine"])
+def test_index_file_of_the_original_gnn_lm(make_store, queries, tmp_path, monkeypatch, place):
+    """Made of unit vectors, without a manifest; in the folder where the program runs, its name
+    alone is a path."""
+    store, keys, _ = make_store()
+    index = faiss.index_factory(8, "IVF7,SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.train(normalized(keys, "cosine"))
+    index.add(normalized(keys, "cosine"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faiss.write_index(index, str(path))
+    distances, rows = open_retriever(store, place, "cosine", 7).search(queries, 5)
+    expected, order = brute_force(queries, keys, "cosine", 5)
+    assert (rows[:, 0] == order[:, 0]).mean() > 0.9
+    np.testing.assert_allclose(distances, expected, atol=0.02)
+    with pytest.raises(InputError, match=r"faiss_store\.cosine: its faiss metric type is 0, but 1"):
+        open_retriever(store, place, "l2", 7)
+    with pytest.raises(InputError, match=r"dir/faiss_store\.none: no such index"):
+        open_retriever(store, "dir/faiss_store.none", "cosine", 7)
+
+
+def test_words_and_factory_strings_are_no_paths(make_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("auto", "flat"):
+        (tmp_path / name).write_text("no index")
+        assert not is_path(name)
+        assert is_path(f"./{name}")
+    assert not is_path("IVF1024,SQfp16")
+    store, _, _ = make_store()
+    for name in ("auto", "flat"):
+        assert isinstance(open_retriever(store, name, "l2", 1), FlatRetriever)

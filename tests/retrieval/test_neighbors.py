@@ -18,6 +18,7 @@ from retrieval.neighbors import (
     compacted,
     find_table,
     import_table,
+    open_imported,
     outside_window,
 )
 from retrieval.retriever import FlatRetriever
@@ -277,6 +278,7 @@ def test_raw_table_of_the_original_in_place(make_split, split, tmp_path):
     own = search(split, memory, 8).run()
     assert own.path != table.path
     assert import_table(raw, 8, split, memory).path == table.path
+    assert np.array_equal(open_imported(split, memory, 8).rows, table.rows)
     with pytest.raises(InputError, match=r"has 9600 bytes of data, expected 8400 for int64"):
         import_table(raw, 7, split, memory)
     with pytest.raises(InputError, match="holds rows from -1 to 299; expected -1 or below the 100"):

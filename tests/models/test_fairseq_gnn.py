@@ -1,0 +1,362 @@
+"""Checkpoints of the original GNN-LM: their network gives the original's numbers, every part of
+them arrives, and what cannot is refused."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.graphs import NeighborMemory
+from errors import InputError
+from models.checkpoint import load_model, model_fingerprint
+from models.fairseq import load_fairseq_checkpoint, main
+from models.gnn_lm import GNNLM, mix
+from models.transformer_lm import TransformerLM
+
+ORIGINAL = Path(__file__).parents[2] / ".." / "shared" / "parity" / "gnnlm"
+needs_original = pytest.mark.skipif(
+    not ORIGINAL.is_dir(), reason="the original's outputs are not beside the checkout"
+)
+WIDTH, FFN, HEADS, LAYERS, VOCAB = 32, 24, 4, 2, 200
+NETWORK, QUANTIZER = "decoder.hgt_decoder", "decoder.tgt_quantizer"
+
+
+def arguments(**changes) -> Namespace:
+    """What the original stores for the model of the fixture."""
+    found = {
+        "decoder_embed_dim": WIDTH,
+        "decoder_input_dim": WIDTH,
+        "decoder_output_dim": WIDTH,
+        "decoder_ffn_embed_dim": FFN,
+        "decoder_layers": LAYERS,
+        "decoder_attention_heads": HEADS,
+        "adaptive_input": True,
+        "adaptive_input_cutoff": "60,120",
+        "adaptive_input_factor": 4,
+        "adaptive_softmax_cutoff": "60,120",
+        "adaptive_softmax_factor": 4,
+        "tie_adaptive_weights": True,
+        "tie_adaptive_proj": True,
+        "no_decoder_final_norm": True,
+        "dropout": 0.2,
+        "attention_dropout": 0.1,
+        "tokens_per_sample": 24,
+        "optimizer": "adam",
+        "lr": [0.0005],
+        "lr_scheduler": "fixed",
+        "graph_layer": 3,
+        "decoder_gcn_dim": WIDTH,
+        "orig_prob_ratio": 0.3,
+        "add_bias": False,
+        "freeze": True,
+        "short_cut": False,
+        "quantizer_path": "quantizer.faiss",
+    }
+    return Namespace(**(found | changes))
+
+
+PLAIN = {
+    "adaptive_input": False,
+    "adaptive_softmax_cutoff": None,
+    "tie_adaptive_weights": False,
+    "tie_adaptive_proj": False,
+}
+
+
+def random_like(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+
+
+def transformer_layers() -> dict[str, torch.Tensor]:
+    shapes = {}
+    for layer in (f"decoder.layers.{i}" for i in range(LAYERS)):
+        for projection in ("q", "k", "v", "out"):
+            shapes[f"{layer}.self_attn.{projection}_proj.weight"] = (WIDTH, WIDTH)
+            shapes[f"{layer}.self_attn.{projection}_proj.bias"] = (WIDTH,)
+        shapes |= {f"{layer}.fc1.weight": (FFN, WIDTH), f"{layer}.fc1.bias": (FFN,)}
+        shapes |= {f"{layer}.fc2.weight": (WIDTH, FFN), f"{layer}.fc2.bias": (WIDTH,)}
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{layer}.{norm}.{part}": (WIDTH,) for part in ("weight", "bias")}
+    return random_like(shapes)
+
+
+def network(width: int = WIDTH, layers: int = 3) -> dict[str, torch.Tensor]:
+    part = width // HEADS
+    shapes = {}
+    for layer in (f"{NETWORK}.gcs.{i}" for i in range(layers)):
+        shapes |= {f"{layer}.relation_pri": (2, HEADS), f"{layer}.skip": (2,)}
+        shapes |= {f"{layer}.relation_{m}": (2, HEADS, part, part) for m in ("att", "msg")}
+        for t in range(2):
+            for letter in "kqva":
+                shapes[f"{layer}.{letter}_linears.{t}.weight"] = (width, width)
+                shapes[f"{layer}.{letter}_linears.{t}.bias"] = (width,)
+            shapes |= {f"{layer}.norms.{t}.{p}": (width,) for p in ("weight", "bias")}
+    if width != WIDTH:
+        for t in range(2):
+            shapes |= {f"{NETWORK}.adapt_ws.{t}.weight": (width, WIDTH)}
+            shapes |= {f"{NETWORK}.adapt_ws.{t}.bias": (width,)}
+        shapes |= {f"{NETWORK}.out.weight": (WIDTH, width), f"{NETWORK}.out.bias": (WIDTH,)}
+    return random_like(shapes)
+
+
+def quantizer(bytes_a_row: int = 8) -> dict[str, torch.Tensor]:
+    """With a rotation and, as after one, no bias."""
+    found = random_like(
+        {
+            f"{QUANTIZER}.centroids_torch": (bytes_a_row, 256, WIDTH // bytes_a_row),
+            f"{QUANTIZER}.norm2_centroids_torch": (bytes_a_row, 256),
+            f"{QUANTIZER}.sdc_table_torch": (bytes_a_row, 256, 256),
+        }
+    )
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+    return found | {f"{QUANTIZER}.A": rotation, f"{QUANTIZER}.b": torch.empty(0)}
+
+
+def plain_words() -> dict[str, torch.Tensor]:
+    shapes = {"decoder.embed_tokens.weight": (VOCAB, WIDTH), "decoder.embed_out": (VOCAB, WIDTH)}
+    return {"decoder.version": torch.tensor([3.0]), **random_like(shapes)}
+
+
+def save(path: Path, args: Namespace, *parts: dict[str, torch.Tensor]) -> Path:
+    model = {name: tensor for part in parts for name, tensor in part.items()}
+    torch.save({"args": args, "model": model}, path)
+    return path
+
+
+# -- the original's numbers ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The fixture's config, its arrays, its decoder's weights and what that gave."""
+    names = ("world", "decoder_state_dict", "decoder_outputs", "hgt_block0")
+    arrays = [dict(np.load(ORIGINAL / f"{name}.npz")) for name in names]
+    return json.loads((ORIGINAL / "config.json").read_text()), *arrays
+
+
+@pytest.fixture(scope="module")
+def original(world, tmp_path_factory) -> Path:
+    """A checkpoint of the original's with the fixture's weights and invented layers."""
+    _, arrays, weights, _, _ = world
+    codec = {"centroids_torch": "pq_centroids", "A": "pq_A", "b": "pq_b"}
+    return save(
+        tmp_path_factory.mktemp("original") / "checkpoint.pt",
+        arguments(),
+        {name: torch.from_numpy(array) for name, array in weights.items()},
+        transformer_layers(),
+        quantizer(),
+        {f"{QUANTIZER}.{name}": torch.from_numpy(arrays[of]) for name, of in codec.items()},
+    )
+
+
+def graph_output(model: GNNLM, world) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of block 0's tokens `[n, width]`, of the LM and of the network."""
+    config, arrays, _, _, block = world
+    offsets = block["tgt_offsets"]
+    table = arrays["neighbors_raw"][:, : config["k"]]
+    memory = NeighborMemory(table, arrays["datastore_codes"], *config["ctx"], model.hparams.layers)
+    hood = memory.neighborhood(offsets[None].astype(np.int64))
+    hidden = torch.from_numpy(arrays["split_feats_fp16"][offsets].astype(np.float32))
+    features = model.neighbor_features(hood.features)
+    return hidden, model.network.fast(hidden[None], features, hood)[0]
+
+
+def check_numbers(model: GNNLM, world) -> None:
+    _, arrays, _, outputs, block = world
+    with torch.inference_mode():
+        codes = torch.from_numpy(arrays["datastore_codes"])
+        decoded = model.neighbor_features(codes).numpy()
+        np.testing.assert_allclose(decoded, arrays["datastore_decoded"], atol=1e-5)
+        hidden, out = graph_output(model, world)
+        np.testing.assert_allclose(out, outputs["block0_gcn_feat"], atol=1e-4)
+        start = int(np.ravel(block["loss_start"])[0])
+        targets = torch.from_numpy(block["target"][start:].astype(np.int64))
+        scores = model.softmax.target_log_prob(out[start:], targets)
+        np.testing.assert_allclose(scores, outputs["block0_ratio0_logprob"], atol=1e-4)
+        beside = model.softmax.target_log_prob(hidden[start:], targets)
+        np.testing.assert_allclose(beside, outputs["block0_base_shortcut_logprob"], atol=1e-4)
+        mixed = mix(beside, scores, model.hparams.lm_ratio)
+        np.testing.assert_allclose(mixed, outputs["block0_ratio0.3_logprob"], atol=1e-4)
+
+
+@needs_original
+def test_network_and_softmax_give_the_originals_numbers(original, world):
+    model = load_model(original)
+    assert isinstance(model, GNNLM)
+    assert not model.training
+    assert model.hparams.lm_ratio == 0.3
+    assert model.softmax is model.lm.softmax
+    assert (model.lm_fingerprint, model.neighbors, model.dictionary_fingerprint) == (None,) * 3
+    check_numbers(model, world)
+
+
+@needs_original
+def test_converted_it_gives_them_too(original, world, tmp_path, capsys):
+    main(["convert", str(original), str(tmp_path / "gnn.ckpt")])
+    assert "gnn.ckpt: is without the quantiser of" in capsys.readouterr().out
+    model, expected = load_model(tmp_path / "gnn.ckpt"), load_model(original)
+    assert (model.lm_fingerprint, model.neighbors, model.code_decoder) == (None, None, None)
+    assert dict(model.hparams) == dict(expected.hparams)
+    assert model_fingerprint(model) == model_fingerprint(expected)
+    model.code_decoder = expected.code_decoder  # as whoever has the codes gives it
+    check_numbers(model, world)
+    started = GNNLM(VOCAB, start_from=str(original), heads=HEADS)
+    assert torch.equal(
+        started.network.layers[2].prior["inter"], model.network.layers[2].prior["inter"]
+    )
+
+
+# -- every part ----------------------------------------------------------------------------------
+
+
+def test_settings(tmp_path):
+    path = save(
+        tmp_path / "plain.pt",
+        arguments(**PLAIN, add_bias=True, quantizer_path="", orig_prob_ratio=0.0, freeze=False),
+        plain_words(),
+        {"decoder.xl_bias": torch.randn(VOCAB)},
+        transformer_layers(),
+        network(),
+    )
+    model = load_fairseq_checkpoint(path)
+    found = model.hparams
+    assert (found.layers, found.width, found.heads, found.lm_ratio) == (3, WIDTH, HEADS, 0.0)
+    assert (found.dropout, found.attention_dropout, found.output_bias) == (0.2, 0.1, True)
+    assert (found.optimizer, found.schedule, found.lr) == ("adam", "constant", 0.0005)
+    assert (found.lm["layers"], found.lm["ffn_width"], found.unfreeze) == (LAYERS, FFN, [])
+    assert model.code_decoder is None
+
+
+def test_every_weight_arrives(tmp_path):
+    """With a network of another width, and a bias on the logits."""
+    words, layers, net = plain_words(), transformer_layers(), network(width=16, layers=2)
+    bias = {"decoder.xl_bias": torch.randn(VOCAB)}
+    args = arguments(
+        **PLAIN, add_bias=True, decoder_gcn_dim=16, graph_layer=2, no_decoder_final_norm=True
+    )
+    path = save(tmp_path / "wide.pt", args, words, bias, layers, net, quantizer())
+    model = load_fairseq_checkpoint(path)
+    for i, layer in enumerate(model.network.layers):
+        name = f"{NETWORK}.gcs.{i}"
+        for t, node_type in enumerate(("token", "neighbor")):
+            for letter, module in zip("kqva", ("key", "query", "value", "output"), strict=True):
+                linear = getattr(layer, module)[node_type]
+                assert torch.equal(linear.weight, net[f"{name}.{letter}_linears.{t}.weight"])
+                if letter != "k":
+                    assert torch.equal(linear.bias, net[f"{name}.{letter}_linears.{t}.bias"])
+            assert torch.equal(layer.norm[node_type].weight, net[f"{name}.norms.{t}.weight"])
+            assert torch.equal(layer.norm[node_type].bias, net[f"{name}.norms.{t}.bias"])
+        for e, relation in enumerate(("intra", "inter")):
+            assert torch.equal(layer.prior[relation], net[f"{name}.relation_pri"][e])
+            assert torch.equal(layer.attention[relation], net[f"{name}.relation_att"][e])
+            assert torch.equal(layer.message[relation], net[f"{name}.relation_msg"][e])
+    for t, node_type in enumerate(("token", "neighbor")):
+        assert torch.equal(
+            model.network.adapt[node_type].weight, net[f"{NETWORK}.adapt_ws.{t}.weight"]
+        )
+    assert torch.equal(model.network.out.bias, net[f"{NETWORK}.out.bias"])
+    assert torch.equal(model.lm.decoder.layers[1].fc2.weight, layers["decoder.layers.1.fc2.weight"])
+    assert model.softmax is not model.lm.softmax
+    hidden = torch.randn(5, WIDTH)
+    logits = hidden @ words["decoder.embed_out"].T
+    expected = (logits + bias["decoder.xl_bias"]).log_softmax(-1)
+    torch.testing.assert_close(model.softmax.log_prob(hidden), expected)
+    torch.testing.assert_close(model.lm.softmax.log_prob(hidden), logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("transform", ["none", "rotation", "rotation and bias"])
+def test_quantizers(tmp_path, transform):
+    tensors = quantizer()
+    if transform == "none":
+        del tensors[f"{QUANTIZER}.A"], tensors[f"{QUANTIZER}.b"]
+    elif transform == "rotation and bias":
+        tensors[f"{QUANTIZER}.b"] = torch.randn(WIDTH)
+    path = save(
+        tmp_path / "codec.pt",
+        arguments(**PLAIN),
+        *(plain_words(), transformer_layers(), network()),
+        {name: tensor.half() for name, tensor in tensors.items()},
+    )
+    model = load_fairseq_checkpoint(path)
+    codes = torch.randint(0, 256, (7, 8), dtype=torch.uint8)
+    tensors = {name: tensor.half().float() for name, tensor in tensors.items()}
+    centroids = tensors[f"{QUANTIZER}.centroids_torch"]
+    expected = torch.stack(
+        [torch.cat([centroids[m, code] for m, code in enumerate(row)]) for row in codes.tolist()]
+    )
+    if transform == "rotation and bias":
+        expected = expected - tensors[f"{QUANTIZER}.b"]
+    if transform != "none":
+        expected = expected @ tensors[f"{QUANTIZER}.A"]
+    torch.testing.assert_close(model.neighbor_features(codes), expected)
+
+
+@pytest.mark.parametrize("graph_layer", [0, None])
+def test_without_layers_it_is_a_plain_lm(tmp_path, graph_layer):
+    args = arguments(**PLAIN, graph_layer=graph_layer, quantizer_path="")
+    path = save(tmp_path / "lm.pt", args, plain_words(), transformer_layers())
+    assert isinstance(load_model(path), TransformerLM)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"short_cut": True}, "--short-cut is True, a graph network that is passed by; expected a"),
+        ({"decoder_gcn_dim": 30}, "--model.width 30 is not a multiple of --model.heads 4"),
+        ({"orig_prob_ratio": 1.0}, "--model.lm_ratio is 1.0; expected 0 <= lm_ratio < 1"),
+        ({"graph_layer": -1}, "--model.layers is -1; expected more than 0"),
+        ({"layernorm_embedding": True}, "--layernorm-embedding is True, a layer norm on the"),
+    ],
+)
+def test_models_that_ours_is_not(tmp_path, changes, message):
+    args = arguments(**PLAIN, **changes)
+    path = save(tmp_path / "gnn.pt", args, plain_words(), transformer_layers(), network())
+    with pytest.raises(InputError, match=f"gnn\\.pt: {re.escape(message)}"):
+        load_fairseq_checkpoint(path)
+
+
+def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
+    net, codec = network(), quantizer()
+    del net[f"{NETWORK}.gcs.0.q_linears.1.bias"], net[f"{NETWORK}.gcs.1.relation_att"]
+    net[f"{NETWORK}.gcs.2.relation_pri"] = torch.zeros(3, HEADS)
+    net[f"{NETWORK}.out.bias"] = torch.zeros(WIDTH)
+    codec[f"{QUANTIZER}.A"] = torch.zeros(WIDTH, 4)
+    path = tmp_path / "gnn.pt"
+    save(path, arguments(**PLAIN), plain_words(), transformer_layers(), net, codec)
+    expected = (
+        "gnn.pt: expected the tensors that its arguments describe; found that "
+        f"{NETWORK}.gcs.0.q_linears.1.bias is missing, "
+        f"{NETWORK}.gcs.1.relation_att[0] is missing, {NETWORK}.gcs.1.relation_att[1] is missing, "
+        f"{NETWORK}.gcs.2.relation_pri[2] is unexpected, {NETWORK}.out.bias is unexpected, "
+        f"{QUANTIZER}.A is [32, 4] instead of [32, 32]"
+    )
+    with pytest.raises(InputError, match=re.escape(expected)):
+        load_fairseq_checkpoint(path)
+
+
+def test_a_quantizer_that_is_not_there(tmp_path):
+    path = save(
+        tmp_path / "gnn.pt", arguments(**PLAIN), plain_words(), transformer_layers(), network()
+    )
+    with pytest.raises(InputError, match=r"tgt_quantizer\.centroids_torch is missing"):
+        load_fairseq_checkpoint(path)
+
+
+def test_no_way_out(tmp_path, capsys):
+    args = arguments(**PLAIN, quantizer_path="")
+    source = save(tmp_path / "gnn.pt", args, plain_words(), transformer_layers(), network())
+    main(["convert", str(source), str(tmp_path / "gnn.ckpt")])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(tmp_path / "gnn.ckpt"), str(tmp_path / "out.pt")])
+    assert stopped.value.code == 2
+    assert "gnn.ckpt: holds a GNNLM; expected a TransformerLM, all" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
