@@ -12,6 +12,7 @@ import yaml
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from datamodules.lm import LMDataModule
 from errors import InputError
@@ -78,7 +79,11 @@ class ProgramCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(log_dir.parent, name="", version=log_dir.name)
         settings["default_root_dir"] = self.run_dir
         settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
-        return Trainer(**settings)
+        try:
+            return Trainer(**settings)
+        except (ValueError, MisconfigurationException) as error:
+            reason = " ".join(str(error).split()).split(". ")[0]
+            raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
 
 
 def chosen_architecture(args: list[str]) -> str:

@@ -11,14 +11,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-CONFIG = "configs/python_docs/lm.yaml"
-RUN = Path("runs/python_docs")
-CHECKPOINT = RUN / "checkpoints" / "best.ckpt"
+CONFIGS = Path("configs/python_docs")
+RUN, GNN_RUN = Path("runs/python_docs"), Path("runs/python_docs-gnn_lm")
+LM = f"{RUN}/checkpoints/best.ckpt"
+KNN = ("--knnlm", "--knn.lmbda", "auto")
 STAGES = {
-    "training": ["train.py", "--config", CONFIG],
-    "datastore, index, tuning, evaluation": [
-        *("evaluate.py", "--config", CONFIG, "--ckpt_path", str(CHECKPOINT)),
-        *("--knnlm", "--knn.lmbda", "auto"),
+    "LM": ["train.py", "--config", f"{CONFIGS}/lm.yaml"],
+    "datastore, index, kNN-LM": [
+        *("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", LM),
+        *KNN,
+    ],
+    "neighbour tables, GNN-LM": [
+        *("train.py", "--config", f"{CONFIGS}/gnn_lm.yaml", "--model.lm_checkpoint", LM)
+    ],
+    "GNN-LM + kNN": [
+        *("evaluate.py", "--config", f"{CONFIGS}/gnn_lm.yaml"),
+        *("--ckpt_path", f"{GNN_RUN}/checkpoints/best.ckpt", *KNN),
     ],
 }
 
@@ -32,31 +40,47 @@ def main() -> None:
         done = subprocess.run([sys.executable, *command])
         if done.returncode:
             sys.exit(done.returncode)
-    results = json.loads((RUN / "results.json").read_text())
-    training = json.loads((RUN / "training.json").read_text())
-    summary = summarize(results, training)
+    summary = summarize(*(read(run) for run in (RUN, GNN_RUN)))
     (RUN / "demo.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(as_table(summary))
     console.print(f"TensorBoard: tensorboard --logdir {RUN.parent}")
 
 
-def summarize(results: dict, training: dict) -> dict:
+def read(run: Path) -> dict:
+    """What the programs said of a run."""
+    names = ("results", "training")
+    return {name: json.loads((run / f"{name}.json").read_text()) for name in names}
+
+
+def summarize(lm: dict, gnn: dict) -> dict:
     """Perplexities, tokens a second of each stage (None where its product was there already), and
     the size of the datastore."""
+    results, mixed = lm["results"], gnn["results"]
     knn, seconds = results["knn"], results["stage_seconds"]
     rows = knn["datastore_rows"]
     directory = Path(knn["datastore"])
     building = [seconds[stage] for stage in ("index_train", "index_add") if stage in seconds]
+    searching = gnn["training"]["stage_seconds"].get("neighbors_train")
     return {
-        "perplexity": {"LM": results["ppl"], "kNN-LM": knn["ppl"]},
-        "lmbda": knn["lmbda"],
-        "temperature": knn["temperature"],
+        "perplexity": {
+            "LM": results["ppl"],
+            "kNN-LM": knn["ppl"],
+            "GNN-LM": mixed["gnn"]["ppl"],
+            "GNN-LM + kNN": mixed["knn"]["ppl"],
+        },
+        "tuned": {
+            name: {"lmbda": found["lmbda"], "temperature": found["temperature"]}
+            for name, found in (("kNN-LM", knn), ("GNN-LM + kNN", mixed["knn"]))
+        },
         "tokens_per_second": {
-            "training": training["tokens_per_second"],
+            "LM training": lm["training"]["tokens_per_second"],
             "datastore": rows / seconds["datastore"] if "datastore" in seconds else None,
             f"index ({knn['index']})": rows / sum(building) if building else None,
             "LM evaluation": results["tokens_per_second"],
             "kNN-LM evaluation": knn["tokens_per_second"],
+            "neighbour table": rows / searching if searching else None,
+            "GNN-LM training": gnn["training"]["tokens_per_second"],
+            "GNN-LM evaluation": mixed["gnn"]["tokens_per_second"],
         },
         "datastore": {
             "rows": rows,
@@ -68,19 +92,21 @@ def summarize(results: dict, training: dict) -> dict:
 def as_table(summary: dict) -> Table:
     """The summary as what `make demo` shows."""
     table = Table("", "", title="python_docs, test split")
-    names = {
-        "LM": "perplexity of the LM",
-        "kNN-LM": f"perplexity of kNN-LM (lmbda {summary['lmbda']:g}, "
-        f"temperature {summary['temperature']:.3g}, tuned on the validation split)",
-    }
     for name, ppl in summary["perplexity"].items():
-        table.add_row(names[name], f"{ppl:.2f}")
+        tuned = summary["tuned"].get(name)
+        how = ""
+        if tuned:
+            how = f" (tuned: lmbda {tuned['lmbda']:g}, temperature {tuned['temperature']:.3g})"
+        table.add_row(f"perplexity of {name}{how}", f"{ppl:.2f}")
     table.add_section()
     for stage, rate in summary["tokens_per_second"].items():
         table.add_row(f"{stage}, tokens per second", f"{rate:,.0f}" if rate else "was there")
     table.add_section()
     store = summary["datastore"]
-    table.add_row("datastore", f"{store['rows']:,} keys, {store['megabytes']:.0f} MB with index")
+    table.add_row(
+        "datastore",
+        f"{store['rows']:,} keys, {store['megabytes']:.0f} MB with all that is made of them",
+    )
     return table
 
 

@@ -67,8 +67,10 @@ class KNNInterpolation(Callback):
         self.k = k
         self.lmbda = lmbda
         self.temperature = temperature
-        self.distances = distances
         self.similarity: Metric = similarity or retriever.metric
+        known = retriever.exact and self.similarity == retriever.metric
+        # Missing neighbours that the last row stands for have a distance that nobody knows yet.
+        self.rescores = distances == "exact" and not (known and missing == "left_out")
         self.missing = missing
         self.keep_retrieved = keep_retrieved
         self.table = ScoreTable() if keep_scores else None
@@ -116,7 +118,7 @@ class KNNInterpolation(Callback):
         distances, rows = self.retriever.search(queries, self.k)
         if self.missing == "last_row":
             rows = np.where(rows < 0, len(self.datastore) - 1, rows)
-        if self.distances == "exact":
+        if self.rescores:
             distances = exact_distances(queries, rows, self.datastore, self.similarity)
         scores = neighbor_scores(distances, rows, self.similarity)
         values = self.datastore.values[rows]  # of the last row where missing: its score is -inf

@@ -86,6 +86,9 @@ class FaissRetriever:
 
         # An index of the original program counts rows, zero ones at the end included.
         self.counts_rows = index.ntotal != datastore.n_keys
+        halves = datastore.keys.dtype == np.float16 and metric != "cosine"
+        as_they_are = _stores_halves(index) and halves and not index.by_residual
+        self.exact = as_they_are or isinstance(index, faiss.IndexFlat | faiss.IndexIVFFlat)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
@@ -178,7 +181,15 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
         ) from None
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise InputError(f"--knn.index is {factory!r}; expected a type that counts keys itself")
+    if _stores_halves(index):
+        index.by_residual = False  # so that half-precision keys are stored as they are
     return index
+
+
+def _stores_halves(index: faiss.Index) -> bool:
+    """Whether an index has lists of half-precision vectors, with nothing in front of them."""
+    halves = faiss.ScalarQuantizer.QT_fp16
+    return isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == halves
 
 
 def on_gpus(index: faiss.Index) -> faiss.Index:

@@ -22,9 +22,11 @@ class Retriever(Protocol):
     Attributes:
         metric: `l2` gives squared Euclidean distances (small is near), `ip` inner products and
             `cosine` cosines (large is near).
+        exact: whether its distances are those to the stored keys, not to codes of them.
     """
 
     metric: Metric
+    exact: bool
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest keys, nearest first.
@@ -64,6 +66,7 @@ class FlatRetriever:
     def __init__(self, datastore: Datastore, metric: Metric) -> None:
         self.datastore = datastore
         self.metric = metric
+        self.exact = True
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""

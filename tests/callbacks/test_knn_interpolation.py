@@ -85,6 +85,7 @@ class Finds:
     """A retriever that finds what it is told."""
 
     metric = "l2"
+    exact = False
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows

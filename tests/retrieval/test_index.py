@@ -17,6 +17,7 @@ from retrieval import index as index_module
 from retrieval.datastore import Datastore
 from retrieval.foreign import import_datastore
 from retrieval.index import IndexBuilding, auto_factory, is_path, make_index, open_retriever
+from retrieval.knn import exact_distances
 from retrieval.retriever import FlatRetriever, normalized
 
 
@@ -457,3 +458,21 @@ def test_words_and_factory_strings_are_no_paths(make_store, tmp_path, monkeypatc
     store, _, _ = make_store()
     for name in ("auto", "flat"):
         assert isinstance(open_retriever(store, name, "l2", 1), FlatRetriever)
+
+
+@pytest.mark.parametrize(
+    ("metric", "dtype", "exact"),
+    [("l2", "fp16", True), ("ip", "fp16", True), ("cosine", "fp16", False), ("l2", "fp32", False)],
+)
+def test_lists_of_halves_hold_half_precision_keys_as_they_are(make_store, metric, dtype, exact):
+    """Then distances of the index are exact, and keys need not be read again."""
+    store, _, _ = make_store(2000, 8, dtype)
+    IndexBuilding(store, "IVF8,SQfp16", metric).run()
+    retriever = open_retriever(store, "IVF8,SQfp16", metric, 8)
+    assert retriever.exact is exact
+    queries = np.random.default_rng(1).standard_normal((20, 8)).astype(np.float32)
+    distances, rows = retriever.search(queries, 50)
+    if exact:
+        again = exact_distances(queries, rows, store, metric)
+        np.testing.assert_allclose(distances, again, rtol=1e-5, atol=1e-5)
+    assert open_retriever(store, "flat", metric, 8).exact
