@@ -114,6 +114,7 @@ class Evaluation:
         self.data: LMDataModule = cli.datamodule
         self.model: LanguageModel = cli.model
         self.neighbors: NeighborProducts | None = None
+        cli.make_trainer([], cli.run_dir / "evaluate")  # refuses what it cannot do before any work
         self.check_dictionary()
         if cli.config.split is not None:
             self.data.stream(cli.config.split)

@@ -136,6 +136,7 @@ def main() -> None:
         enable_version_counter=False,
         save_on_exception=True,
     )
+    cli.make_trainer([], cli.run_dir / "train")  # refuses what it cannot do before any work
     seconds = give_neighbors(cli) if isinstance(cli.model, GNNLM) else {}
     throughput = Throughput()
     trainer = cli.make_trainer(

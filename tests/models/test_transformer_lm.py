@@ -148,7 +148,7 @@ def test_a_batch_that_scores_nothing(settings):
 def test_validation_logs_the_perplexity_of_all_tokens(batch):
     """Of tokens, not the mean of the batches'; each validation on its own."""
     model = make(**BANDS)
-    other = LMBatch(*(tensor[1:2] for tensor in batch))
+    other = LMBatch(*(tensor[1:2] for tensor in batch[:4]))
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
