@@ -88,7 +88,8 @@ class FaissRetriever:
         self.counts_rows = index.ntotal != datastore.n_keys
         halves = datastore.keys.dtype == np.float16 and metric != "cosine"
         as_they_are = _stores_halves(index) and halves and not index.by_residual
-        self.exact = as_they_are or isinstance(index, faiss.IndexFlat | faiss.IndexIVFFlat)
+        flat = isinstance(index, faiss.IndexFlat) and metric != "l2"  # see FlatRetriever
+        self.exact = as_they_are or flat or isinstance(index, faiss.IndexIVFFlat)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
