@@ -8,7 +8,7 @@
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from models.checkpoint import load_model
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
 from products import NeighborProducts, Products
+from retrieval.datastore import Datastore
 from retrieval.index import is_path, open_retriever, resolve
 from retrieval.knn import Tuning, tune
 from retrieval.settings import KNNSettings, NeighborSettings
@@ -94,7 +95,8 @@ class EvaluateCLI(ProgramCLI):
                 f"{self.ckpt_path}: holds a {type(self.model).__name__}, but --arch is {self.arch} "
                 "(the first line of a gnn_lm.yaml); expected the config that it was trained with"
             )
-        self.model.key_width(self.knn.key_type)
+        for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
+            self.model.key_width(key_type)
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule: LMDataModule = self.config_init.data
         check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
@@ -121,9 +123,22 @@ class Evaluation:
         if isinstance(self.model, GNNLM):
             settings = NeighborSettings(**cli.config.neighbors.as_dict())
             self.neighbors = NeighborProducts(cli, self.data, self.model, settings)
-        # Keys of the LM are those that it would make alone.
-        keyed = self.model if self.neighbors is None or self.gnn_keys else self.model.lm
-        self.products = Products(cli, self.data, keyed, self.knn)
+        self.products = Products(cli, self.data, self.keyed(self.knn.key_type), self.knn)
+
+    def keyed(self, key_type: str) -> LanguageModel:
+        """The model whose feature a key type is: keys of an LM are those that it makes alone."""
+        return self.model if self.neighbors is None or key_type == "gnn" else self.model.lm
+
+    def ensure_rescoring(self) -> Datastore | None:
+        """The datastore of `--knn.rescore_key_type`."""
+        key_type = self.knn.rescore_key_type
+        if key_type is None:
+            return None
+        knn = replace(self.knn, key_type=key_type, datastore=None)
+        products = Products(self.cli, self.data, self.keyed(key_type), knn)
+        if key_type == "gnn" and products.open_fitting_datastore("train") is None:
+            self.give_neighbors("train")
+        return products.ensure_datastore("train")
 
     @property
     def gnn_keys(self) -> bool:
@@ -230,10 +245,11 @@ class Evaluation:
         if self.gnn_keys and self.products.open_fitting_datastore("train") is None:
             self.give_neighbors("train")
         datastore = self.products.ensure_datastore_and_index("train")
+        rescoring = self.ensure_rescoring()
         self.give_neighbors(split, *(["valid"] if self.knn.lmbda == "auto" else []))
         retriever = open_retriever(datastore, self.knn.index, self.knn.metric, self.knn.nprobe)
-        self.model.key_type = self.knn.key_type
         knn = self.knn
+        self.model.key_type, self.model.rescoring_key_type = knn.key_type, knn.rescore_key_type
 
         def interpolation(**kwargs) -> KNNInterpolation:
             return KNNInterpolation(
@@ -243,6 +259,7 @@ class Evaluation:
                 distances=knn.distances,
                 similarity=knn.similarity,
                 missing=knn.missing,
+                rescoring=rescoring,
                 **kwargs,
             )
 

@@ -45,6 +45,8 @@ class KNNInterpolation(Callback):
         similarity: what `exact` computes; by default the retriever's metric.
         missing: `left_out`, or `last_row` to count the last row in place of missing neighbours,
             as the original program does.
+        rescoring: datastore of the same text with keys of another type; distances are then those
+            from the model's `rescoring_keys` to its keys.
         keep_retrieved: keep scores and hits of every token, for tuning.
         keep_scores: keep the per-token log-probabilities.
     """
@@ -59,6 +61,7 @@ class KNNInterpolation(Callback):
         distances: str = "exact",
         similarity: Metric | None = None,
         missing: str = "left_out",
+        rescoring: Datastore | None = None,
         keep_retrieved: bool = False,
         keep_scores: bool = False,
     ) -> None:
@@ -72,6 +75,7 @@ class KNNInterpolation(Callback):
         # Missing neighbours that the last row stands for have a distance that nobody knows yet.
         self.rescores = distances == "exact" and not (known and missing == "left_out")
         self.missing = missing
+        self.rescoring = rescoring
         self.keep_retrieved = keep_retrieved
         self.table = ScoreTable() if keep_scores else None
         self.kept: list[Retrieved] = []
@@ -99,7 +103,9 @@ class KNNInterpolation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
     ) -> None:
         """Queues the search for a batch's keys, once enough have come together."""
-        columns = (outputs.positions, outputs.targets, outputs.log_probs, outputs.keys.float())
+        others = outputs.keys if self.rescoring is None else outputs.rescoring_keys
+        columns = (outputs.positions, outputs.targets, outputs.log_probs)
+        columns += (outputs.keys.float(), others.float())
         self.waiting.append([column.cpu() for column in columns])
         if sum(len(columns[0]) for columns in self.waiting) >= QUERIES_AT_ONCE:
             self._submit()
@@ -111,14 +117,18 @@ class KNNInterpolation(Callback):
             self.background.submit(self._mix, *columns)
 
     @torch.inference_mode()
-    def _mix(self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor) -> None:
+    def _mix(
+        self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor, others: Tensor
+    ) -> None:
         if len(positions) == 0:
             return
         queries = keys.numpy()
         distances, rows = self.retriever.search(queries, self.k)
         if self.missing == "last_row":
             rows = np.where(rows < 0, len(self.datastore) - 1, rows)
-        if self.rescores:
+        if self.rescoring is not None:
+            distances = exact_distances(others.numpy(), rows, self.rescoring, self.similarity)
+        elif self.rescores:
             distances = exact_distances(queries, rows, self.datastore, self.similarity)
         scores = neighbor_scores(distances, rows, self.similarity)
         values = self.datastore.values[rows]  # of the last row where missing: its score is -inf

@@ -274,8 +274,9 @@ class GNNLM(LanguageModel):
         """See `LanguageModel.score`."""
         if self.training and torch.rand(()) < self.hparams.lm_path_probability:
             return self._score_by_lm(batch)
-        key_types = () if self.key_type is None else (self.key_type,)
-        hidden, out, features = self(batch, key_types)
+        wanted = self.wanted_features
+        hidden, out, features = self(batch, wanted)
+        features = {name: features[name][batch.scored] for name in wanted}
         hidden, out, targets = (x[batch.scored] for x in (hidden, out, batch.targets))
         log_probs = lm_log_probs = None
         if with_log_probs:
@@ -285,8 +286,14 @@ class GNNLM(LanguageModel):
                 log_probs = mix(beside, log_probs, self.hparams.lm_ratio)
             if not self.training:  # what the LM says itself, for comparison
                 lm_log_probs = self.lm.softmax.target_log_prob(hidden, targets)
-        keys = None if self.key_type is None else features[self.key_type][batch.scored]
-        return TokenScores(batch.positions[batch.scored], targets, log_probs, keys, lm_log_probs)
+        return TokenScores(
+            batch.positions[batch.scored],
+            targets,
+            log_probs,
+            features.get(self.key_type),
+            lm_log_probs,
+            features.get(self.rescoring_key_type),
+        )
 
     def _score_by_lm(self, batch) -> TokenScores:
         """The LM's path past the graph network, through the trained softmax."""

@@ -25,6 +25,7 @@ class TokenScores(NamedTuple):
         keys: `[n, width]`, the feature `key_type` of each target's context; None without one.
         lm_log_probs: fp32 `[n]`, what a language model that this one builds on says itself; None
             for one that builds on none.
+        rescoring_keys: `[n, width]`, the feature `rescoring_key_type`; None without one.
     """
 
     positions: Tensor
@@ -32,6 +33,7 @@ class TokenScores(NamedTuple):
     log_probs: Tensor | None
     keys: Tensor | None
     lm_log_probs: Tensor | None = None
+    rescoring_keys: Tensor | None = None
 
 
 class LanguageModel(pl.LightningModule):
@@ -48,6 +50,8 @@ class LanguageModel(pl.LightningModule):
         self.test_loss = TokenLoss()
         self.key_type: str | None = None
         """Which feature test and predict steps return as keys."""
+        self.rescoring_key_type: str | None = None
+        """Which feature they return besides, to score again what the keys have found."""
         self.dictionary_fingerprint: str | None = None
         """Of the vocabulary that it was trained with; saved with checkpoints."""
         self.updates = 0
@@ -65,6 +69,12 @@ class LanguageModel(pl.LightningModule):
             InputError: the model has no such feature.
         """
         raise NotImplementedError
+
+    @property
+    def wanted_features(self) -> list[str]:
+        """The key types to compute."""
+        wanted = (self.key_type, self.rescoring_key_type)
+        return [key_type for key_type in wanted if key_type is not None]
 
     def score(self, batch, with_log_probs: bool = True) -> TokenScores:
         """Log-probabilities and keys of the scored tokens of an `LMBatch`."""

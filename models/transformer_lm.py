@@ -222,12 +222,13 @@ class TransformerLM(LanguageModel):
         return self.decoder(tokens, key_types)
 
     def score(self, batch, with_log_probs: bool = True) -> TokenScores:
-        key_types = () if self.key_type is None else (self.key_type,)
-        hidden, features = self(batch.tokens, key_types)
+        hidden, features = self(batch.tokens, self.wanted_features)
+        features = {name: feature[batch.scored] for name, feature in features.items()}
         targets = batch.targets[batch.scored]
         return TokenScores(
             batch.positions[batch.scored],
             targets,
             self.softmax.target_log_prob(hidden[batch.scored], targets) if with_log_probs else None,
-            features[self.key_type][batch.scored] if self.key_type is not None else None,
+            features.get(self.key_type),
+            rescoring_keys=features.get(self.rescoring_key_type),
         )

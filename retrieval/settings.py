@@ -21,6 +21,8 @@ class KNNSettings:
         metric: squared Euclidean distance, inner product or cosine.
         distances: `exact` computes them again from the stored keys, `index` takes the index's own.
         key_type: last_ffn_input, last_hidden, layer:<i>:ffn_input or layer:<i>:output.
+        rescore_key_type: score what the keys have found by the distances between these instead,
+            such as `gnn`.
         dtype: of the stored keys.
         similarity: what exact distances are computed with, where it is not the metric.
         missing: neighbours that an index does not find are left out; `last_row` gives their votes
@@ -39,6 +41,7 @@ class KNNSettings:
     metric: Literal["l2", "ip", "cosine"] = "l2"
     distances: Literal["exact", "index"] = "exact"
     key_type: str = "last_ffn_input"
+    rescore_key_type: str | None = None
     dtype: Literal["fp16", "fp32"] = "fp16"
     similarity: Literal["l2", "ip", "cosine"] | None = None
     missing: Literal["left_out", "last_row"] = "left_out"
@@ -60,6 +63,11 @@ class KNNSettings:
         if self.similarity is not None and self.distances == "index":
             raise InputError(
                 f"--knn.similarity {self.similarity} needs --knn.distances exact, not index"
+            )
+        if self.rescore_key_type is not None and self.distances == "index":
+            raise InputError(
+                f"--knn.rescore_key_type {self.rescore_key_type} needs --knn.distances exact, not "
+                "index"
             )
         if self.min_context < 0:
             raise InputError(f"--knn.min_context is {self.min_context}; expected at least 0")

@@ -61,9 +61,18 @@ def test_evaluation_beside_the_lm_alone(trained, run_program):
     assert read(trained, "lm.json")["loss"] == pytest.approx(results["loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("key_type", ["last_ffn_input", "gnn"])
-def test_knn_on_top(trained, run_program, key_type):
+@pytest.fixture(scope="module")
+def found_by_lm() -> dict:
+    """What a test leaves for the one after it."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("key_type", "rescored"), [("last_ffn_input", ()), ("gnn", ()), ("last_ffn_input", ("gnn",))]
+)
+def test_knn_on_top(trained, run_program, found_by_lm, key_type, rescored):
     flags = ("--knnlm", "--knn.k", 8, "--knn.index", "flat", "--knn.key_type", key_type)
+    flags += ("--knn.rescore_key_type", *rescored) if rescored else ()
     ckpt = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt", "--token_scores", "mix.npz")
     run_program(trained, "evaluate.py", *DATA, *ckpt, *flags, "--output", "mix.json")
     results, columns = read(trained, "mix.json"), np.load(trained / "mix.npz")
@@ -71,6 +80,13 @@ def test_knn_on_top(trained, run_program, key_type):
         columns["gnn_log_prob"] + np.log(0.75), columns["knn_log_prob"] + np.log(0.25)
     )
     np.testing.assert_allclose(columns["log_prob"], expected, atol=1e-5)
+    if rescored:  # the same neighbours with other weights
+        plain = results["knn"]["target_among_neighbors"], columns["knn_log_prob"]
+        assert plain[0] == found_by_lm["share"]
+        assert not np.allclose(plain[1], found_by_lm["knn_log_prob"])
+    elif key_type == "last_ffn_input":
+        found_by_lm["share"] = results["knn"]["target_among_neighbors"]
+        found_by_lm["knn_log_prob"] = columns["knn_log_prob"]
     assert results["knn"]["ppl"] == pytest.approx(np.exp(-columns["log_prob"].mean()), rel=1e-4)
 
 
