@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.graphs import (
     INTER,
@@ -25,9 +25,11 @@ from datamodules.graphs import (
     hetero_graph,
 )
 from models.adaptive import AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
+from models.fairseq import Piece, our_state
+from models.fairseq_gnn import BIAS, NETWORK, UNUSED, network_pieces, output_pieces, used
 from models.features import CodeDecoder
 from models.gnn_lm import mix
-from models.hgt import HGT, NODE_TYPES, RELATIONS
+from models.hgt import HGT
 
 THEIRS = {"token": "tgt", "neighbor": "ntgt"}
 EDGES = {
@@ -84,93 +86,60 @@ class World:
         return torch.from_numpy(self.arrays["split_feats_fp16"][offsets].astype(np.float32))
 
 
-def our_network(theirs: Arrays, prefix: str, heads: int) -> HGT:
-    """An `HGT` with the original's weights."""
-    theirs = {
-        name[len(prefix) :]: torch.from_numpy(theirs[name])
-        for name in theirs
-        if name.startswith(prefix)
-    }
-    layers = 1 + max(int(found[1]) for name in theirs if (found := re.match(r"gcs\.(\d+)", name)))
-    width = len(theirs["gcs.0.norms.0.weight"])
-    input_width = theirs.get("adapt_ws.0.weight", torch.empty(width, width)).shape[1]
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The arrays of a fixture file, under the names of a checkpoint's tensors with `prefix`."""
+    return {f"{prefix}{name}": torch.from_numpy(array) for name, array in np.load(path).items()}
+
+
+def our_network(stored: Mapping[str, Tensor], heads: int) -> HGT:
+    """An `HGT` with the original's weights, whose shapes tell its sizes."""
+    stored = used(stored, output_bias=False)
+    layers = 1 + max(map(int, re.findall(r"\.gcs\.(\d+)\.", " ".join(stored))))
+    width = len(stored[f"{NETWORK}.gcs.0.norms.0.weight"])
+    adapt = f"{NETWORK}.adapt_ws.0.weight"
+    input_width = stored[adapt].shape[1] if adapt in stored else width
     network = HGT(input_width, width, layers, heads).eval()
-    state = {}
-    for i in range(layers):
-        for t, node_type in enumerate(NODE_TYPES):
-            for one, ours in (("k", "key"), ("q", "query"), ("v", "value"), ("a", "output")):
-                for part in ("weight", "bias"):
-                    name = f"gcs.{i}.{one}_linears.{t}.{part}"
-                    state[f"layers.{i}.{ours}.{node_type}.{part}"] = theirs[name]
-            del state[f"layers.{i}.key.{node_type}.bias"]  # the same for all scores of a softmax
-            for part in ("weight", "bias"):
-                state[f"layers.{i}.norm.{node_type}.{part}"] = theirs[f"gcs.{i}.norms.{t}.{part}"]
-        for e, relation in enumerate(RELATIONS):
-            for one, ours in (("pri", "prior"), ("att", "attention"), ("msg", "message")):
-                state[f"layers.{i}.{ours}.{relation}"] = theirs[f"gcs.{i}.relation_{one}"][e]
-    for t, node_type in enumerate(NODE_TYPES):
-        for part in ("weight", "bias"):
-            if f"adapt_ws.{t}.{part}" in theirs:
-                state[f"adapt.{node_type}.{part}"] = theirs[f"adapt_ws.{t}.{part}"]
-                state[f"out.{part}"] = theirs[f"out.{part}"]
-    network.load_state_dict(state)
+    network.load_state_dict(our_state(pieces_of(network), network.state_dict(), stored))
     return network
 
 
-def their_gradients(network: HGT) -> dict[str, Tensor]:
-    """The network's gradients under the original's names, without those of the keys' biases."""
-    found: dict[str, Tensor] = {}
-    gradients = {
-        name: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        for name, parameter in network.named_parameters()
-    }
-    for name, gradient in gradients.items():
-        match name.split("."):
-            case ["layers", i, ("key" | "query" | "value" | "output") as kind, node_type, part]:
-                letter = {"key": "k", "query": "q", "value": "v", "output": "a"}[kind]
-                found[f"gcs.{i}.{letter}_linears.{NODE_TYPES.index(node_type)}.{part}"] = gradient
-            case ["layers", i, "norm", node_type, part]:
-                found[f"gcs.{i}.norms.{NODE_TYPES.index(node_type)}.{part}"] = gradient
-            case ["adapt", node_type, part]:
-                found[f"adapt_ws.{NODE_TYPES.index(node_type)}.{part}"] = gradient
-            case ["out", part]:
-                found[f"out.{part}"] = gradient
-    for i in range(len(network.layers)):
-        for one, ours in (("pri", "prior"), ("att", "attention"), ("msg", "message")):
-            both = [gradients[f"layers.{i}.{ours}.{relation}"] for relation in RELATIONS]
-            found[f"gcs.{i}.relation_{one}"] = torch.stack(both)
-    return found
+def pieces_of(network: HGT) -> list[Piece]:
+    """How the original's tensors make those of a network."""
+    return network_pieces(len(network.layers), adapts=network.adapt is not None)
 
 
-def our_softmax(theirs: Arrays, config: dict) -> OutputSoftmax:
-    """The output softmax of a decoder's state dict."""
-    theirs = {name: torch.from_numpy(theirs[name]) for name in theirs}
-    name = "decoder.adaptive_softmax"
-    if not any(key.startswith(name) for key in theirs):
-        own = "decoder.embed_out" in theirs
-        weight = theirs["decoder.embed_out" if own else "decoder.embed_tokens.weight"]
-        softmax = PlainSoftmax(*weight.shape, tied=torch.nn.Parameter(weight))
-        if "decoder.xl_bias" in theirs:
-            softmax.add_bias()
-            softmax.bias.data.copy_(theirs["decoder.xl_bias"])
-        return softmax.eval()
-    cutoffs = [int(cutoff) for cutoff in config["cut"].split(",")]
-    tied = f"{name}.head.word_proj.weight" in theirs
-    head = theirs[f"{name}.head.word_proj.weight" if tied else f"{name}.head.weight"]
-    width, vocab_size = head.shape[1], config["V"]
-    tails = [theirs[f"{name}.tail.{i}.2.weight"] for i in range(len(cutoffs))]
-    factor = width / tails[0].shape[1] if tails else 1.0
-    softmax = AdaptiveSoftmax(vocab_size, width, cutoffs, factor).eval()
-    words = softmax.edges[1]
-    softmax.words[0].data.copy_(head[:words])
-    classes = theirs[f"{name}.head.class_proj.weight"] if tied else head[words:]
-    softmax.classes.data.copy_(classes)
-    for i, tail in enumerate(tails):
-        softmax.words[i + 1].data.copy_(tail)
-        down = theirs[f"{name}.tail.{i}.0.weight"]
-        # A tied projection is that of the input, [width, narrow] already.
-        softmax.down[i].data.copy_(down if tuple(down.shape) == (width, tail.shape[1]) else down.T)
+def our_softmax(stored: Mapping[str, Tensor], config: dict) -> OutputSoftmax:
+    """The output softmax of a decoder."""
+    settings = softmax_settings(stored, config)
+    cutoffs, tail = settings["adaptive_softmax_cutoffs"], "decoder.adaptive_softmax.tail.0.2.weight"
+    if cutoffs:
+        factor = config["D"] / stored[tail].shape[1] if tail in stored else 1.0
+        softmax = AdaptiveSoftmax(config["V"], config["D"], cutoffs, factor)
+    else:
+        softmax = PlainSoftmax(config["V"], config["D"], tied=None)
+    bias = BIAS in stored and not cutoffs
+    if bias:
+        softmax.add_bias()
+    holder = nn.ModuleDict({"softmax": softmax}).eval()
+    holder.load_state_dict(our_state(output_pieces(settings, bias), holder.state_dict(), stored))
     return softmax
+
+
+def softmax_settings(stored: Mapping[str, Tensor], config: dict) -> dict:
+    """The settings that tell which tensors of a decoder make its softmax. What it shares with the
+    input shows in the tensors."""
+    name = "decoder.adaptive_softmax"
+    adaptive = any(key.startswith(name) for key in stored)
+    tied = (f"{name}.head.weight" if adaptive else "decoder.embed_out") not in stored
+    down, projection = f"{name}.tail.0.0.weight", "decoder.embed_tokens.embeddings.1.1.weight"
+    return {
+        "vocab_size": config["V"],
+        "adaptive_softmax_cutoffs": list(map(int, config["cut"].split(","))) if adaptive else [],
+        "tie_weights": tied,
+        "tie_projections": tied
+        and down in stored
+        and torch.equal(stored[down], stored[projection]),
+    }
 
 
 def difference(ours: Tensor | np.ndarray, theirs: np.ndarray) -> float:
@@ -238,55 +207,81 @@ def compare_block(network: HGT, world: World, block: Arrays) -> dict[str, float]
 
 def compare_decoder(folder: Path, world: World) -> dict[str, dict[str, float]]:
     """Largest differences of log-probabilities and gradients, by block and computation."""
-    weights, outputs = (
-        np.load(folder / name) for name in ("decoder_state_dict.npz", "decoder_outputs.npz")
-    )
-    heads = world.config.get("heads_dec", world.config["heads"])
-    network = our_network(weights, "decoder.hgt_decoder.", heads)
-    softmax = our_softmax(weights, world.config)
+    stored = read_tensors(folder / "decoder_state_dict.npz")
+    network = our_network(stored, world.config.get("heads_dec", world.config["heads"]))
+    softmax = our_softmax(stored, world.config)
+    outputs = np.load(folder / "decoder_outputs.npz")
     rows: dict[str, dict[str, float]] = {}
     for b in world.config["blocks"]:
         block = np.load(folder / f"hgt_block{b}.npz")
         offsets, intra = block["tgt_offsets"], intra_context(block)
-        start = int(np.ravel(block["loss_start"])[0])
-        targets = torch.from_numpy(block["target"][start:].astype(np.int64))
         x = world.token_features(offsets)
-        gradients_file = folder / f"decoder_grads_block{b}.npz"
+        gradients = folder / f"decoder_grads_block{b}.npz"
         for path in ("messages", "fast"):
             network.zero_grad()
             if path == "fast":
                 out = by_fast(network, world, offsets, x, intra)
             else:
                 out = by_messages(network, world, offsets, x, intra)[-1]["token"]
-            whole = {"lm": softmax.log_prob(x[start:]), "gnn": softmax.log_prob(out[start:])}
-            target = {
-                "lm": softmax.target_log_prob(x[start:], targets),
-                "gnn": softmax.target_log_prob(out[start:], targets),
-            }
-            found = {}
-            for name in outputs.files:
-                ours = our_output(name, b, out, whole, target)
-                if ours is not None:
-                    theirs = outputs[name]
-                    if name.endswith("gcn_feat") and len(theirs) != len(ours):
-                        ours = ours[start:]
-                    if "first4" in name:
-                        ours = ours[: len(theirs)]
-                    found[name] = difference(ours, theirs)
-            if gradients_file.is_file():
+            found, target = compare_outputs(softmax, outputs, b, block, x, out)
+            if gradients.is_file():
                 (-target["gnn"].sum()).backward()
-                theirs = np.load(gradients_file)
-                ours = their_gradients(network)
-                for name in theirs.files:
-                    short = name.removeprefix("decoder.hgt_decoder.")
-                    if short in ours:
-                        found[f"gradient {short}"] = difference(ours[short], theirs[name])
-                    elif re.search(r"k_linears\.\d\.bias", short):  # has no effect, nor place here
-                        found[f"gradient {short}"] = difference(
-                            np.zeros_like(theirs[name]), theirs[name]
-                        )
+                found |= compare_gradients(network, read_tensors(gradients))
             rows[f"decoder block {b}, {path}"] = found
     return rows
+
+
+def compare_outputs(
+    softmax: OutputSoftmax, outputs: Arrays, b: int, block: Arrays, x: Tensor, out: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Largest differences of the arrays of block b in `decoder_outputs.npz`.
+
+    Args:
+        softmax: the decoder's.
+        outputs: all blocks' arrays.
+        b: number of the block.
+        block: its arrays.
+        x: features of its tokens `[n, D]`.
+        out: what the graph network makes of them `[n, D]`.
+
+    Returns:
+        Them by name, and log-probabilities of the scored targets by the LM and by the network.
+    """
+    start = int(np.ravel(block["loss_start"])[0])
+    targets = torch.from_numpy(block["target"][start:].astype(np.int64))
+    features = {"lm": x[start:], "gnn": out[start:]}
+    whole = {name: softmax.log_prob(feature) for name, feature in features.items()}
+    target = {name: softmax.target_log_prob(f, targets) for name, f in features.items()}
+    found = {}
+    for name, theirs in outputs.items():
+        ours = our_output(name, b, out, whole, target)
+        if ours is not None:
+            if name.endswith("gcn_feat") and len(theirs) != len(ours):
+                ours = ours[start:]
+            if "first4" in name:
+                ours = ours[: len(theirs)]
+            found[name] = difference(ours, theirs)
+    return found, target
+
+
+def compare_gradients(network: HGT, stored: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest differences of the network's gradients from those of a `decoder_grads_block<b>.npz`,
+    which leaves out what has no effect."""
+    parameters, theirs = dict(network.named_parameters()), used(stored, output_bias=False)
+    gaps = []
+    for piece in pieces_of(network):
+        if piece.theirs in theirs:
+            parameter = parameters[piece.ours]
+            ours = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gaps.append((piece.theirs, difference(ours, theirs[piece.theirs].numpy())))
+    for name, gradient in stored.items():
+        if UNUSED.fullmatch(name):  # has no effect, nor a place here
+            gaps.append((name, difference(torch.zeros_like(gradient), gradient.numpy())))
+    found: dict[str, float] = {}
+    for name, gap in gaps:
+        name = f"gradient {name.removeprefix(f'{NETWORK}.').partition('[')[0]}"
+        found[name] = max(gap, found.get(name, 0.0))
+    return found
 
 
 def our_output(
@@ -321,7 +316,8 @@ def compare(folder: Path) -> list[dict]:
             },
         }
     ]
-    network = our_network(np.load(folder / "hgt_state_dict.npz"), "", world.config["heads"])
+    stored = read_tensors(folder / "hgt_state_dict.npz", f"{NETWORK}.")
+    network = our_network(stored, world.config["heads"])
     with torch.inference_mode():
         for path in sorted(folder.glob("hgt_block*.npz")):
             found = compare_block(network, world, np.load(path))

@@ -386,7 +386,7 @@ def pieces(hparams: Mapping[str, Any], prefix: str = "") -> list[Piece]:
         found += _layer_pieces(layer, hparams["width"])
     if hparams["final_norm"]:
         found += pair("decoder.layer_norm", "decoder.final_norm")
-    found += _softmax_pieces(hparams)
+    found += softmax_pieces(hparams)
     return [replace(piece, ours=prefix + piece.ours) for piece in found]
 
 
@@ -428,7 +428,12 @@ def _layer_pieces(layer: int, width: int) -> Iterator[Piece]:
     yield from pair(f"{name}.final_layer_norm", f"{name}.ffn_norm")
 
 
-def _softmax_pieces(hparams: Mapping[str, Any]) -> Iterator[Piece]:
+def softmax_pieces(hparams: Mapping[str, Any]) -> Iterator[Piece]:
+    """How those of the output softmax make `softmax`.
+
+    Args:
+        hparams: vocab_size, adaptive_softmax_cutoffs, tie_weights and tie_projections of the model.
+    """
     tied = hparams["tie_weights"]
     if not hparams["adaptive_softmax_cutoffs"]:
         yield Piece(

@@ -8,7 +8,6 @@ as codes, their quantiser. `models.fairseq` reads the files and the LM in them, 
 import re
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from models.fairseq import Piece, optimisation, pair, pieces, take_tensors
+from models.fairseq import Piece, optimisation, pair, pieces, softmax_pieces, take_tensors
 from models.features import CodeDecoder
 from models.gnn_lm import GNNLM
 from models.hgt import NODE_TYPES, RELATIONS
@@ -64,7 +63,7 @@ def gnn_lm(
         model = GNNLM(**_settings(args, lm, path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    stored = _used(stored, model.hparams.output_bias)
+    stored = used(stored, model.hparams.output_bias)
     codec = _codec_shapes(args, stored, lm["width"])
     take_tensors(model, gnn_pieces(model.hparams), stored, path, besides=codec)
     if codec:
@@ -96,8 +95,14 @@ def _settings(args: Namespace, lm: Mapping[str, Any], path: Path | str) -> dict[
     }
 
 
-def _used(stored: Mapping[str, Tensor], output_bias: bool) -> dict[str, Tensor]:
-    """The tensors that matter; those of the relations one by one, `NAME[0]` and `NAME[1]`."""
+def used(stored: Mapping[str, Tensor], output_bias: bool) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that matter; those of the relations one by one, `NAME[0]` and
+    `NAME[1]`, as `network_pieces` names them.
+
+    Args:
+        stored: its tensors.
+        output_bias: whether the bias of a plain softmax is one of them.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         empty = name.startswith(f"{QUANTIZER}.") and tensor.numel() == 0
@@ -117,21 +122,38 @@ def gnn_pieces(hparams: Mapping[str, Any]) -> list[Piece]:
     Args:
         hparams: of the model.
     """
-    found = pieces(hparams["lm"], "lm.")
+    lm, width = hparams["lm"], hparams["width"]
+    found = pieces(lm, "lm.")
     # The module is in the state twice, or is a copy that begins with the same weights.
-    found += [
-        replace(piece, ours=piece.ours.removeprefix("lm."))
-        for piece in found
-        if piece.ours.startswith("lm.softmax.")
-    ]
-    if hparams["output_bias"]:
-        found.append(Piece(BIAS, "softmax.bias"))
-    for layer in range(hparams["layers"]):
-        found += _layer_pieces(f"{NETWORK}.gcs.{layer}", f"network.layers.{layer}")
-    if hparams["width"] != hparams["lm"]["width"]:
+    found += output_pieces(lm, hparams["output_bias"])
+    return found + network_pieces(hparams["layers"], width != lm["width"], "network.")
+
+
+def output_pieces(lm: Mapping[str, Any], output_bias: bool) -> list[Piece]:
+    """How those of the output softmax make `softmax`.
+
+    Args:
+        lm: what `models.fairseq.softmax_pieces` asks of the LM's settings.
+        output_bias: whether its logits have a bias.
+    """
+    return [*softmax_pieces(lm), *([Piece(BIAS, "softmax.bias")] if output_bias else [])]
+
+
+def network_pieces(layers: int, adapts: bool, prefix: str = "") -> list[Piece]:
+    """How those of the graph network make an `HGT`.
+
+    Args:
+        layers: of the network.
+        adapts: whether its states have another width than the features.
+        prefix: of the names in our state dict, for a model that holds an `HGT`.
+    """
+    found: list[Piece] = []
+    for layer in range(layers):
+        found += _layer_pieces(f"{NETWORK}.gcs.{layer}", f"{prefix}layers.{layer}")
+    if adapts:
         for t, node_type in enumerate(NODE_TYPES):
-            found += pair(f"{NETWORK}.adapt_ws.{t}", f"network.adapt.{node_type}")
-        found += pair(f"{NETWORK}.out", "network.out")
+            found += pair(f"{NETWORK}.adapt_ws.{t}", f"{prefix}adapt.{node_type}")
+        found += pair(f"{NETWORK}.out", f"{prefix}out")
     return found
 
 
