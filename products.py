@@ -23,7 +23,7 @@ from models.checkpoint import model_fingerprint
 from models.features import CodeDecoder
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
-from retrieval.codec import IMPORTED, build_codes, check_codec, open_codes
+from retrieval.codec import IMPORTED, Codes, build_codes, check_codec, open_codes
 from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.foreign import import_datastore, is_raw
 from retrieval.index import is_path, make_index
@@ -317,8 +317,24 @@ class NeighborProducts:
             with lock, progress_bars(f"codes {self.codec}") as report:
                 codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
         self.seconds["codes"] = time.perf_counter() - start
-        self.model.code_decoder = CodeDecoder(codes.decoder_arrays())
+        decoder = CodeDecoder(codes.decoder_arrays())
+        if self.codec == IMPORTED:
+            self._check_quantizer(codes, decoder)
+        self.model.code_decoder = decoder
         return codes.codes
+
+    def _check_quantizer(self, codes: Codes, decoder: CodeDecoder) -> None:
+        """Refuses imported codes where a checkpoint of the original holds another quantiser than
+        they were made by."""
+        if self.model.code_decoder is None:
+            return
+        held, found = self.model.code_decoder.centroids, decoder.centroids
+        rounding = 1e-3 * held.abs().max()  # a checkpoint may be in half precision
+        if found is None or found.shape != held.shape or (found - held).abs().max() > rounding:
+            raise InputError(
+                f"{codes.path}: the centroids of its quantiser are not those that "
+                f"{self.cli.config.ckpt_path} holds; expected the codes that it was trained with"
+            )
 
     def _window(self, memory: Datastore) -> int:
         """Tokens within which a neighbour on the training split could show what is to be

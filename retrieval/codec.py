@@ -235,12 +235,13 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
     shape, dtype = (manifest["rows"], manifest["code_size"]), np.dtype(np.uint8)
     if "raw" in manifest:
         codes = open_raw(path.parent, manifest["raw"]["codes"], shape, dtype)
-        codec = FeatureCodec.read(path.parent / manifest["raw"]["codec"]["path"])
+        codec_path = path.parent / manifest["raw"]["codec"]["path"]
     else:
         codes = open_array(path.with_suffix(".npy"), shape, dtype)
-        codec = FeatureCodec.read(path.with_suffix(".faiss"))
+        codec_path = path.with_suffix(".faiss")
+    codec = FeatureCodec.read(codec_path)
     found = {"dim": codec.dim, "code_size": codec.code_size}
-    refuse_mismatch(path.with_suffix(".faiss"), found, {key: manifest[key] for key in found})
+    refuse_mismatch(codec_path, found, {key: manifest[key] for key in found})
     return Codes(path, manifest, codes, codec)
 
 
@@ -308,10 +309,15 @@ def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
         quantizer: the faiss codec that made them.
 
     Raises:
-        InputError: a file is missing, or sizes differ from the datastore's or the codec's.
+        InputError: a file is missing, sizes differ from the datastore's or the codec's, or faiss
+            alone could decode them.
     """
     codec = FeatureCodec.read(quantizer)
     refuse_mismatch(quantizer, {"dim": codec.dim}, {"dim": datastore.dim})
+    try:
+        codec.decoder_arrays()
+    except InputError as error:
+        raise InputError(f"{quantizer}: {error}") from None
     if not source.is_file():
         raise InputError(f"{source}: no such file; expected the original program's codes")
     shape = (len(datastore), codec.code_size)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jsonargparse import auto_cli
@@ -320,18 +320,26 @@ def _row_type(rows: int) -> np.dtype:
     return next(dtype for dtype in types if rows - 1 <= np.iinfo(dtype).max)
 
 
-def imported_path(queries: Datastore, k: int) -> Path:
-    """Where the manifest of the original program's table of a split is."""
+def imported_path(queries: Datastore, k: int | Literal["*"]) -> Path:
+    """Where the manifest of the original program's table of a split is; `*` for any k."""
     return queries.path / f"neighbors-k{k}-imported.json"
 
 
 def open_imported(queries: Datastore, memory: Datastore, k: int) -> NeighborTable:
-    """Opens the table that `import_table` took over.
+    """Opens the smallest table that `import_table` took over and that has at least k neighbours.
 
     Raises:
         InputError: none was, or of other datastores.
     """
-    table = NeighborTable.open(imported_path(queries, k))
+    paths = queries.path.glob(imported_path(queries, "*").name)
+    found = {read_manifest(path, KIND, VERSION, FIELDS)["k"]: path for path in paths}
+    enough = [size for size in found if size >= k]
+    if not enough:
+        raise InputError(
+            f"{queries.path}: has imported tables of {sorted(found)} neighbours; expected one of "
+            f"{k} or more, which python -m retrieval.neighbors takes over"
+        )
+    table = NeighborTable.open(found[min(enough)])
     fingerprints = {"queries": queries.fingerprint, "memory": memory.fingerprint}
     refuse_mismatch(table.path, table.manifest, fingerprints)
     return table

@@ -18,13 +18,15 @@ from retrieval.datastore import Datastore, DatastoreBuilder
 
 @pytest.fixture(scope="session")
 def run_program() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `python PROGRAM …` from the repository with a folder of its own as working directory."""
+    """Runs `python PROGRAM.py …` or `python -m MODULE …` of the repository with a folder of its own
+    as working directory."""
 
     def run(
         cwd: Path, program: str, *flags: object, status: int = 0
     ) -> subprocess.CompletedProcess:
+        what = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
         done = subprocess.run(
-            [sys.executable, str(ROOT / program), *map(str, flags)],
+            [sys.executable, *what, *map(str, flags)],
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,

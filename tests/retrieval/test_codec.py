@@ -187,6 +187,9 @@ def test_codes_of_the_original_in_place(store, tmp_path, header):
 
     with pytest.raises(InputError, match="no such file"):
         import_codes(store, tmp_path / "nowhere.npy", quantizer)
+    FeatureCodec.train("SQ4", store.read(np.arange(1, 399))).write(tmp_path / "sq4.faiss")
+    with pytest.raises(InputError, match=r"sq4.faiss: the codec has a IndexScalarQuantizer"):
+        import_codes(store, source, tmp_path / "sq4.faiss")
     with pytest.raises(InputError, match="cannot be read as a codec"):
         import_codes(store, source, source)
     source.write_bytes(source.read_bytes()[:-1])

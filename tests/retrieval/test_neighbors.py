@@ -278,7 +278,12 @@ def test_raw_table_of_the_original_in_place(make_split, split, tmp_path):
     own = search(split, memory, 8).run()
     assert own.path != table.path
     assert import_table(raw, 8, split, memory).path == table.path
-    assert np.array_equal(open_imported(split, memory, 8).rows, table.rows)
+    for k in (8, 3):
+        assert open_imported(split, memory, k).path == table.path
+    with pytest.raises(
+        InputError, match=r"has imported tables of \[8\] neighbours; expected one of 9"
+    ):
+        open_imported(split, memory, 9)
     with pytest.raises(InputError, match=r"has 9600 bytes of data, expected 8400 for int64"):
         import_table(raw, 7, split, memory)
     with pytest.raises(InputError, match="holds rows from -1 to 299; expected -1 or below the 100"):
