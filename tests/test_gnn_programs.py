@@ -62,32 +62,47 @@ def test_evaluation_beside_the_lm_alone(trained, run_program):
 
 
 @pytest.fixture(scope="module")
-def found_by_lm() -> dict:
-    """What a test leaves for the one after it."""
-    return {}
+def evaluated_with_knn(trained, run_program):
+    """Evaluates it with kNN on top; gives the results and the token scores."""
+
+    def run(key_type: str, *flags: str) -> tuple[dict, dict[str, np.ndarray]]:
+        knn = ("--knnlm", "--knn.k", 8, "--knn.index", "flat", "--knn.key_type", key_type, *flags)
+        ckpt = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt")
+        files = ("--output", "mix.json", "--token_scores", "mix.npz")
+        run_program(trained, "evaluate.py", *DATA, *ckpt, *knn, *files)
+        return read(trained, "mix.json")["knn"], dict(np.load(trained / "mix.npz"))
+
+    return run
 
 
-@pytest.mark.parametrize(
-    ("key_type", "rescored"), [("last_ffn_input", ()), ("gnn", ()), ("last_ffn_input", ("gnn",))]
-)
-def test_knn_on_top(trained, run_program, found_by_lm, key_type, rescored):
-    flags = ("--knnlm", "--knn.k", 8, "--knn.index", "flat", "--knn.key_type", key_type)
-    flags += ("--knn.rescore_key_type", *rescored) if rescored else ()
-    ckpt = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt", "--token_scores", "mix.npz")
-    run_program(trained, "evaluate.py", *DATA, *ckpt, *flags, "--output", "mix.json")
-    results, columns = read(trained, "mix.json"), np.load(trained / "mix.npz")
+@pytest.fixture(scope="module")
+def found_by_lm(evaluated_with_knn):
+    """What that gives with queries and keys of the LM."""
+    return evaluated_with_knn("last_ffn_input")
+
+
+def check_mixture(results: dict, columns: dict[str, np.ndarray]) -> None:
+    """Of a quarter of kNN."""
     expected = np.logaddexp(
         columns["gnn_log_prob"] + np.log(0.75), columns["knn_log_prob"] + np.log(0.25)
     )
     np.testing.assert_allclose(columns["log_prob"], expected, atol=1e-5)
-    if rescored:  # the same neighbours with other weights
-        plain = results["knn"]["target_among_neighbors"], columns["knn_log_prob"]
-        assert plain[0] == found_by_lm["share"]
-        assert not np.allclose(plain[1], found_by_lm["knn_log_prob"])
-    elif key_type == "last_ffn_input":
-        found_by_lm["share"] = results["knn"]["target_among_neighbors"]
-        found_by_lm["knn_log_prob"] = columns["knn_log_prob"]
-    assert results["knn"]["ppl"] == pytest.approx(np.exp(-columns["log_prob"].mean()), rel=1e-4)
+    assert results["ppl"] == pytest.approx(np.exp(-columns["log_prob"].mean()), rel=1e-4)
+
+
+def test_knn_of_the_lm_on_top(found_by_lm):
+    check_mixture(*found_by_lm)
+
+
+def test_knn_of_the_graph_network_on_top(evaluated_with_knn):
+    check_mixture(*evaluated_with_knn("gnn"))
+
+
+def test_neighbors_of_the_lm_weighed_by_the_graph_network(evaluated_with_knn, found_by_lm):
+    results, columns = evaluated_with_knn("last_ffn_input", "--knn.rescore_key_type", "gnn")
+    check_mixture(results, columns)
+    assert results["target_among_neighbors"] == found_by_lm[0]["target_among_neighbors"]
+    assert not np.allclose(columns["knn_log_prob"], found_by_lm[1]["knn_log_prob"])
 
 
 def test_a_second_stage_begins_with_the_first(trained, run_program):
