@@ -1,34 +1,31 @@
-"""Checkpoints of the original GNN-LM, small enough for tests: what its program stores of a model."""
+"""Checkpoints of the original GNN-LM, small enough for tests: what its program stores of a model,
+which is fairseq's with a graph network beside it."""
 
 from argparse import Namespace
 from pathlib import Path
 
+import small_fairseq
 import torch
+from small_fairseq import (
+    HEADS,
+    PLAIN,
+    WIDTH,
+    Shapes,
+    embedding_shapes,
+    layer_shapes,
+    pair,
+    random_like,
+    save,
+    softmax_shapes,
+)
+from torch import Tensor
 
-WIDTH, FFN, HEADS, LAYERS, VOCAB = 32, 24, 4, 2, 200
 NETWORK, QUANTIZER = "decoder.hgt_decoder", "decoder.tgt_quantizer"
 
 
 def arguments(**changes) -> Namespace:
-    """What the original stores for the model of the fixture."""
+    """What the original stores of how a model was made, that of its outputs beside the checkout."""
     found = {
-        "decoder_embed_dim": WIDTH,
-        "decoder_input_dim": WIDTH,
-        "decoder_output_dim": WIDTH,
-        "decoder_ffn_embed_dim": FFN,
-        "decoder_layers": LAYERS,
-        "decoder_attention_heads": HEADS,
-        "adaptive_input": True,
-        "adaptive_input_cutoff": "60,120",
-        "adaptive_input_factor": 4,
-        "adaptive_softmax_cutoff": "60,120",
-        "adaptive_softmax_factor": 4,
-        "tie_adaptive_weights": True,
-        "tie_adaptive_proj": True,
-        "no_decoder_final_norm": True,
-        "dropout": 0.2,
-        "attention_dropout": 0.1,
-        "tokens_per_sample": 24,
         "optimizer": "adam",
         "lr": [0.0005],
         "lr_scheduler": "fixed",
@@ -40,55 +37,40 @@ def arguments(**changes) -> Namespace:
         "short_cut": False,
         "quantizer_path": "quantizer.faiss",
     }
-    return Namespace(**(found | changes))
+    return small_fairseq.arguments(**(found | changes))
 
 
-PLAIN = {
-    "adaptive_input": False,
-    "adaptive_softmax_cutoff": None,
-    "tie_adaptive_weights": False,
-    "tie_adaptive_proj": False,
-}
+def transformer_layers() -> dict[str, Tensor]:
+    """The LM's layers."""
+    return random_like(layer_shapes())
 
 
-def random_like(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+def plain_words() -> dict[str, Tensor]:
+    """The LM's plain embedding and softmax."""
+    args = arguments(**PLAIN)
+    words = random_like(embedding_shapes(args) | softmax_shapes(args))
+    return {"decoder.version": torch.tensor([3.0]), **words}
 
 
-def transformer_layers() -> dict[str, torch.Tensor]:
-    shapes = {}
-    for layer in (f"decoder.layers.{i}" for i in range(LAYERS)):
-        for projection in ("q", "k", "v", "out"):
-            shapes[f"{layer}.self_attn.{projection}_proj.weight"] = (WIDTH, WIDTH)
-            shapes[f"{layer}.self_attn.{projection}_proj.bias"] = (WIDTH,)
-        shapes |= {f"{layer}.fc1.weight": (FFN, WIDTH), f"{layer}.fc1.bias": (FFN,)}
-        shapes |= {f"{layer}.fc2.weight": (WIDTH, FFN), f"{layer}.fc2.bias": (WIDTH,)}
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            shapes |= {f"{layer}.{norm}.{part}": (WIDTH,) for part in ("weight", "bias")}
-    return random_like(shapes)
-
-
-def network(width: int = WIDTH, layers: int = 3) -> dict[str, torch.Tensor]:
+def network(width: int = WIDTH, layers: int = 3) -> dict[str, Tensor]:
+    """The graph network."""
     part = width // HEADS
-    shapes = {}
+    shapes: Shapes = {}
     for layer in (f"{NETWORK}.gcs.{i}" for i in range(layers)):
         shapes |= {f"{layer}.relation_pri": (2, HEADS), f"{layer}.skip": (2,)}
         shapes |= {f"{layer}.relation_{m}": (2, HEADS, part, part) for m in ("att", "msg")}
         for t in range(2):
             for letter in "kqva":
-                shapes[f"{layer}.{letter}_linears.{t}.weight"] = (width, width)
-                shapes[f"{layer}.{letter}_linears.{t}.bias"] = (width,)
-            shapes |= {f"{layer}.norms.{t}.{p}": (width,) for p in ("weight", "bias")}
+                shapes |= pair(f"{layer}.{letter}_linears.{t}", width, width)
+            shapes |= pair(f"{layer}.norms.{t}", width)
     if width != WIDTH:
         for t in range(2):
-            shapes |= {f"{NETWORK}.adapt_ws.{t}.weight": (width, WIDTH)}
-            shapes |= {f"{NETWORK}.adapt_ws.{t}.bias": (width,)}
-        shapes |= {f"{NETWORK}.out.weight": (WIDTH, width), f"{NETWORK}.out.bias": (WIDTH,)}
+            shapes |= pair(f"{NETWORK}.adapt_ws.{t}", width, WIDTH)
+        shapes |= pair(f"{NETWORK}.out", WIDTH, width)
     return random_like(shapes)
 
 
-def quantizer(bytes_a_row: int = 8) -> dict[str, torch.Tensor]:
+def quantizer(bytes_a_row: int = 8) -> dict[str, Tensor]:
     """With a rotation and, as after one, no bias."""
     found = random_like(
         {
@@ -101,12 +83,7 @@ def quantizer(bytes_a_row: int = 8) -> dict[str, torch.Tensor]:
     return found | {f"{QUANTIZER}.A": rotation, f"{QUANTIZER}.b": torch.empty(0)}
 
 
-def plain_words() -> dict[str, torch.Tensor]:
-    shapes = {"decoder.embed_tokens.weight": (VOCAB, WIDTH), "decoder.embed_out": (VOCAB, WIDTH)}
-    return {"decoder.version": torch.tensor([3.0]), **random_like(shapes)}
-
-
-def save(path: Path, args: Namespace, *parts: dict[str, torch.Tensor]) -> Path:
-    model = {name: tensor for part in parts for name, tensor in part.items()}
-    torch.save({"args": args, "model": model}, path)
-    return path
+def save_plain(path: Path, *parts: dict[str, Tensor], **changes) -> Path:
+    """A checkpoint of a model with a plain softmax: of its LM, and of all parts."""
+    args = arguments(**(PLAIN | changes))
+    return save(path, args, plain_words(), transformer_layers(), *parts)

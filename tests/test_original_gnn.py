@@ -7,17 +7,8 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from small_original import (
-    PLAIN,
-    QUANTIZER,
-    VOCAB,
-    WIDTH,
-    arguments,
-    network,
-    plain_words,
-    save,
-    transformer_layers,
-)
+from small_fairseq import PLAIN, VOCAB, WIDTH, save
+from small_original import QUANTIZER, arguments, network, plain_words, transformer_layers
 from torch import Tensor
 
 from datamodules.binarize import TokenStream

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from small_fairseq import HEADS, LAYERS, LONGEST, PLAIN, VOCAB, WIDTH, arguments, save, tensors
 from torch.nn import functional as F
 
 from datamodules.blocks import make_batches, make_rows
@@ -21,6 +22,7 @@ from datamodules.databin import open_databin
 from datamodules.dictionary import EOS, PAD
 from errors import InputError
 from models.fairseq import (
+    DEFAULTS,
     export_state_dict,
     is_fairseq_checkpoint,
     load_fairseq_checkpoint,
@@ -32,7 +34,6 @@ ORIGINAL = Path(__file__).parents[2] / ".." / "shared" / "parity" / "knnlm"
 needs_original = pytest.mark.skipif(
     not ORIGINAL.is_dir(), reason="the original's outputs are not beside the checkout"
 )
-WIDTH, FFN, HEADS, LAYERS, VOCAB, LONGEST = 16, 24, 4, 2, 50, 12
 
 # -- the original's numbers ----------------------------------------------------------------------
 
@@ -248,48 +249,6 @@ def forward(args, state, tokens):
 # -- checkpoints of our own making -----------------------------------------------------------------
 
 
-def arguments(**changes):
-    found = {
-        "task": "language_modeling",
-        "arch": "transformer_lm",
-        "decoder_embed_dim": WIDTH,
-        "decoder_input_dim": WIDTH,
-        "decoder_output_dim": WIDTH,
-        "decoder_ffn_embed_dim": FFN,
-        "decoder_layers": LAYERS,
-        "decoder_attention_heads": HEADS,
-        "adaptive_input": True,
-        "adaptive_input_cutoff": "20,35",
-        "adaptive_input_factor": 4,
-        "adaptive_softmax_cutoff": "20,35",
-        "adaptive_softmax_factor": 4,
-        "adaptive_softmax_dropout": 0.2,
-        "tie_adaptive_weights": True,
-        "tie_adaptive_proj": True,
-        "share_decoder_input_output_embed": False,
-        "decoder_normalize_before": True,
-        "no_decoder_final_norm": True,
-        "decoder_learned_pos": False,
-        "no_token_positional_embeddings": False,
-        "no_scale_embedding": False,
-        "character_embeddings": False,
-        "activation_fn": "relu",
-        "dropout": 0.3,
-        "attention_dropout": 0.1,
-        "activation_dropout": 0.05,
-        "tokens_per_sample": LONGEST,
-        "max_target_positions": None,
-    }
-    return Namespace(**(found | changes))
-
-
-PLAIN = {
-    "adaptive_input": False,
-    "adaptive_input_cutoff": None,
-    "adaptive_softmax_cutoff": None,
-    "tie_adaptive_weights": False,
-    "tie_adaptive_proj": False,
-}
 VARIANTS = {
     "tied": {},
     "tied words only": {"tie_adaptive_proj": False},
@@ -303,87 +262,11 @@ VARIANTS = {
     "plain, untied": PLAIN,
     "adaptive input only": {"adaptive_softmax_cutoff": None, "tie_adaptive_weights": False},
     "adaptive softmax only": {"adaptive_input": False, "tie_adaptive_weights": False},
-    "learned positions": {"decoder_learned_pos": True, "max_target_positions": 15},
+    "learned positions": {"decoder_learned_pos": True, "max_target_positions": 30},
     "post-norm": {"decoder_normalize_before": False},
     "final norm": {"no_decoder_final_norm": False},
     "gelu": {"activation_fn": "gelu", "no_scale_embedding": True},
 }
-
-
-def shapes(args):
-    """Every parameter of fairseq's model that its arguments ask for, tied ones left out."""
-    found = {}
-    name = "decoder.embed_tokens"
-    if args.adaptive_input:
-        edges = [0, *map(int, args.adaptive_input_cutoff.split(",")), VOCAB]
-        for i in range(len(edges) - 1):
-            narrow = int(WIDTH // args.adaptive_input_factor**i)
-            found[f"{name}.embeddings.{i}.0.weight"] = (edges[i + 1] - edges[i], narrow)
-            found[f"{name}.embeddings.{i}.1.weight"] = (WIDTH, narrow)
-    else:
-        found[f"{name}.weight"] = (VOCAB, WIDTH)
-    if args.decoder_learned_pos:
-        rows = (args.max_target_positions or args.tokens_per_sample) + 2
-        found["decoder.embed_positions.weight"] = (rows, WIDTH)
-    norms = ["decoder.layer_norm"] if not args.no_decoder_final_norm else []
-    for layer in (f"decoder.layers.{i}" for i in range(LAYERS)):
-        for p in ("q", "k", "v", "out"):
-            found[f"{layer}.self_attn.{p}_proj.weight"] = (WIDTH, WIDTH)
-            found[f"{layer}.self_attn.{p}_proj.bias"] = (WIDTH,)
-        found |= {f"{layer}.fc1.weight": (FFN, WIDTH), f"{layer}.fc1.bias": (FFN,)}
-        found |= {f"{layer}.fc2.weight": (WIDTH, FFN), f"{layer}.fc2.bias": (WIDTH,)}
-        norms += [f"{layer}.self_attn_layer_norm", f"{layer}.final_layer_norm"]
-    found |= {f"{n}.{part}": (WIDTH,) for n in norms for part in ("weight", "bias")}
-    return found | softmax_shapes(args)
-
-
-def softmax_shapes(args):
-    if args.adaptive_softmax_cutoff is None:
-        shared = args.share_decoder_input_output_embed
-        return {} if shared else {"decoder.embed_out": (VOCAB, WIDTH)}
-    name = "decoder.adaptive_softmax"
-    edges = [*map(int, args.adaptive_softmax_cutoff.split(",")), VOCAB]
-    tails = len(edges) - 1
-    tied = args.tie_adaptive_weights
-    found = {f"{name}.head.class_proj.weight": (tails, WIDTH)}
-    found = found if tied else {f"{name}.head.weight": (edges[0] + tails, WIDTH)}
-    for i in range(tails):
-        narrow = int(WIDTH // args.adaptive_softmax_factor ** (i + 1))
-        if not (tied and args.tie_adaptive_proj):
-            found[f"{name}.tail.{i}.0.weight"] = (narrow, WIDTH)
-        if not tied:
-            found[f"{name}.tail.{i}.2.weight"] = (edges[i + 1] - edges[i], narrow)
-    return found
-
-
-def tensors(args):
-    """A random state dict of fairseq's, junk and all."""
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes(args).items()
-    }
-    name = "decoder.adaptive_softmax"
-    if args.adaptive_softmax_cutoff is not None and args.tie_adaptive_weights:
-        words = "decoder.embed_tokens.embeddings"
-        state[f"{name}.head.word_proj.weight"] = state[f"{words}.0.0.weight"]
-        state[f"{name}.head._float_tensor"] = torch.tensor([torch.nan])
-        for i in range(len(args.adaptive_softmax_cutoff.split(","))):
-            state[f"{name}.tail.{i}.2.weight"] = state[f"{words}.{i + 1}.0.weight"]
-            if args.tie_adaptive_proj:
-                state[f"{name}.tail.{i}.0.weight"] = state[f"{words}.{i + 1}.1.weight"]
-    if args.adaptive_softmax_cutoff is not None:
-        state[f"{name}.version"] = torch.tensor([1])
-    if args.adaptive_input:
-        state["decoder.embed_tokens._float_tensor"] = torch.tensor([torch.nan])
-    if not args.decoder_learned_pos:
-        state["decoder.embed_positions._float_tensor"] = torch.tensor([torch.nan])
-    return {"decoder.version": torch.tensor([3.0]), **state}
-
-
-def save(path, args, state, **extra):
-    contents = {"args": args, "model": collections.OrderedDict(state), **extra}
-    torch.save(contents, path)
-    return path
 
 
 def read(path):
@@ -459,6 +342,17 @@ def test_half_precision_becomes_single(tmp_path):
     compare_with_forward(model, args, state, atol=2e-5)
 
 
+def test_arguments_that_are_not_stored(tmp_path):
+    args = arguments(activation_dropout=0.0, adaptive_softmax_dropout=0.0)
+    state = tensors(args)
+    stored = {name: value for name, value in vars(args).items() if value != DEFAULTS.get(name, "")}
+    assert not {"activation_fn", "decoder_learned_pos", "no_scale_embedding"} & stored.keys()
+    path = save(tmp_path / "checkpoint.pt", Namespace(**stored), state)
+    model = load_fairseq_checkpoint(path)
+    assert (model.hparams.activation_dropout, model.hparams.softmax_dropout) == (0.0, 0.0)
+    compare_with_forward(model, args, state, atol=2e-5)
+
+
 def test_names_of_older_versions(tmp_path):
     args = arguments(relu_dropout=0.07, activation_dropout=0.0)
     args.no_tie_adaptive_proj = False
@@ -499,7 +393,7 @@ def test_no_final_norm_before_version_3(tmp_path):
 
 
 def test_a_cutoff_that_is_the_vocabulary(tmp_path):
-    args = arguments(adaptive_input_cutoff="20,50", adaptive_softmax_cutoff="20,50")
+    args = arguments(adaptive_input_cutoff="20,200", adaptive_softmax_cutoff="20,200")
     state = tensors(arguments(adaptive_input_cutoff="20", adaptive_softmax_cutoff="20"))
     model = load_fairseq_checkpoint(save(tmp_path / "checkpoint.pt", args, state))
     assert model.hparams.vocab_size == VOCAB
@@ -664,7 +558,7 @@ def test_what_is_no_fairseq_checkpoint(tmp_path):
         ({"decoder_output_dim": 8}, "--decoder-output-dim is 8; expected --decoder-embed-dim"),
         ({"activation_fn": "tanh"}, "--activation-fn is tanh; expected relu or gelu"),
         ({"adaptive_input_cutoff": "x"}, "--adaptive-input-cutoff is 'x'; expected integers"),
-        ({"adaptive_softmax_cutoff": "60"}, r"--adaptive-softmax-cutoff is \[60\] for 50 words"),
+        ({"adaptive_softmax_cutoff": "300"}, r"--adaptive-softmax-cutoff is \[300\] for 200 wo"),
     ],
 )
 def test_models_that_ours_is_not(tmp_path, changes, message):
@@ -686,7 +580,7 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
         "expected the tensors that its arguments describe; found that "
         "decoder.layers.0.self_attn.k_proj.weight is missing, "
         "decoder.layers.1.fc1.bias is missing, decoder.layers.2.fc1.bias is unexpected, "
-        "decoder.layers.0.fc2.weight is [3, 4] instead of [16, 24]"
+        "decoder.layers.0.fc2.weight is [3, 4] instead of [32, 24]"
     )
     with pytest.raises(InputError, match=re.escape(expected)):
         load_fairseq_checkpoint(tmp_path / "checkpoint.pt")

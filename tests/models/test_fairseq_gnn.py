@@ -8,20 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_fairseq import FFN, HEADS, LAYERS, VOCAB, WIDTH, save
 from small_original import (
-    FFN,
-    HEADS,
-    LAYERS,
     NETWORK,
-    PLAIN,
     QUANTIZER,
-    VOCAB,
-    WIDTH,
     arguments,
     network,
     plain_words,
     quantizer,
-    save,
+    save_plain,
     transformer_layers,
 )
 
@@ -125,18 +120,13 @@ def test_converted_it_gives_them_too(original, world, tmp_path, capsys):
 
 
 def test_settings(tmp_path):
-    path = save(
-        tmp_path / "plain.pt",
-        arguments(**PLAIN, add_bias=True, quantizer_path="", orig_prob_ratio=0.0, freeze=False),
-        plain_words(),
-        {"decoder.xl_bias": torch.randn(VOCAB)},
-        transformer_layers(),
-        network(),
-    )
+    changes = {"add_bias": True, "quantizer_path": "", "orig_prob_ratio": 0.0, "freeze": False}
+    bias = {"decoder.xl_bias": torch.randn(VOCAB)}
+    path = save_plain(tmp_path / "plain.pt", network(), bias, **changes)
     model = load_fairseq_checkpoint(path)
     found = model.hparams
     assert (found.layers, found.width, found.heads, found.lm_ratio) == (3, WIDTH, HEADS, 0.0)
-    assert (found.dropout, found.attention_dropout, found.output_bias) == (0.2, 0.1, True)
+    assert (found.dropout, found.attention_dropout, found.output_bias) == (0.3, 0.1, True)
     assert (found.optimizer, found.schedule, found.lr) == ("adam", "constant", 0.0005)
     assert (found.lm["layers"], found.lm["ffn_width"], found.unfreeze) == (LAYERS, FFN, [])
     assert model.code_decoder is None
@@ -146,10 +136,8 @@ def test_every_weight_arrives(tmp_path):
     """With a network of another width, and a bias on the logits."""
     words, layers, net = plain_words(), transformer_layers(), network(width=16, layers=2)
     bias = {"decoder.xl_bias": torch.randn(VOCAB)}
-    args = arguments(
-        **PLAIN, add_bias=True, decoder_gcn_dim=16, graph_layer=2, no_decoder_final_norm=True
-    )
-    path = save(tmp_path / "wide.pt", args, words, bias, layers, net, quantizer())
+    changes = {"add_bias": True, "decoder_gcn_dim": 16, "graph_layer": 2}
+    path = save_plain(tmp_path / "wide.pt", net, bias, quantizer(), **changes)
     model = load_fairseq_checkpoint(path)
     for i, layer in enumerate(model.network.layers):
         name = f"{NETWORK}.gcs.{i}"
@@ -186,15 +174,10 @@ def test_quantizers(tmp_path, transform):
         del tensors[f"{QUANTIZER}.A"], tensors[f"{QUANTIZER}.b"]
     elif transform == "rotation and bias":
         tensors[f"{QUANTIZER}.b"] = torch.randn(WIDTH)
-    path = save(
-        tmp_path / "codec.pt",
-        arguments(**PLAIN),
-        *(plain_words(), transformer_layers(), network()),
-        {name: tensor.half() for name, tensor in tensors.items()},
-    )
-    model = load_fairseq_checkpoint(path)
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    model = load_fairseq_checkpoint(save_plain(tmp_path / "codec.pt", network(), tensors))
     codes = torch.randint(0, 256, (7, 8), dtype=torch.uint8)
-    tensors = {name: tensor.half().float() for name, tensor in tensors.items()}
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     centroids = tensors[f"{QUANTIZER}.centroids_torch"]
     expected = torch.stack(
         [torch.cat([centroids[m, code] for m, code in enumerate(row)]) for row in codes.tolist()]
@@ -208,8 +191,7 @@ def test_quantizers(tmp_path, transform):
 
 @pytest.mark.parametrize("graph_layer", [0, None])
 def test_without_layers_it_is_a_plain_lm(tmp_path, graph_layer):
-    args = arguments(**PLAIN, graph_layer=graph_layer, quantizer_path="")
-    path = save(tmp_path / "lm.pt", args, plain_words(), transformer_layers())
+    path = save_plain(tmp_path / "lm.pt", graph_layer=graph_layer, quantizer_path="")
     assert isinstance(load_model(path), TransformerLM)
 
 
@@ -227,8 +209,7 @@ def test_without_layers_it_is_a_plain_lm(tmp_path, graph_layer):
     ],
 )
 def test_models_that_ours_is_not(tmp_path, changes, message):
-    args = arguments(**PLAIN, **changes)
-    path = save(tmp_path / "gnn.pt", args, plain_words(), transformer_layers(), network())
+    path = save_plain(tmp_path / "gnn.pt", network(), **changes)
     with pytest.raises(InputError, match=f"gnn\\.pt: {re.escape(message)}"):
         load_fairseq_checkpoint(path)
 
@@ -239,8 +220,7 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
     net[f"{NETWORK}.gcs.2.relation_pri"] = torch.zeros(3, HEADS)
     net[f"{NETWORK}.out.bias"] = torch.zeros(WIDTH)
     codec[f"{QUANTIZER}.A"] = torch.zeros(WIDTH, 4)
-    path = tmp_path / "gnn.pt"
-    save(path, arguments(**PLAIN), plain_words(), transformer_layers(), net, codec)
+    path = save_plain(tmp_path / "gnn.pt", net, codec)
     expected = (
         "gnn.pt: expected the tensors that its arguments describe; found that "
         f"{NETWORK}.gcs.0.q_linears.1.bias is missing, "
@@ -253,16 +233,13 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
 
 
 def test_a_quantizer_that_is_not_there(tmp_path):
-    path = save(
-        tmp_path / "gnn.pt", arguments(**PLAIN), plain_words(), transformer_layers(), network()
-    )
+    path = save_plain(tmp_path / "gnn.pt", network())
     with pytest.raises(InputError, match=r"tgt_quantizer\.centroids_torch is missing"):
         load_fairseq_checkpoint(path)
 
 
 def test_no_way_out(tmp_path, capsys):
-    args = arguments(**PLAIN, quantizer_path="")
-    source = save(tmp_path / "gnn.pt", args, plain_words(), transformer_layers(), network())
+    source = save_plain(tmp_path / "gnn.pt", network(), quantizer_path="")
     main(["convert", str(source), str(tmp_path / "gnn.ckpt")])
     assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit) as stopped:
