@@ -27,6 +27,10 @@ Part = Literal["adaptive_softmax", "embedding", "layers"]
 class GNNLM(LanguageModel):
     """A graph network on top of a language model, frozen unless told otherwise.
 
+    A softmax that is trained, or gets a bias, scores the LM's features too where `lm_ratio` or
+    `lm_path_probability` asks for them, as in the original; what is reported of the LM alone goes
+    through the LM's own softmax, without such a bias.
+
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
         lm_checkpoint: the trained LM, of train.py or of fairseq.
