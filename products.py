@@ -13,7 +13,6 @@ from pytorch_lightning import Callback
 from callbacks.datastore_writer import DatastoreWriter
 from callbacks.index_builder import IndexBuilder
 from callbacks.neighbor_table_writer import NeighborTableWriter
-from callbacks.progress import progress_bars
 from callbacks.throughput import Throughput
 from cli import ProgramCLI
 from datamodules.graphs import NeighborMemory
@@ -29,6 +28,7 @@ from retrieval.foreign import import_datastore, is_raw
 from retrieval.index import is_path, make_index
 from retrieval.manifest import refuse_mismatch
 from retrieval.neighbors import NeighborTable, open_imported
+from retrieval.progress import progress_bars
 from retrieval.settings import KNNSettings, NeighborSettings
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from callbacks.progress import progress_bars
 from retrieval.datastore import Datastore
 from retrieval.index import IndexBuilding, is_path, resolve
+from retrieval.progress import progress_bars
 from retrieval.retriever import Metric
 
 

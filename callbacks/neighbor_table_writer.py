@@ -6,10 +6,10 @@ from pathlib import Path
 from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from callbacks.progress import progress_bars
 from retrieval.datastore import Datastore
 from retrieval.index import is_path, open_retriever, resolve
 from retrieval.neighbors import NeighborSearch, NeighborTable, find_table
+from retrieval.progress import progress_bars
 from retrieval.retriever import Metric
 
 

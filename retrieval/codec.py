@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
 from retrieval.datastore import BLOCK_BYTES, Datastore
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+from retrieval.progress import Report
 from retrieval.retriever import faiss_reason
 
 KIND, VERSION = "set of feature codes", 1
@@ -249,7 +250,7 @@ def build_codes(
     datastore: Datastore,
     factory: str,
     seed: int = 1,
-    report: Callable[[str, int, int], None] = lambda *_: None,
+    report: Report = lambda *_: None,
 ) -> Codes:
     """Trains a codec on a sample of the keys and encodes them all; goes on where a killed run
     stopped, and only opens what is complete.

@@ -9,7 +9,7 @@ manifest also says up to which row it is filled, and a killed run goes on from t
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +22,7 @@ from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
 from retrieval.datastore import Datastore
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+from retrieval.progress import Report
 from retrieval.retriever import Metric, Retriever
 
 KIND, VERSION = "neighbour table", 1
@@ -240,7 +241,7 @@ class NeighborSearch:
         }
         self.path = _manifest_path(queries.path, self.identity)
 
-    def run(self, report: Callable[[str, int, int], None] = lambda *_: None) -> NeighborTable:
+    def run(self, report: Report = lambda *_: None) -> NeighborTable:
         """Searches and publishes the table; continues an unfinished one.
 
         Args:

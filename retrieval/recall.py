@@ -22,7 +22,6 @@ import numpy as np
 from filelock import FileLock
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from errors import InputError, exit_with_one_sentence
@@ -36,10 +35,10 @@ from retrieval.index import (
     resolve,
 )
 from retrieval.manifest import refuse_mismatch
+from retrieval.progress import Report, progress_bars
 from retrieval.retriever import FAISS_METRICS, FlatRetriever, Metric, Retriever
 
 QUERIES_AT_ONCE = 2048
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def measure(
     sample = Sample.draw(memory, queries, limit, seed)
     names = dict.fromkeys(resolve(memory, index) for index in indexes)
     for metric in metrics:
-        stage = f"{memory.path}, {metric}: searching"
+        stage = f"{metric}, searching"
         flat = FlatRetriever(memory, metric)
         exact, flat_seconds = sample.search(flat, ks[-1], partial(report, f"{stage} flat"))
         for name in names:
@@ -286,7 +285,7 @@ def ensure_index(memory: Datastore, name: str, metric: Metric, report: Report) -
     building = IndexBuilding(memory, name, metric)
     with FileLock(f"{building.path}.lock"):
         if not building.path.is_file():
-            begin = f"{memory.path}, {metric}: {name}"
+            begin = f"{metric}, {name}"
             building.run(lambda stage, *done: report(f"{begin}, {stage}", *done))
 
 
@@ -404,15 +403,8 @@ def main(args: list[str] | None = None) -> None:
         for index, metric in product(options.indexes, options.metrics):
             check_index(memory, resolve(memory, index), metric)
     results: list[Recall] = []
-    with Progress(transient=True) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done)
-
-        for memory, queries in pairs:
+    for memory, queries in pairs:
+        with progress_bars(str(memory.path), transient=True) as report:
             results += measure(
                 memory,
                 queries,

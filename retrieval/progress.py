@@ -12,16 +12,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+Report = Callable[[str, int, int], None]
+"""What is called with a stage, how much of it is done, and how much there is."""
+
 
 @contextmanager
-def progress_bars(title: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars(title: str, transient: bool = False) -> Iterator[Report]:
     """Shows bars while its body runs.
 
     Args:
         title: what is made, e.g. "index IVF1024,SQ8".
+        transient: whether they go away at its end.
 
     Yields:
-        a function to call with a stage, how much of it is done, and how much there is.
+        what moves them.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -30,7 +34,7 @@ def progress_bars(title: str) -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, transient=transient) as progress:
         bars: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
