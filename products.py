@@ -22,7 +22,7 @@ from models.checkpoint import model_fingerprint
 from models.features import CodeDecoder
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
-from retrieval.codec import IMPORTED, Codes, build_codes, check_codec, open_codes
+from retrieval.codec import IMPORTED, Codes, build_codes, check_codec, has_codes, open_codes
 from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.foreign import import_datastore, is_raw
 from retrieval.index import is_path, make_index
@@ -290,9 +290,9 @@ class NeighborProducts:
             settings.k,
             window,
         )
-        start = time.perf_counter()
         table = writer.build()
-        self.seconds[f"neighbors_{split}"] = time.perf_counter() - start
+        if writer.seconds is not None:
+            self.seconds[f"neighbors_{split}"] = writer.seconds
         return table
 
     @property
@@ -309,19 +309,22 @@ class NeighborProducts:
             return memory.keys
         if self.settings.features == "embeddings":
             return memory.values
-        start = time.perf_counter()
-        if self.codec == IMPORTED:
-            codes = open_codes(memory, IMPORTED)
-        else:
-            lock = FileLock(memory.path / "codes.lock")
-            with lock, progress_bars(f"codes {self.codec}") as report:
-                codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
-        self.seconds["codes"] = time.perf_counter() - start
+        codes = open_codes(memory, IMPORTED) if self.codec == IMPORTED else self._codes(memory)
         decoder = CodeDecoder(codes.decoder_arrays())
         if self.codec == IMPORTED:
             self._check_quantizer(codes, decoder)
         self.model.code_decoder = decoder
         return codes.codes
+
+    def _codes(self, memory: Datastore) -> Codes:
+        """The keys of the memory, quantised; of several processes one makes them."""
+        lock = FileLock(memory.path / "codes.lock")
+        with lock, progress_bars(f"codes {self.codec}") as report:
+            making, start = not has_codes(memory, self.codec), time.perf_counter()
+            codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
+        if making:
+            self.seconds["codes"] = time.perf_counter() - start
+        return codes
 
     def _check_quantizer(self, codes: Codes, decoder: CodeDecoder) -> None:
         """Refuses imported codes where a checkpoint of the original holds another quantiser than

@@ -1,6 +1,7 @@
 """`NeighborTableWriter`: searches the neighbours of every token of a split when its datastore has
 been written, or on its own."""
 
+import time
 from pathlib import Path
 
 from filelock import FileLock
@@ -47,6 +48,8 @@ class NeighborTableWriter(Callback):
         self.k = k
         self.exclude_window = exclude_window
         self.keep_distances = keep_distances
+        self.seconds: float | None = None
+        """Time of the search; None when nothing was searched."""
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the datastore's writer has published it."""
@@ -85,5 +88,8 @@ class NeighborTableWriter(Callback):
                 self.exclude_window,
                 self.keep_distances,
             )
+            start = time.perf_counter()
             with progress_bars(f"neighbours k={self.k}") as report:
-                return search.run(report)
+                table = search.run(report)
+        self.seconds = time.perf_counter() - start
+        return table

@@ -217,6 +217,12 @@ def codes_path(datastore: Datastore, factory: str) -> Path:
     return datastore.path / f"codes-{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}.json"
 
 
+def has_codes(datastore: Datastore, factory: str) -> bool:
+    """Whether complete codes of a factory string are there."""
+    path = codes_path(datastore, factory)
+    return path.exists() and read_manifest(path, KIND, VERSION, FIELDS)["complete"]
+
+
 def open_codes(datastore: Datastore, factory: str) -> Codes:
     """Opens the complete codes of a datastore.
 

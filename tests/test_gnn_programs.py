@@ -42,6 +42,8 @@ def test_training_makes_what_it_lacks(trained):
     rows = tables["train"].rows
     assert (np.abs(rows - own)[rows >= 0] >= 30).all()
     assert load_model(trained / "runs/words-gnn_lm/checkpoints/best.ckpt").updates > 0
+    made = read(trained, "runs/words-gnn_lm/training.json")["stage_seconds"]
+    assert {f"neighbors_{split}" for split in SPLITS} <= set(made)
 
 
 def test_evaluation_beside_the_lm_alone(trained, run_program):
@@ -50,6 +52,7 @@ def test_evaluation_beside_the_lm_alone(trained, run_program):
     done = run_program(trained, "evaluate.py", *DATA, *ckpt, *scores)
     assert "GNN-LM" in done.stdout
     results, columns = read(trained, "gnn.json"), np.load(trained / "gnn.npz")
+    assert results["stage_seconds"] == {}  # all was there
     mean = {name: -columns[name].astype(np.float64).mean() for name in columns.files[2:]}
     assert results["loss"] == pytest.approx(mean["lm_log_prob"], abs=1e-6)
     assert results["gnn"]["loss"] == pytest.approx(mean["gnn_log_prob"], abs=1e-6)

@@ -169,6 +169,7 @@ def test_scores_are_those_of_messages_over_the_graphs(imported, run_program):
     found = np.stack([scores["lm_log_prob"], scores["gnn_log_prob"]])
     np.testing.assert_allclose(found, by_lm_and_mixed, atol=1e-4)
     results = json.loads((imported / "results.json").read_text())
+    assert results["stage_seconds"] == {}  # nothing was made
     ppl = np.exp(-by_lm_and_mixed.mean(axis=1))
     assert (results["ppl"], results["gnn"]["ppl"]) == pytest.approx(tuple(ppl), rel=1e-4)
 

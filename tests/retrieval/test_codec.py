@@ -12,6 +12,7 @@ from retrieval.codec import (
     FeatureCodec,
     build_codes,
     compare_codecs,
+    has_codes,
     import_codes,
     main,
     open_codes,
@@ -91,6 +92,7 @@ def test_resumed_codes_have_the_same_bytes(make_store, monkeypatch, factory):
             build_codes(store, factory)
     with pytest.raises(InputError, match="unfinished"):
         open_codes(store, factory)
+    assert not has_codes(store, factory)
     stages = []
     parts = build_codes(store, factory, report=lambda *stage: stages.append(stage))
     assert stages[0][0] == "encoding"  # not trained again
@@ -99,6 +101,7 @@ def test_resumed_codes_have_the_same_bytes(make_store, monkeypatch, factory):
         made, expected = (codes.path.with_suffix(suffix) for codes in (parts, whole))
         assert made.read_bytes() == expected.read_bytes()
     assert parts.manifest["relative_error"] == whole.manifest["relative_error"]
+    assert has_codes(store, factory)
     before = parts.path.stat().st_mtime_ns
     build_codes(store, factory)
     assert parts.path.stat().st_mtime_ns == before
