@@ -1,8 +1,5 @@
 """The index is built when the datastore is there, once, and only where there is one to build."""
 
-import threading
-
-import numpy as np
 import pytest
 
 from callbacks.index_builder import IndexBuilder
@@ -14,14 +11,9 @@ FACTORY = "IVF4,SQ8"
 
 
 @pytest.fixture
-def builder(tmp_path) -> DatastoreBuilder:
-    """A datastore of 120 keys that is complete but for its last word."""
-    builder = DatastoreBuilder(tmp_path / "s", 120, 4, "fp32", 9, {}, np.empty(0, np.int64))
-    rng = np.random.default_rng(0)
-    keys = rng.normal(size=(120, 4)).astype(np.float32)
-    builder.write(np.arange(120), keys, rng.integers(0, 9, 120))
-    builder.sync()
-    return builder
+def builder(filled) -> DatastoreBuilder:
+    """A datastore of 120 keys, unfinished."""
+    return filled("train", 120)
 
 
 @pytest.fixture
@@ -67,27 +59,5 @@ def test_another_seed_is_refused_and_not_built_over(store):
         IndexBuilder(store.path, FACTORY, "l2", seed=2).build()
 
 
-def test_of_several_ranks_one_builds(store, monkeypatch):
-    """The others wait until it is there."""
-    real, calls, started, gate = IndexBuilding.run, [], threading.Event(), threading.Event()
-
-    def slow(building, report):
-        calls.append(building)
-        started.set()
-        gate.wait(timeout=10)
-        return real(building, report)
-
-    monkeypatch.setattr(IndexBuilding, "run", slow)
-    ranks = [
-        threading.Thread(target=IndexBuilder(store.path, FACTORY, "l2").build) for _ in range(3)
-    ]
-    for rank in ranks:
-        rank.start()
-    assert started.wait(timeout=10)
-    ranks[0].join(timeout=0.1)
-    assert all(rank.is_alive() for rank in ranks)
-    gate.set()
-    for rank in ranks:
-        rank.join(timeout=10)
-        assert not rank.is_alive()
-    assert len(calls) == 1
+def test_of_several_ranks_one_builds(store, check_one_works):
+    check_one_works(IndexBuilding, IndexBuilder(store.path, FACTORY, "l2").build)
