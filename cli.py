@@ -7,8 +7,10 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Literal
 
+import faiss
 import torch
 import yaml
+from jsonargparse.typing import PositiveInt
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -57,8 +59,20 @@ class ProgramCLI(LightningCLI):
             default="lm",
             help="what --model.* describes: a transformer LM, or a graph network on top of one",
         )
+        parser.add_argument(
+            "--threads",
+            type=PositiveInt | None,
+            default=None,
+            help="cores that a process takes, model and search together (default: all there are)",
+        )
         if self.arch == "gnn_lm":
             parser.add_class_arguments(NeighborSettings, "neighbors")
+
+    def before_instantiate_classes(self) -> None:
+        """Sets the threads of torch and faiss."""
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+            faiss.omp_set_num_threads(self.config.threads)
 
     @property
     def run_dir(self) -> Path:

@@ -289,6 +289,7 @@ class Evaluation:
             "datastore": str(datastore.path),
             "datastore_rows": len(datastore),
             **mixing.statistics(),
+            "seconds_of": dict(mixing.seconds),
         }
         return results
 

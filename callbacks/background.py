@@ -4,18 +4,26 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import faiss
+import torch
+
 
 class Background:
     """Runs tasks one after another in a thread of its own.
 
     Args:
         ahead: how many tasks may wait; `submit` blocks beyond that, so memory stays bounded.
+        threads: that torch and faiss take for the tasks; by default what they would take anyway.
     """
 
-    def __init__(self, ahead: int = 2) -> None:
+    def __init__(self, ahead: int = 2, threads: int | None = None) -> None:
         self.ahead = ahead
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.tasks: deque[Future] = deque()
+        if threads is not None:
+            # These counts are a thread's own, but that of torch's matrix products is everyone's:
+            # waited for, so that whoever sets it next has the last word.
+            self.pool.submit(_take_threads, threads).result()
 
     def submit(self, task: Callable, *args) -> None:
         """Queues `task(*args)`; raises what an earlier task raised."""
@@ -27,3 +35,8 @@ class Background:
         """Waits for all tasks; raises what one of them raised."""
         while self.tasks:
             self.tasks.popleft().result()
+
+
+def _take_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)

@@ -1,5 +1,9 @@
 """`KNNInterpolation`: mixes a model's test-time log-probabilities with the kNN distribution."""
 
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +19,9 @@ from retrieval.datastore import Datastore
 from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
 from retrieval.retriever import Metric, Retriever
 
-QUERIES_AT_ONCE = 1024
+QUERIES_AT_ONCE = 4096
+MIXED_AT_ONCE = 256
+"""Tokens whose neighbours are weighed at a time: what they are weighed by stays in the cache."""
 
 
 class Retrieved(NamedTuple):
@@ -81,6 +87,10 @@ class KNNInterpolation(Callback):
         self.kept: list[Retrieved] = []
         self.waiting: list = []
         self.background = Background()
+        self.threads = 0
+        self.seconds: Counter[str] = Counter()
+        """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
+        waiting for them (`wait`)."""
         self.loss = TokenLoss()
         self.means = MetricCollection(
             {
@@ -91,8 +101,24 @@ class KNNInterpolation(Callback):
             compute_groups=False,
         )
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes half of the model's threads for the search where both compute on the CPU."""
+        self.threads = torch.get_num_threads()
+        searching = self.threads
+        if pl_module.device.type == "cpu":
+            searching = max(self.threads // 2, 1)
+            torch.set_num_threads(max(self.threads - searching, 1))
+        self.background = Background(threads=searching)
+        if pl_module.device.type == "cpu":
+            torch.set_num_threads(max(self.threads - searching, 1))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the threads back."""
+        torch.set_num_threads(self.threads)
+
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts new sums."""
+        self.seconds.clear()
         self.loss.reset()
         self.means.reset()
         self.waiting, self.kept = [], []
@@ -114,22 +140,46 @@ class KNNInterpolation(Callback):
         if self.waiting:
             columns = [torch.cat(parts) for parts in zip(*self.waiting, strict=True)]
             self.waiting = []
-            self.background.submit(self._mix, *columns)
+            with self._timed("wait"):
+                self.background.submit(self._retrieve, *columns)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
 
     @torch.inference_mode()
-    def _mix(
+    def _retrieve(
         self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor, others: Tensor
     ) -> None:
         if len(positions) == 0:
             return
         queries = keys.numpy()
-        distances, rows = self.retriever.search(queries, self.k)
+        with self._timed("search"):
+            distances, rows = self.retriever.search(queries, self.k)
         if self.missing == "last_row":
             rows = np.where(rows < 0, len(self.datastore) - 1, rows)
-        if self.rescoring is not None:
-            distances = exact_distances(others.numpy(), rows, self.rescoring, self.similarity)
-        elif self.rescores:
-            distances = exact_distances(queries, rows, self.datastore, self.similarity)
+        with self._timed("rescore"):
+            if self.rescoring is not None:
+                distances = exact_distances(others.numpy(), rows, self.rescoring, self.similarity)
+            elif self.rescores:
+                distances = exact_distances(queries, rows, self.datastore, self.similarity)
+        with self._timed("mix"):
+            for first in range(0, len(rows), MIXED_AT_ONCE):
+                part = slice(first, first + MIXED_AT_ONCE)
+                self._mix(
+                    positions[part], targets[part], lm_log_prob[part], distances[part], rows[part]
+                )
+
+    def _mix(
+        self,
+        positions: Tensor,
+        targets: Tensor,
+        lm_log_prob: Tensor,
+        distances: np.ndarray,
+        rows: np.ndarray,
+    ) -> None:
         scores = neighbor_scores(distances, rows, self.similarity)
         values = self.datastore.values[rows]  # of the last row where missing: its score is -inf
         hits = torch.from_numpy(values == targets.numpy()[:, None]) & ~scores.isneginf()
@@ -158,7 +208,8 @@ class KNNInterpolation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches."""
         self._submit()
-        self.background.drain()
+        with self._timed("wait"):
+            self.background.drain()
         self.loss.to(pl_module.device)
         self.means.to(pl_module.device)
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from errors import InputError
 from retrieval.datastore import Datastore
+from retrieval.list_search import ListSearch
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.retriever import (
     FAISS_METRICS,
@@ -81,8 +82,13 @@ class FaissRetriever:
         self.datastore = datastore
         self.metric = metric
         ivf = faiss.try_extract_index_ivf(index)
+        self.lists: ListSearch | None = None
         if ivf is not None:
             faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(nprobe, ivf.nlist))
+            ivf = faiss.downcast_index(ivf)
+            before = index.chain if isinstance(index, faiss.IndexPreTransform) else None
+            if (before is not None or index.this == ivf.this) and ListSearch.serves(ivf):
+                self.lists = ListSearch(ivf)
 
         # An index of the original program counts rows, zero ones at the end included.
         self.counts_rows = index.ntotal != datastore.n_keys
@@ -93,10 +99,18 @@ class FaissRetriever:
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
-        distances, ids = self.index.search(normalized(queries, self.metric), k)
+        distances, ids = self._search(normalized(queries, self.metric), k)
         if not self.counts_rows:
             return distances, self.datastore.rows_of(ids)
         return distances, np.where(np.isin(ids, self.datastore.masked), -1, ids)
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.lists is None or not self.lists.pays(len(queries)):
+            return self.index.search(queries, k)
+        if isinstance(self.index, faiss.IndexPreTransform):
+            for number in range(self.index.chain.size()):
+                queries = self.index.chain.at(number).apply(queries)
+        return self.lists.search(queries, k)
 
 
 def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int) -> Retriever:

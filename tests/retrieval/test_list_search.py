@@ -1,0 +1,89 @@
+import faiss
+import numpy as np
+import pytest
+
+from retrieval import list_search
+from retrieval.index import read_index
+from retrieval.list_search import ListSearch
+
+N, DIM = 3000, 16
+
+
+def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
+    if keys is None:
+        keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + shift
+    index = faiss.index_factory(DIM, factory, metric)
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    index = read_index(tmp_path / "x.faiss")
+    index.nprobe = 5
+    return index
+
+
+def queries(n=200, shift=0.0):
+    return np.random.default_rng(1).standard_normal((n, DIM), dtype=np.float32) + shift
+
+
+def assert_same(found, expected):
+    (distances, ids), (expected_distances, expected_ids) = found, expected
+    assert np.allclose(distances, expected_distances, rtol=1e-4, atol=1e-4)
+    assert (ids == expected_ids).mean() > 0.99  # nearly equal distances may change places
+    assert np.array_equal(np.sort(ids < 0), np.sort(expected_ids < 0))
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+@pytest.mark.parametrize("factory", ["IVF20,Flat", "IVF20,SQfp16", "IVF20,SQ8", "IVF20,PQ8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threads):
+    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)  # several parts
+    index = opened(tmp_path, factory, metric)
+    assert ListSearch.serves(index)
+    expected = index.search(queries(), 70)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        assert_same(ListSearch(index).search(queries(), 70), expected)
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_missing_neighbours_are_as_faiss_gives_them(tmp_path, metric):
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    index.nprobe = 1
+    distances, ids = ListSearch(index).search(queries(), 400)
+    expected, expected_ids = index.search(queries(), 400)
+    assert (ids < 0).any()
+    assert_same((distances, ids), (expected, expected_ids))
+
+
+def test_empty_lists_and_few_keys(tmp_path):
+    keys = np.repeat(np.eye(DIM, dtype=np.float32), 40, axis=0)
+    index = opened(tmp_path, "IVF30,Flat", keys=keys)
+    assert_same(ListSearch(index).search(queries(), 3), ListSearch(index).search(queries(), 3))
+    distances, _ = ListSearch(index).search(queries(), 3)
+    assert np.allclose(distances, index.search(queries(), 3)[0], atol=1e-5)
+
+
+def test_distances_far_from_the_origin_keep_their_digits(tmp_path):
+    shift = 1000.0
+    index = opened(tmp_path, "IVF20,Flat", shift=shift)
+    index.nprobe = 20
+    distances, ids = ListSearch(index).search(queries(shift=shift), 10)
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + np.float32(shift)
+    own = queries(shift=shift)[:, None].astype(np.float64)
+    exact = ((own - keys[ids]) ** 2).sum(-1)
+    assert np.abs(distances - exact).max() < 1e-4 * exact.max()
+
+
+def test_types_it_cannot_read_are_left_to_faiss(tmp_path):
+    assert not ListSearch.serves(opened(tmp_path, "IVF20,PQ8x4fs"))
+    assert not ListSearch.serves(faiss.index_factory(DIM, "IVF20,Flat"))
+    # Codes of 13 bytes: ids do not lie at multiples of 8 bytes from one another.
+    keys = np.random.default_rng(0).standard_normal((N, 13), dtype=np.float32)
+    index = faiss.index_factory(13, "IVF20,SQ8")
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "y.faiss"))
+    assert not ListSearch.serves(read_index(tmp_path / "y.faiss"))
