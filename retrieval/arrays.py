@@ -127,7 +127,7 @@ def fill_rows(
         write_manifest(manifest, kind, version, {**fields, "done": done, "complete": complete})
 
     if not manifest.exists():
-        _make_room(manifest.parent, kind, places)
+        make_room(manifest.parent, kind, places)
         mark(0)
     found = read_manifest(manifest, kind, version, ("complete",))
     if found["complete"]:
@@ -158,9 +158,14 @@ def fill_rows(
     mark(rows, complete=True)
 
 
-def _make_room(
+def make_room(
     directory: Path, kind: str, places: Mapping[Path, tuple[np.dtype, tuple[int, ...]]]
 ) -> None:
+    """Makes files of zeros of some types and shapes, in place of those that lie there.
+
+    Raises:
+        InputError: the disk has no room.
+    """
     for path in places:
         path.unlink(missing_ok=True)  # of a run that was killed before it wrote its manifest
     needed = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
