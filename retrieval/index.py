@@ -198,6 +198,11 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
         raise InputError(f"--knn.index is {factory!r}; expected a type that counts keys itself")
     if _stores_halves(index):
         index.by_residual = False  # so that half-precision keys are stored as they are
+    ivf = faiss.try_extract_index_ivf(index)
+    ivf = None if ivf is None else faiss.downcast_index(ivf)
+    if isinstance(ivf, faiss.IndexIVFPQ):
+        # It would number the centroids anew for Hamming distances, seconds for each byte.
+        ivf.do_polysemous_training = False
     return index
 
 

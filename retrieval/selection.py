@@ -1,13 +1,10 @@
-"""Selects the smallest numbers of many rows."""
+"""Selects and sorts the smallest numbers of rows, much faster than by their indices."""
 
 import numpy as np
 
 
 def k_smallest(values: np.ndarray, k: int) -> np.ndarray:
     """Columns of the k smallest of each row, in ascending order of the columns.
-
-    A partition of the numbers finds the k-th smallest several times faster than one of their
-    indices does.
 
     Args:
         values: fp32 `[n, w]`, without NaN.
@@ -27,3 +24,29 @@ def k_smallest(values: np.ndarray, k: int) -> np.ndarray:
     columns[~tied] = (chosen[np.repeat(~tied, counts)] % width).reshape(-1, k)
     columns[tied] = np.sort(np.argpartition(values[tied], k - 1, axis=1)[:, :k], axis=1)
     return columns
+
+
+def sort_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in ascending order.
+
+    Numbers and places are sorted together, as one integer each.
+
+    Args:
+        values: fp32 `[n, w]`, without NaN.
+
+    Returns:
+        the sorted numbers fp32 `[n, w]`, and where each was in `values.ravel()`, int64 `[n, w]`.
+    """
+    n, width = values.shape
+    packed = np.empty((n, width, 2), dtype=np.int32)
+    packed[..., 1] = _ascending(values.view(np.int32))
+    packed[..., 0] = np.arange(width)
+    packed.view(np.int64).sort(axis=1)
+    places = packed[..., 0] + np.arange(0, n * width, width)[:, None]
+    return _ascending(packed[..., 1]).view(np.float32), places
+
+
+def _ascending(bits: np.ndarray) -> np.ndarray:
+    """Bits of floating-point numbers as integers of the same order, and back: for negative numbers
+    they would ascend with the size."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

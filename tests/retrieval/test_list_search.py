@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from retrieval import list_search
-from retrieval.index import read_index
+from retrieval.index import make_index, read_index
 from retrieval.list_search import ListSearch
 
 N, DIM = 3000, 16
@@ -12,7 +12,7 @@ N, DIM = 3000, 16
 def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
     if keys is None:
         keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + shift
-    index = faiss.index_factory(DIM, factory, metric)
+    index = make_index(DIM, factory, "l2" if metric == faiss.METRIC_L2 else "ip")
     index.train(keys)
     index.add(keys)
     faiss.write_index(index, str(tmp_path / "x.faiss"))

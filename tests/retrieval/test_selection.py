@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from retrieval.selection import k_smallest
+from retrieval.selection import k_smallest, sort_rows
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
@@ -21,3 +21,13 @@ def test_of_equal_numbers_at_the_last_place_some_are_taken():
     assert all(len(set(row)) == 25 for row in columns)
     chosen = np.sort(np.take_along_axis(values, columns, 1), axis=1)
     assert np.array_equal(chosen, np.sort(values, axis=1)[:, :25])
+
+
+def test_sorted_rows_and_where_their_numbers_were():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((20, 33), dtype=np.float32) * 10.0 ** rng.integers(-9, 9, (20, 33))
+    values = values.astype(np.float32)
+    values[3, :5], values[4, 7] = np.inf, 0.0
+    ordered, places = sort_rows(values)
+    assert np.array_equal(ordered, np.sort(values, axis=1))
+    assert np.array_equal(np.take(values, places), ordered)
