@@ -7,29 +7,36 @@
 
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from callbacks.knn_interpolation import KNNInterpolation
+from callbacks.mixture import Mixture
 from callbacks.throughput import Throughput
-from callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
+from callbacks.token_scores import LMScores, ScoreTable, save_scores
 from cli import ProgramCLI, check_row_length
 from datamodules.lm import LMDataModule
 from errors import InputError, exit_with_one_sentence
-from models.checkpoint import load_model
+from models.checkpoint import load_model, model_fingerprint
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
 from products import NeighborProducts, Products
+from retrieval.cache import RetrievalCache, RetrievalCacheBuilder
 from retrieval.datastore import Datastore
 from retrieval.index import is_path, open_retriever, resolve
-from retrieval.knn import Tuning, tune
 from retrieval.settings import KNNSettings, NeighborSettings
+from retrieval.tuning import Tuning, tune
 
 
 class EvaluateCLI(ProgramCLI):
@@ -116,7 +123,9 @@ class Evaluation:
         self.data: LMDataModule = cli.datamodule
         self.model: LanguageModel = cli.model
         self.neighbors: NeighborProducts | None = None
-        cli.make_trainer([], cli.run_dir / "evaluate")  # refuses what it cannot do before any work
+        # Made before any work, to refuse what it cannot do.
+        trainer = cli.make_trainer([], cli.run_dir / "evaluate")
+        self.device = trainer.strategy.root_device
         self.check_dictionary()
         if cli.config.split is not None:
             self.data.stream(cli.config.split)
@@ -234,10 +243,10 @@ class Evaluation:
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """The model's perplexity on a split and, with `--knnlm`, the mixture's."""
-        lm_scores = [LMScores()] if self.cli.config.token_scores else []
         if not self.cli.config.knnlm:
             self.give_neighbors(split)
             self.model.key_type = None
+            lm_scores = self.lm_scores()
             results = self.score(split, *lm_scores)
             self.save_scores(*(callback.table for callback in lm_scores))
             return results
@@ -245,55 +254,145 @@ class Evaluation:
         if self.gnn_keys and self.products.open_fitting_datastore("train") is None:
             self.give_neighbors("train")
         datastore = self.products.ensure_datastore_and_index("train")
-        rescoring = self.ensure_rescoring()
-        self.give_neighbors(split, *(["valid"] if self.knn.lmbda == "auto" else []))
-        retriever = open_retriever(datastore, self.knn.index, self.knn.metric, self.knn.nprobe)
         knn = self.knn
-        self.model.key_type, self.model.rescoring_key_type = knn.key_type, knn.rescore_key_type
-
-        def interpolation(**kwargs) -> KNNInterpolation:
-            return KNNInterpolation(
-                datastore,
-                retriever,
-                knn.k,
-                distances=knn.distances,
-                similarity=knn.similarity,
-                missing=knn.missing,
-                rescoring=rescoring,
-                **kwargs,
-            )
-
-        tuned = None
-        if knn.lmbda == "auto":
-            collecting = interpolation(lmbda=0.0, keep_retrieved=True)
-            self.score("valid", collecting)
-            start = time.perf_counter()
-            tuned = tune(*collecting.retrieved(), sum_over_ranks)
-            self.products.seconds["tuning"] = self.pass_seconds + time.perf_counter() - start
-            self.log_tuning(tuned)
-        lmbda = tuned.lmbda if tuned else knn.lmbda
-        temperature = tuned.temperature if tuned else knn.temperature
-        mixing = interpolation(
-            lmbda=lmbda, temperature=temperature, keep_scores=bool(self.cli.config.token_scores)
+        self.search = partial(
+            KNNInterpolation,
+            datastore,
+            open_retriever(datastore, knn.index, knn.metric, knn.nprobe, self.device),
+            knn.k,
+            distances=knn.distances,
+            similarity=knn.similarity,
+            missing=knn.missing,
+            rescoring=self.ensure_rescoring(),
         )
-        results = self.score(split, *lm_scores, mixing)
-        self.save_scores(*(c.table for c in (*lm_scores, mixing) if c.table is not None))
+        self.model.key_type, self.model.rescoring_key_type = knn.key_type, knn.rescore_key_type
+        tuned = self.tuned(datastore) if knn.lmbda == "auto" else None
+        mixed_by = {
+            "lmbda": tuned.lmbda if tuned else knn.lmbda,
+            "temperature": tuned.temperature if tuned else knn.temperature,
+        }
+        results, mixture, how = self.mix(split, datastore, mixed_by)
+        loss, tokens = mixture.loss.compute()["loss"].item(), results["tokens"]
         results["knn"] = {
-            "tokens": results["tokens"],
-            **figures(mixing.loss.compute()["loss"].item(), results["tokens"], self.pass_seconds),
+            "tokens": tokens,
+            **figures(loss, tokens, how.pop("seconds")),
             **asdict(knn),
             "index": resolve(datastore, knn.index),
-            "lmbda": lmbda,
-            "temperature": temperature,
+            **mixed_by,
             "tuned": tuned is not None,
             "datastore": str(datastore.path),
             "datastore_rows": len(datastore),
-            **mixing.statistics(),
-            "seconds_of": dict(mixing.seconds),
+            **mixture.statistics(),
+            **how,
         }
         return results
 
-    def save_scores(self, *tables: ScoreTable) -> None:
+    def mix(
+        self, split: str, datastore: Datastore, mixed_by: dict[str, float]
+    ) -> tuple[dict[str, Any], Mixture, dict[str, Any]]:
+        """Mixes the model with the kNN distribution, from `--knn.cache` where it is given.
+
+        Returns:
+            the results of the model alone, those of the mixture, and how long it took.
+        """
+        keep_scores = bool(self.cli.config.token_scores)
+        if self.knn.cache is None:
+            self.give_neighbors(split)
+            lm_scores, mixing = self.lm_scores(), self.search(**mixed_by, keep_scores=keep_scores)
+            results = self.score(split, *lm_scores, mixing)
+            self.save_scores(*(callback.table for callback in lm_scores), mixing.mixture.table)
+            seconds_of = dict(mixing.seconds)
+            return results, mixing.mixture, {"seconds": self.pass_seconds, "seconds_of": seconds_of}
+        if keep_scores and self.neighbors is not None:
+            raise InputError(
+                "--token_scores of a GNN-LM cannot come from --knn.cache, which does not keep what "
+                "the LM says alone; expected one of the two"
+            )
+        cache, seconds = self.retrieved(split, datastore, Path(self.knn.cache))
+        start = time.perf_counter()
+        mixture = Mixture(**mixed_by, similarity=self.similarity, keep_scores=keep_scores)
+        lm_scores = ScoreTable()
+        for block in islice(cache, *own_part()):
+            mixture.add(block.positions, block.lm_log_prob, block.scores, block.hits)
+            lm_scores.add(
+                position=block.positions.numpy(),
+                target=block.targets.numpy(),
+                lm_log_prob=block.lm_log_prob.numpy(),
+            )
+        self.save_scores(lm_scores, mixture.table)
+        seconds += time.perf_counter() - start
+        how = {"seconds": seconds, "cached_k": cache.manifest["k"]}
+        return dict(cache.manifest["results"]), mixture, how
+
+    def tuned(self, datastore: Datastore) -> Tuning:
+        """The best lmbda and temperature for the validation split, from one retrieval pass."""
+        kept = self.knn.cache is not None
+        folder = Path(self.knn.cache) if kept else self.temporary("valid", datastore)
+        start = time.perf_counter()
+        cache, _ = self.retrieved("valid", datastore, folder)
+        tuned = tune(cache)
+        self.products.seconds["tuning"] = time.perf_counter() - start
+        self.log_tuning(tuned)
+        self.trainer.strategy.barrier()
+        if not kept and self.trainer.is_global_zero:
+            shutil.rmtree(folder)
+        return tuned
+
+    def temporary(self, split: str, datastore: Datastore) -> Path:
+        """Where all ranks keep what is retrieved until the command ends."""
+        content = json.dumps(self.retrieved_from(split, datastore)).encode()
+        return self.cli.run_dir / f"retrieved-{blake2b(content, digest_size=8).hexdigest()}"
+
+    @property
+    def similarity(self) -> str:
+        """What neighbours are weighed by."""
+        return self.knn.similarity or self.knn.metric
+
+    def retrieved(
+        self, split: str, datastore: Datastore, folder: Path
+    ) -> tuple[RetrievalCache, float]:
+        """What the search finds for a split, kept in a folder, found there again or retrieved now;
+        and how many seconds that took."""
+        path = folder / split.replace(":", "_")
+        made_from = self.retrieved_from(split, datastore)
+        sizes = {"rows": len(self.data.stream(split).tokens), "vocab_size": self.data.vocab_size}
+        self.trainer = self.cli.make_trainer([], self.cli.run_dir / "evaluate")
+        if RetrievalCache.is_complete(path):
+            cache = RetrievalCache.open(path)
+            cache.fits({**made_from, **sizes, "k": self.knn.k})
+            return cache.nearest(self.knn.k), 0.0
+        self.give_neighbors(split)
+        builder = RetrievalCacheBuilder(path, k=self.knn.k, **sizes, made_from=made_from)
+        results = self.score(split, self.search(lmbda=0.0, cache=builder))
+        self.trainer.strategy.barrier()
+        if self.trainer.is_global_zero:
+            builder.finish(results)
+        self.trainer.strategy.barrier()
+        return RetrievalCache.open(path), self.pass_seconds
+
+    def retrieved_from(self, split: str, datastore: Datastore) -> dict[str, Any]:
+        """What determines the content of a cache of retrieved neighbours."""
+        knn, index = self.knn, resolve(datastore, self.knn.index)
+        return {
+            **self.products.made_from(split),
+            "model": model_fingerprint(self.model),
+            "neighbors": asdict(self.neighbors.settings) if self.neighbors else None,
+            "datastore": datastore.fingerprint,
+            "index": [index, Path(index).stat().st_size] if is_path(index) else index,
+            "seed": self.cli.config.seed_everything,
+            "nprobe": knn.nprobe,
+            "metric": knn.metric,
+            "similarity": self.similarity,
+            "distances": knn.distances,
+            "missing": knn.missing,
+            "rescore_key_type": knn.rescore_key_type,
+        }
+
+    def lm_scores(self) -> list[LMScores]:
+        """What keeps the model's own part of `--token_scores`, if asked for."""
+        return [LMScores()] if self.cli.config.token_scores else []
+
+    def save_scores(self, *tables: ScoreTable | None) -> None:
         """Writes `--token_scores`, if asked for."""
         if self.cli.config.token_scores:
             save_scores(Path(self.cli.config.token_scores), *tables)
@@ -345,6 +444,13 @@ class Evaluation:
                 name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}"
             )
         Console().print(table, f"results: {output}")
+
+
+def own_part() -> tuple[int, None, int]:
+    """Which of all blocks are this rank's, as arguments of `islice`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, None, 1
+    return dist.get_rank(), None, dist.get_world_size()
 
 
 def figures(loss: float, tokens: int, seconds: float) -> dict[str, float]:

@@ -4,38 +4,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
 
 from callbacks.background import Background
-from callbacks.token_scores import ScoreTable
-from models.metrics import TokenLoss
+from callbacks.mixture import Mixture
+from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import Datastore
-from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
+from retrieval.knn import exact_distances, neighbor_scores
 from retrieval.retriever import Metric, Retriever
 
 QUERIES_AT_ONCE = 4096
 MIXED_AT_ONCE = 256
 """Tokens whose neighbours are weighed at a time: what they are weighed by stays in the cache."""
-
-
-class Retrieved(NamedTuple):
-    """What was retrieved for `n` tokens, enough to try any lmbda and temperature.
-
-    Attributes:
-        lm_log_prob: fp32 `[n]`.
-        scores: fp32 `[n, k]`, -inf where missing.
-        hits: bool `[n, k]`, whether the neighbour's value is the target.
-    """
-
-    lm_log_prob: Tensor
-    scores: Tensor
-    hits: Tensor
 
 
 class KNNInterpolation(Callback):
@@ -45,16 +30,18 @@ class KNNInterpolation(Callback):
         datastore: whose values vote.
         retriever: finds its rows.
         k: neighbours per token.
-        lmbda: weight of p_kNN.
-        temperature: divides the scores.
+        lmbda, temperature: see `Mixture`.
         distances: `exact` computes them from the stored keys, `index` takes the retriever's.
         similarity: what `exact` computes; by default the retriever's metric.
         missing: `left_out`, or `last_row` to count the last row in place of missing neighbours,
             as the original program does.
         rescoring: datastore of the same text with keys of another type; distances are then those
             from the model's `rescoring_keys` to its keys.
-        keep_retrieved: keep scores and hits of every token, for tuning.
+        cache: gets what is retrieved for every token.
         keep_scores: keep the per-token log-probabilities.
+
+    Attributes:
+        mixture: what the mixture says of the tokens of the last pass.
     """
 
     def __init__(
@@ -68,38 +55,27 @@ class KNNInterpolation(Callback):
         similarity: Metric | None = None,
         missing: str = "left_out",
         rescoring: Datastore | None = None,
-        keep_retrieved: bool = False,
+        cache: RetrievalCacheBuilder | None = None,
         keep_scores: bool = False,
     ) -> None:
         self.datastore = datastore
         self.retriever = retriever
         self.k = k
-        self.lmbda = lmbda
-        self.temperature = temperature
         self.similarity: Metric = similarity or retriever.metric
         known = retriever.exact and self.similarity == retriever.metric
         # Missing neighbours that the last row stands for have a distance that nobody knows yet.
         self.rescores = distances == "exact" and not (known and missing == "left_out")
         self.missing = missing
         self.rescoring = rescoring
-        self.keep_retrieved = keep_retrieved
-        self.table = ScoreTable() if keep_scores else None
-        self.kept: list[Retrieved] = []
+        self.cache = cache
+        self.new_mixture = partial(Mixture, lmbda, temperature, self.similarity, keep_scores)
+        self.mixture = self.new_mixture()
         self.waiting: list = []
         self.background = Background()
         self.threads = 0
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
         waiting for them (`wait`)."""
-        self.loss = TokenLoss()
-        self.means = MetricCollection(
-            {
-                "nearest_distance": MeanMetric(),
-                "kth_distance": MeanMetric(),
-                "target_among_neighbors": MeanMetric(),
-            },
-            compute_groups=False,
-        )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes half of the model's threads for the search where both compute on the CPU."""
@@ -119,11 +95,8 @@ class KNNInterpolation(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts new sums."""
         self.seconds.clear()
-        self.loss.reset()
-        self.means.reset()
-        self.waiting, self.kept = [], []
-        if self.table is not None:
-            self.table = ScoreTable()
+        self.waiting = []
+        self.mixture = self.new_mixture()
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
@@ -183,43 +156,15 @@ class KNNInterpolation(Callback):
         scores = neighbor_scores(distances, rows, self.similarity)
         values = self.datastore.values[rows]  # of the last row where missing: its score is -inf
         hits = torch.from_numpy(values == targets.numpy()[:, None]) & ~scores.isneginf()
-        knn = knn_log_prob(scores, hits, self.temperature)
-        mixed = interpolate(lm_log_prob, knn, self.lmbda)
-        self.loss.update(mixed)
-        self._describe(distances, rows, hits)
-        if self.keep_retrieved:
-            self.kept.append(Retrieved(lm_log_prob, scores, hits))
-        if self.table is not None:
-            self.table.add(
-                position=positions.numpy(), knn_log_prob=knn.numpy(), log_prob=mixed.numpy()
-            )
-
-    def _describe(self, distances: np.ndarray, rows: np.ndarray, hits: Tensor) -> None:
-        self.means["target_among_neighbors"].update(hits.any(dim=1).float())
-        some = (rows >= 0).any(axis=1)  # of a token without neighbours there is no distance
-        found, distances = rows[some] >= 0, distances[some]
-        nearest = np.where(found, distances, np.inf).min(axis=1)
-        farthest = np.where(found, distances, -np.inf).max(axis=1)
-        if self.similarity != "l2":  # similarities: large is near
-            nearest, farthest = farthest, nearest
-        self.means["nearest_distance"].update(torch.from_numpy(nearest))
-        self.means["kth_distance"].update(torch.from_numpy(farthest))
+        self.mixture.add(positions, lm_log_prob, scores, hits)
+        if self.cache is not None:
+            self.cache.write(positions, targets, lm_log_prob, scores, values)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches."""
         self._submit()
         with self._timed("wait"):
             self.background.drain()
-        self.loss.to(pl_module.device)
-        self.means.to(pl_module.device)
-
-    def statistics(self) -> dict[str, float]:
-        """Means over all tokens and ranks: distances of the nearest and the k-th neighbour, share
-        of tokens whose target is among the neighbours."""
-        return {name: mean.item() for name, mean in self.means.compute().items()}
-
-    def retrieved(self) -> Retrieved:
-        """All that was kept on this rank; nothing, if the split had no batch for it."""
-        nothing = torch.empty(0, self.k)
-        kept = [Retrieved(torch.empty(0), nothing, nothing.bool()), *self.kept]
-        return Retrieved(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+        if self.cache is not None:
+            self.cache.sync()
+        self.mixture.to(pl_module.device)

@@ -9,10 +9,6 @@ v_j and temperature T (eq. 2; T as in later work, 1 in the paper):
 Missing neighbours (row -1) have score -inf and so no part in either sum.
 """
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
 import faiss
 import numpy as np
 import torch
@@ -135,84 +131,3 @@ def interpolate(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float | Tensor
         lm_log_prob + torch.log1p(-lmbda).to(lm_log_prob),
         knn_log_prob + lmbda.log().to(knn_log_prob),
     )
-
-
-class Tuning(NamedTuple):
-    """What `tune` found.
-
-    Attributes:
-        lmbda, temperature: the best pair.
-        loss: its mean negative log-likelihood in nats.
-        lmbdas, temperatures: the grid.
-        losses: float64 `[temperatures, lmbdas]`, all of it.
-    """
-
-    lmbda: float
-    temperature: float
-    loss: float
-    lmbdas: np.ndarray
-    temperatures: np.ndarray
-    losses: np.ndarray
-
-
-def tune(
-    lm_log_prob: Tensor,
-    scores: Tensor,
-    hits: Tensor,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tuning:
-    """The lmbda and temperature that give retrieved tokens the highest likelihood.
-
-    Temperatures are tried by octaves around the spread of the scores, then by quarter octaves
-    around the best; each with lmbda from 0 to 0.99 in steps of 0.01.
-
-    Args:
-        lm_log_prob: fp32 `[N]`.
-        scores: fp32 `[N, k]`, -inf where missing.
-        hits: bool `[N, k]`.
-        sum_over_ranks: adds up a float64 tensor over the ranks that hold parts of the tokens.
-    """
-    count = sum_over_ranks(torch.tensor(float(len(lm_log_prob)), dtype=torch.float64))
-    spreads = _spread(scores).nan_to_num(0.0).double().sum()
-    spread = (sum_over_ranks(spreads) / count).item()
-    octave = math.floor(math.log2(spread)) if spread > 0 else 0
-    lmbdas = torch.arange(100, dtype=torch.float64) / 100
-    losses: dict[float, np.ndarray] = {}
-
-    def try_out(exponents: np.ndarray) -> float:
-        for temperature in 2.0**exponents:
-            if temperature not in losses:
-                total = _total_losses(lm_log_prob, scores, hits, temperature, lmbdas)
-                losses[temperature] = (sum_over_ranks(total) / count).numpy()
-        return math.log2(min(losses, key=lambda t: losses[t].min()))
-
-    best = try_out(np.arange(octave - 7.0, octave + 6.0))
-    try_out(best + np.arange(-3, 4) / 4)
-    temperatures = np.array(sorted(losses))
-    table = np.stack([losses[t] for t in temperatures])
-    row, column = np.unravel_index(table.argmin(), table.shape)
-    return Tuning(
-        float(lmbdas[column]),
-        float(temperatures[row]),
-        float(table[row, column]),
-        lmbdas.numpy(),
-        temperatures,
-        table,
-    )
-
-
-def _spread(scores: Tensor) -> Tensor:
-    """How far the best score of each token lies above the mean, fp32 `[N]`; NaN without any."""
-    finite = scores.masked_fill(scores.isneginf(), torch.nan)
-    return scores.amax(dim=1) - finite.nanmean(dim=1)
-
-
-def _total_losses(
-    lm_log_prob: Tensor, scores: Tensor, hits: Tensor, temperature: float, lmbdas: Tensor
-) -> Tensor:
-    """Summed negative log-likelihood for each lmbda, float64 `[lmbdas]`."""
-    total = torch.zeros(len(lmbdas), dtype=torch.float64)
-    for lm, s, h in zip(lm_log_prob.split(4096), scores.split(4096), hits.split(4096), strict=True):
-        knn = knn_log_prob(s, h, temperature)
-        total -= interpolate(lm[:, None], knn[:, None], lmbdas[None]).double().sum(0)
-    return total

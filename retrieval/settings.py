@@ -13,7 +13,8 @@ class KNNSettings:
 
     Args:
         datastore: its directory; by default datastores/<corpus>/<split>.
-        index: `auto` (by size), `flat` (exact), a faiss factory string or the path of an index.
+        index: `auto` (by size), `flat` (exact), `torch` (exact, on the model's device), a faiss
+            factory string or the path of an index.
         k: neighbours per token.
         lmbda: weight of p_kNN, or `auto`: tuned with the temperature on the validation split.
         temperature: divides the scores of the neighbours.
@@ -30,6 +31,12 @@ class KNNSettings:
         size: rows of a datastore of the original program (raw maps); needs `dim` too.
         dim: width of its keys.
         min_context: leave out keys of tokens with less left context than this.
+        shards: directories that a new datastore is dealt into; one that is there is used as it is.
+        placement: of its rows: `contiguous` pieces, or blocks dealt `round_robin`.
+        shard: make and use this one of the shards alone, from 0: where hosts share no file system,
+            each makes its own.
+        cache: directory that keeps what is retrieved for each split: other values of lmbda and
+            temperature, and of k up to this one, then need neither the model nor a search.
     """
 
     datastore: str | None = None
@@ -48,6 +55,10 @@ class KNNSettings:
     size: int | None = None
     dim: int | None = None
     min_context: int = 0
+    shards: int = 1
+    placement: Literal["contiguous", "round_robin"] = "contiguous"
+    shard: int | None = None
+    cache: str | None = None
 
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""
@@ -57,7 +68,7 @@ class KNNSettings:
             raise InputError(
                 f"--knn.temperature is {self.temperature}; expected a finite number, more than 0"
             )
-        for name in ("k", "nprobe"):
+        for name in ("k", "nprobe", "shards"):
             if getattr(self, name) < 1:
                 raise InputError(f"--knn.{name} is {getattr(self, name)}; expected at least 1")
         if self.similarity is not None and self.distances == "index":
@@ -68,6 +79,11 @@ class KNNSettings:
             raise InputError(
                 f"--knn.rescore_key_type {self.rescore_key_type} needs --knn.distances exact, not "
                 "index"
+            )
+        if self.shard is not None and not 0 <= self.shard < self.shards:
+            raise InputError(
+                f"--knn.shard is {self.shard} and --knn.shards {self.shards}; expected a number "
+                "from 0 to one less than that of the shards"
             )
         if self.min_context < 0:
             raise InputError(f"--knn.min_context is {self.min_context}; expected at least 0")
@@ -83,8 +99,8 @@ class NeighborSettings:
         right_context: tokens after it.
         key_type: of the keys that are compared, and of the neighbours' features.
         metric: cosine, inner product or squared Euclidean distance.
-        index: `auto` (by size), `flat` (exact) or a faiss factory string; `imported` for tables of
-            the original program (see retrieval/neighbors.py).
+        index: `auto` (by size), `flat` or `torch` (exact) or a faiss factory string; `imported` for
+            tables of the original program (see retrieval/neighbors.py).
         nprobe: inverted lists to visit, for indexes that have them.
         features: of neighbours: `codes`, the keys quantised; `keys` as they are; `embeddings`, word
             vectors of the tokens.

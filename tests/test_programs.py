@@ -97,6 +97,33 @@ def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
     assert len(logged["tuning/valid_ppl_over_lmbda_percent"]) == 100
 
 
+def test_what_is_retrieved_is_kept_and_mixed_again(workplace, run_program):
+    """With the figures of a command that searches."""
+    flags = (*HERE, "--knnlm", "--knn.k", 16, "--knn.index", "IVF8,SQ8", "--output", "c.json")
+    kept = ("--knn.cache", "kept", "--knn.lmbda", "auto")
+    run_program(workplace, "evaluate.py", *flags, *kept)
+    made = {path: path.stat().st_mtime_ns for path in (workplace / "kept").glob("*/*.npy")}
+    assert len(made) == 8  # of two splits
+    again = ("--knn.lmbda", 0.4, "--knn.temperature", 3, "--token_scores", "c.npz")
+    found = {}
+    for name, cache in (("searching", ()), ("kept", kept[:2])):
+        run_program(workplace, "evaluate.py", *flags, *cache, *again)
+        scores = dict(np.load(workplace / "c.npz"))
+        found[name] = json.loads((workplace / "c.json").read_text()), scores
+    (searching, scores), (cached, of_cache) = found.values()
+    assert cached["knn"]["loss"] == pytest.approx(searching["knn"]["loss"], rel=1e-6)
+    assert cached["loss"] == pytest.approx(searching["loss"], rel=1e-6)
+    assert cached["knn"]["kth_distance"] == pytest.approx(searching["knn"]["kth_distance"])
+    for name in ("position", "target", "lm_log_prob", "knn_log_prob", "log_prob"):
+        np.testing.assert_allclose(of_cache[name], scores[name], rtol=1e-4)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    refused = run_program(workplace, "evaluate.py", *flags, *kept, "--knn.nprobe", 3, status=2)
+    assert "nprobe" in refused.stderr
+    run_program(workplace, "retrieval.sweep", "--cache", "kept/test", "--output", "s.json")
+    swept = json.loads((workplace / "s.json").read_text())
+    assert swept["best"]["loss"] <= swept["lm"]["loss"]
+
+
 def test_products_are_made_by_stage_and_reused(workplace, run_program):
     store = workplace / "datastores" / "words" / "train-last_hidden"
     flags = (*HERE, "--knn.key_type", "last_hidden", "--knn.index", "IVF8,SQ8", "--knn.nprobe", 8)

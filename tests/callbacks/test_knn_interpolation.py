@@ -9,8 +9,10 @@ import torch
 
 from callbacks import knn_interpolation
 from callbacks.knn_interpolation import KNNInterpolation
+from callbacks.mixture import Mixture
 from callbacks.token_scores import ScoreTable
 from models.language_model import TokenScores
+from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import DatastoreBuilder
 from retrieval.index import IndexBuilding, open_retriever
 from retrieval.retriever import FlatRetriever
@@ -67,14 +69,14 @@ def test_equals_brute_force(world, batch, queries_at_once, monkeypatch):
     p_knn = (weights * hits).sum(1) / weights.sum(1)
     mixed = np.log(LMBDA * p_knn + (1 - LMBDA) * scores.log_probs.double().exp().numpy())
 
-    total = callback.loss.compute()
+    total = callback.mixture.loss.compute()
     assert total["tokens"] == Q
     assert total["loss"].item() == pytest.approx(-mixed.mean(), rel=1e-6)
-    statistics = callback.statistics()
+    statistics = callback.mixture.statistics()
     assert statistics["nearest_distance"] == pytest.approx(close[:, 0].mean(), rel=1e-5)
     assert statistics["kth_distance"] == pytest.approx(close[:, -1].mean(), rel=1e-5)
     assert statistics["target_among_neighbors"] == pytest.approx(hits.any(1).mean())
-    table = callback.table.gathered()
+    table = callback.mixture.table.gathered()
     np.testing.assert_array_equal(table["position"], np.arange(Q))
     order = np.argsort(scores.positions.numpy())
     np.testing.assert_allclose(table["log_prob"], mixed[order], rtol=1e-4)
@@ -104,7 +106,7 @@ def test_missing_neighbours(world, missing, voters):
     )
     feed(callback, one, 1)
     expected = math.log(np.mean(values[voters] == values[5]))
-    assert callback.loss.compute()["loss"].item() == pytest.approx(-expected, abs=1e-6)
+    assert callback.mixture.loss.compute()["loss"].item() == pytest.approx(-expected, abs=1e-6)
 
 
 def test_errors_of_the_search_surface(world):
@@ -114,14 +116,18 @@ def test_errors_of_the_search_surface(world):
         feed(callback, scores, 70)
 
 
-def test_kept_for_tuning(world):
+def test_what_is_retrieved_can_be_mixed_again(world, tmp_path):
+    """From the cache, at another lmbda and temperature, as by searching again."""
     store, _, _, scores = world
-    callback = KNNInterpolation(store, FlatRetriever(store, "l2"), K, 0.0, keep_retrieved=True)
-    assert callback.retrieved().scores.shape == (0, K)  # a rank without a batch
-    feed(callback, scores, 7)
-    kept = callback.retrieved()
-    assert kept.scores.shape == kept.hits.shape == (Q, K)
-    torch.testing.assert_close(kept.lm_log_prob, scores.log_probs)
+    builder = RetrievalCacheBuilder(tmp_path / "c", Q, K, 12, {})
+    feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 0.0, cache=builder), scores, 7)
+    again = Mixture(LMBDA, TEMPERATURE, "l2")
+    for block in builder.finish():
+        again.add(block.positions, block.lm_log_prob, block.scores, block.hits)
+    searching = KNNInterpolation(store, FlatRetriever(store, "l2"), K, LMBDA, TEMPERATURE)
+    expected = feed(searching, scores, 70).mixture
+    assert again.loss.compute()["loss"] == pytest.approx(expected.loss.compute()["loss"])
+    assert again.statistics() == pytest.approx(expected.statistics())
 
 
 def test_score_table_is_in_corpus_order():
@@ -159,7 +165,7 @@ def test_all_keys_vote(world, metric):
     )
     for k in (N, N + 7):
         callback = KNNInterpolation(store, FlatRetriever(store, metric), k, 0.6, 0.7)
-        loss = feed(callback, scores, 16).loss.compute()["loss"].item()
+        loss = feed(callback, scores, 16).mixture.loss.compute()["loss"].item()
         assert loss == pytest.approx(-expected.mean(), rel=1e-6)
 
 
@@ -184,7 +190,7 @@ def test_a_coarse_index_finds_and_the_settings_say_what_weighs(
         everything = scores_of_all_keys(scores.keys.numpy(), keys, similarity or metric)
         table = np.take_along_axis(everything, found, axis=1)
     expected = mixture(table.astype(np.float64), values[found], scores, LMBDA, TEMPERATURE)
-    loss = feed(callback, scores, 16).loss.compute()["loss"].item()
+    loss = feed(callback, scores, 16).mixture.loss.compute()["loss"].item()
     assert loss == pytest.approx(-expected.mean(), rel=1e-6)
 
 
@@ -192,11 +198,11 @@ def test_nothing_but_memory_that_does_not_know_is_infinitely_wrong(world):
     store, _, _, scores = world
     unknown = scores._replace(targets=torch.full((Q,), 13))
     callback = feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 1.0), unknown, 16)
-    assert callback.loss.compute()["loss"].item() == math.inf
-    assert callback.statistics()["target_among_neighbors"] == 0
+    assert callback.mixture.loss.compute()["loss"].item() == math.inf
+    assert callback.mixture.statistics()["target_among_neighbors"] == 0
     callback = feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 0.25), unknown, 16)
     expected = -scores.log_probs.double().mean().item() - math.log(0.75)
-    assert callback.loss.compute()["loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert callback.mixture.loss.compute()["loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_each_run_starts_its_sums_anew(world):
@@ -206,19 +212,17 @@ def test_each_run_starts_its_sums_anew(world):
     feed(used, scores, 16)
     for callback in (used, fresh):
         feed(callback, few, 16)
+    used, fresh = used.mixture, fresh.mixture
     assert used.loss.compute() == fresh.loss.compute()
     assert used.statistics() == fresh.statistics()
 
 
 def test_each_run_keeps_its_own_tokens(world):
     store, _, _, scores = world
-    callback = KNNInterpolation(
-        store, FlatRetriever(store, "l2"), K, LMBDA, keep_retrieved=True, keep_scores=True
-    )
+    callback = KNNInterpolation(store, FlatRetriever(store, "l2"), K, LMBDA, keep_scores=True)
     for _ in range(2):
         feed(callback, scores, 16)
-    assert len(callback.retrieved().scores) == Q
-    assert len(callback.table.gathered()["position"]) == Q
+    assert len(callback.mixture.table.gathered()["position"]) == Q
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
@@ -229,7 +233,7 @@ def test_statistics_are_of_the_nearest_and_the_farthest(world, metric):
     rows[13] = -1
     retriever = Finds(rows)
     retriever.metric = metric
-    statistics = feed(KNNInterpolation(store, retriever, 5, LMBDA), scores, Q).statistics()
+    statistics = feed(KNNInterpolation(store, retriever, 5, LMBDA), scores, Q).mixture.statistics()
     table = scores_of_all_keys(scores.keys.numpy(), keys[[7, 3, 11, 5]], metric)
     table = np.delete(table, 13, axis=0) * (-1 if metric == "l2" else 1)
     low, high = table.min(1).mean(), table.max(1).mean()

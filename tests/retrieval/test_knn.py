@@ -1,7 +1,5 @@
 """The kNN distribution and the mixture against brute force and closed forms."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from retrieval.knn import (
     knn_distribution,
     knn_log_prob,
     neighbor_scores,
-    tune,
 )
 
 VOCAB = 30
@@ -102,30 +99,6 @@ def test_nothing_found_at_all(make_store):
     assert knn_log_prob(scores, torch.zeros(2, 3, dtype=torch.bool)).isneginf().all()
 
 
-def test_tuning_finds_the_optimum_of_a_finer_grid():
-    rng = np.random.default_rng(0)
-    scores = torch.from_numpy(-rng.gamma(2.0, 20.0, (600, 16)).astype(np.float32)).sort(
-        descending=True
-    )[0]
-    hits = torch.from_numpy(rng.random((600, 16)) < np.linspace(0.6, 0.05, 16))
-    lm = torch.from_numpy(rng.normal(-3, 1, 600).astype(np.float32)).clamp(max=-0.01)
-    tuned = tune(lm, scores, hits)
-
-    def loss(lmbda, temperature):
-        weights = np.exp(scores.double().numpy() / temperature)
-        p_knn = (weights * hits.numpy()).sum(1) / weights.sum(1)
-        return -np.log(lmbda * p_knn + (1 - lmbda) * np.exp(lm.double().numpy())).mean()
-
-    assert tuned.loss == pytest.approx(loss(tuned.lmbda, tuned.temperature), abs=1e-5)
-    assert tuned.losses[0, 0] == pytest.approx(-lm.double().mean().item(), abs=1e-5)
-    finer = min(
-        loss(lmbda, temperature)
-        for lmbda in np.arange(0, 1, 0.02)
-        for temperature in 2.0 ** np.arange(-3, 11, 0.125)
-    )
-    assert tuned.loss <= finer + 1e-3
-
-
 def test_mixture_where_probabilities_underflow():
     """exp(-200) is no fp32 number; with r = p_LM / p_kNN, log p = log p_kNN + log(l + (1-l) r)."""
     rng = np.random.default_rng(0)
@@ -199,81 +172,3 @@ def test_exact_distances_count_rows_not_keys(make_store):
     query = np.ones((1, 8), np.float32)
     expected = ((query[:, None] - keys[rows]) ** 2).sum(-1)
     np.testing.assert_allclose(exact_distances(query, rows, store, "l2"), expected, rtol=1e-5)
-
-
-def planted(tokens, lmbda, temperature, k=16, vocab=5):
-    """Tokens that were drawn from a mixture of known weight and temperature."""
-    rng = np.random.default_rng(0)
-    scores = -rng.gamma(2.0, 3 * temperature, (tokens, k))
-    scores[:, 0] = -rng.random(tokens)
-    values = rng.integers(0, vocab, (tokens, k))
-    p_lm = rng.dirichlet(np.ones(vocab), tokens)
-    weights = np.exp(scores / temperature)
-    weights /= weights.sum(1, keepdims=True)
-    p_knn = np.stack([(weights * (values == w)).sum(1) for w in range(vocab)], 1)
-    p = lmbda * p_knn + (1 - lmbda) * p_lm
-    targets = (p.cumsum(1) < rng.random((tokens, 1))).sum(1)
-    lm = np.log(p_lm[np.arange(tokens), targets])
-    return (
-        torch.from_numpy(lm.astype(np.float32)),
-        torch.from_numpy(scores.astype(np.float32)),
-        torch.from_numpy(values == targets[:, None]),
-    )
-
-
-def test_tuning_finds_what_was_planted():
-    """Far from temperature 1, and although some tokens found nothing."""
-    lm, scores, hits = planted(3000, lmbda=0.4, temperature=300.0)
-    scores[::13] = -torch.inf
-    tuned = tune(lm, scores, hits & ~scores.isneginf())
-    assert abs(tuned.lmbda - 0.4) < 0.1
-    assert 190 < tuned.temperature < 480
-    steps = np.abs(np.log2(tuned.temperatures / tuned.temperature))
-    assert np.isclose(steps, 0.25).sum() == 2  # both neighbours were tried
-    assert tuned.loss == tuned.losses.min()
-    assert tuned.losses.shape == (len(tuned.temperatures), len(tuned.lmbdas))
-    assert np.isin([tuned.lmbda], tuned.lmbdas)
-
-
-def test_tuning_table_equals_direct_computation():
-    """Missing neighbours and tokens that found nothing included; more tokens than a part."""
-    lm, scores, hits = planted(4100, lmbda=0.3, temperature=1.0, k=3)
-    scores[::7, 1] = -torch.inf
-    scores[::11] = -torch.inf
-    hits &= ~scores.isneginf()
-    tuned = tune(lm, scores, hits)
-    wide = scores.double().numpy()
-    for i in (0, len(tuned.temperatures) // 2, len(tuned.temperatures) - 1):
-        weights = np.exp(wide / tuned.temperatures[i])
-        total = weights.sum(1)
-        p_knn = np.divide((weights * hits.numpy()).sum(1), total, where=total > 0, out=total * 0)
-        p_lm = np.exp(lm.double().numpy())
-        for j in (0, 1, 40, 99):
-            expected = -np.log(tuned.lmbdas[j] * p_knn + (1 - tuned.lmbdas[j]) * p_lm).mean()
-            assert tuned.losses[i, j] == pytest.approx(expected, rel=1e-5)
-
-
-def test_ranks_tune_as_one():
-    """Three ranks, the last with no token at all."""
-    lm, scores, hits = planted(600, lmbda=0.4, temperature=2.0)
-    parts = [slice(0, 450), slice(450, 600), slice(600, 600)]
-    barrier, tensors = threading.Barrier(3, timeout=30), {}
-
-    def run(rank):
-        def sum_over_ranks(tensor):
-            tensors[rank] = tensor
-            barrier.wait()
-            total = tensors[0] + tensors[1] + tensors[2]
-            barrier.wait()
-            return total
-
-        part = parts[rank]
-        return tune(lm[part], scores[part], hits[part], sum_over_ranks)
-
-    with ThreadPoolExecutor(3) as pool:
-        ranks = list(pool.map(run, range(3)))
-    alone = tune(lm, scores, hits)
-    for tuned in ranks:
-        assert (tuned.lmbda, tuned.temperature) == (alone.lmbda, alone.temperature)
-        np.testing.assert_array_equal(tuned.temperatures, alone.temperatures)
-        np.testing.assert_allclose(tuned.losses, alone.losses, rtol=1e-6)

@@ -1,0 +1,74 @@
+"""`Mixture`: adds up what a model's distribution mixed with the kNN distribution says of tokens."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+
+from callbacks.token_scores import ScoreTable
+from models.metrics import TokenLoss
+from retrieval.knn import interpolate, knn_log_prob
+from retrieval.retriever import Metric
+
+
+class Mixture:
+    """The loss of the mixture, and means over tokens of what was retrieved.
+
+    Args:
+        lmbda: weight of p_kNN.
+        temperature: divides the scores.
+        similarity: what the scores are made of.
+        keep_scores: keep the per-token log-probabilities, in `table`.
+    """
+
+    def __init__(
+        self, lmbda: float, temperature: float, similarity: Metric, keep_scores: bool = False
+    ) -> None:
+        self.lmbda = lmbda
+        self.temperature = temperature
+        self.similarity = similarity
+        self.table = ScoreTable() if keep_scores else None
+        self.loss = TokenLoss()
+        self.means = MetricCollection(
+            {
+                "nearest_distance": MeanMetric(),
+                "kth_distance": MeanMetric(),
+                "target_among_neighbors": MeanMetric(),
+            },
+            compute_groups=False,
+        )
+
+    def add(self, positions: Tensor, lm_log_prob: Tensor, scores: Tensor, hits: Tensor) -> None:
+        """Adds tokens.
+
+        Args:
+            positions: int64 `[n]`, of the tokens in the split.
+            lm_log_prob: fp32 `[n]`, the model's own.
+            scores: fp32 `[n, k]`, -inf where missing.
+            hits: bool `[n, k]`, whether the neighbour is there and its value is the target.
+        """
+        knn = knn_log_prob(scores, hits, self.temperature)
+        mixed = interpolate(lm_log_prob, knn, self.lmbda)
+        self.loss.update(mixed)
+        self.means["target_among_neighbors"].update(hits.any(dim=1).float())
+        missing = scores.isneginf()
+        nearest = scores.amax(dim=1)
+        farthest = scores.masked_fill(missing, torch.inf).amin(dim=1)
+        some = ~nearest.isneginf()  # of a token without neighbours there is no distance
+        sign = -1 if self.similarity == "l2" else 1
+        self.means["nearest_distance"].update(sign * nearest[some])
+        self.means["kth_distance"].update(sign * farthest[some])
+        if self.table is not None:
+            self.table.add(
+                position=np.asarray(positions), knn_log_prob=knn.numpy(), log_prob=mixed.numpy()
+            )
+
+    def to(self, device: torch.device) -> None:
+        """Where ranks add up their parts."""
+        self.loss.to(device)
+        self.means.to(device)
+
+    def statistics(self) -> dict[str, float]:
+        """Means over all tokens and ranks: distances of the nearest and the k-th neighbour, share
+        of tokens whose target is among the neighbours."""
+        return {name: mean.item() for name, mean in self.means.compute().items()}
