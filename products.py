@@ -25,7 +25,7 @@ from models.language_model import LanguageModel
 from retrieval.codec import IMPORTED, Codes, build_codes, check_codec, has_codes, open_codes
 from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.foreign import import_datastore, is_raw
-from retrieval.index import is_path, make_index
+from retrieval.index import NOT_BUILT, is_path, make_index
 from retrieval.manifest import refuse_mismatch
 from retrieval.neighbors import NeighborTable, open_imported
 from retrieval.progress import progress_bars
@@ -193,7 +193,7 @@ class Products:
 
     def check_index(self) -> None:
         """Refuses a factory string that faiss does not know."""
-        if self.knn.index not in ("auto", "flat") and not is_path(self.knn.index):
+        if self.knn.index not in ("auto", *NOT_BUILT) and not is_path(self.knn.index):
             make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
 
 

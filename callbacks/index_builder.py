@@ -6,7 +6,7 @@ from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from retrieval.datastore import Datastore
-from retrieval.index import IndexBuilding, is_path, resolve
+from retrieval.index import NOT_BUILT, IndexBuilding, is_path, resolve
 from retrieval.progress import progress_bars
 from retrieval.retriever import Metric
 
@@ -16,7 +16,7 @@ class IndexBuilder(Callback):
 
     Args:
         datastore: directory of the datastore, complete by the time the index is built.
-        index: `auto`, `flat` (nothing to build) or a faiss factory string.
+        index: `auto`, `flat` or `torch` (nothing to build) or a faiss factory string.
         metric: how keys are compared.
         seed: of the training sample.
     """
@@ -38,7 +38,7 @@ class IndexBuilder(Callback):
         others wait for it."""
         datastore = Datastore.open(self.datastore)
         factory = resolve(datastore, self.index)
-        if factory == "flat" or is_path(factory):
+        if factory in NOT_BUILT or is_path(factory):
             return
         building = IndexBuilding(datastore, factory, self.metric, self.seed)
         with FileLock(f"{building.path}.lock"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import torch
 
 from errors import InputError
 from retrieval.datastore import Datastore
@@ -29,8 +30,11 @@ from retrieval.retriever import (
     faiss_reason,
     normalized,
 )
+from retrieval.torch_retriever import TorchRetriever
 
 KIND, VERSION = "index", 1
+NOT_BUILT = ("flat", "torch")
+"""What reads the keys themselves."""
 POINTS_PER_CENTROID = 64
 SAMPLE_AT_LEAST = 65536
 """Training vectors beyond what the centroids need, for the quantiser's sake."""
@@ -113,11 +117,19 @@ class FaissRetriever:
         return self.lists.search(queries, k)
 
 
-def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int) -> Retriever:
+def open_retriever(
+    datastore: Datastore,
+    index: str,
+    metric: Metric,
+    nprobe: int,
+    device: str | torch.device = "cpu",
+) -> Retriever:
     """Opens what `--knn.index` names.
 
     Args:
-        index: `flat`, `auto`, a factory string that was built before, or the path of an index.
+        index: `flat`, `torch`, `auto`, a factory string that was built before, or the path of an
+            index.
+        device: where `torch` computes.
 
     Raises:
         InputError: no such index, or one of another datastore, metric or dimension.
@@ -125,6 +137,8 @@ def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int
     factory = resolve(datastore, index)
     if factory == "flat":
         return FlatRetriever(datastore, metric)
+    if factory == "torch":
+        return TorchRetriever(datastore, metric, device)
     path = Path(index) if is_path(index) else index_path(datastore, factory, metric)
     if not path.is_file():
         raise InputError(f"{path}: no such index; --build_index or --knnlm makes it")
@@ -154,9 +168,9 @@ def open_retriever(datastore: Datastore, index: str, metric: Metric, nprobe: int
 
 
 def is_path(index: str) -> bool:
-    """Whether `--knn.index` names a file and not a factory string; files called `auto` or `flat`
-    need a folder before their name."""
-    if index in ("auto", "flat"):
+    """Whether `--knn.index` names a file and not a factory string; files called `auto`, `flat`
+    or `torch` need a folder before their name."""
+    if index in ("auto", *NOT_BUILT):
         return False
     return index.endswith((".faiss", ".index")) or os.sep in index or Path(index).is_file()
 
@@ -191,8 +205,8 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
         index = faiss.index_factory(dim, factory, FAISS_METRICS[metric])
     except RuntimeError as error:
         raise InputError(
-            f"--knn.index is {factory!r}; expected flat, auto, the path of an index or a faiss "
-            f"factory string that suits dimension {dim} ({faiss_reason(error)})"
+            f"--knn.index is {factory!r}; expected flat, auto, torch, the path of an index or a "
+            f"faiss factory string that suits dimension {dim} ({faiss_reason(error)})"
         ) from None
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise InputError(f"--knn.index is {factory!r}; expected a type that counts keys itself")
