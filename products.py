@@ -23,13 +23,15 @@ from models.features import CodeDecoder
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
 from retrieval.codec import IMPORTED, Codes, build_codes, check_codec, has_codes, open_codes
-from retrieval.datastore import Datastore, DatastoreBuilder
+from retrieval.datastore import Datastore
 from retrieval.foreign import import_datastore, is_raw
 from retrieval.index import NOT_BUILT, is_path, make_index
 from retrieval.manifest import refuse_mismatch
 from retrieval.neighbors import NeighborTable, open_imported
 from retrieval.progress import progress_bars
 from retrieval.settings import KNNSettings, NeighborSettings
+from retrieval.sharded_builder import new_datastore
+from retrieval.shards import shard_name
 
 
 class Products:
@@ -63,6 +65,13 @@ class Products:
         self.seconds: dict[str, float] = {}
 
     def datastore_path(self, split: str) -> Path:
+        """Where the datastore is; with `--knn.shard`, the shard."""
+        whole = self.whole_path(split)
+        if self.knn.shard is None:
+            return whole
+        return whole / shard_name(self.knn.shard, self.knn.shards)
+
+    def whole_path(self, split: str) -> Path:
         """`--knn.datastore`, else <split>[-<key type>] under the root."""
         if self.knn.datastore is not None:
             return Path(self.knn.datastore)
@@ -110,9 +119,9 @@ class Products:
         if not Datastore.is_complete(path):
             return None
         datastore = Datastore.open(path)
-        if "raw" in datastore.manifest:
-            return self.check_raw(datastore)
         made_from = datastore.manifest["made_from"]
+        if "model" not in made_from:  # the original program's, or a copy of it
+            return self.check_raw(datastore)
         expected = self.expected_of_datastore()
         if self.knn.datastore is None:
             expected |= {"corpus": self.data.fingerprint(split)}
@@ -153,29 +162,38 @@ class Products:
                 f"{self.datastore_path(split)}: no such datastore, and it cannot be made any more: "
                 "the LM that made the others was changed by training"
             )
+        if self.knn.shard is not None and self.cli.config.trainer.num_nodes > 1:
+            raise InputError(
+                f"--knn.shard {self.knn.shard} is made by the processes of one host, but "
+                f"--trainer.num_nodes is {self.cli.config.trainer.num_nodes}; expected 1"
+            )
         rows = self.data.rows(split, self.data.context_window)
         n_tokens = len(self.data.stream(split).tokens)
         masked = (rows.behind_less_context(self.knn.min_context), rows.dropped(n_tokens))
-        builder = DatastoreBuilder(
-            self.datastore_path(split),
+        builder = new_datastore(
+            self.whole_path(split),
             rows=n_tokens,
             dim=self.model.key_width(self.knn.key_type),
             dtype=self.knn.dtype,
             vocab_size=self.data.vocab_size,
             made_from=self.made_from(split),
             masked=np.sort(np.concatenate(masked)),
+            shards=self.knn.shards,
+            kind=self.knn.placement,
+            only=self.knn.shard,
         )
         before = builder.n_written
         if before > len(builder.masked):
-            print(f"{builder.path}: {before} of {len(builder.written)} rows are written; going on")
+            print(f"{builder.path}: {before} of {builder.n_rows} rows are written; going on")
         self.model.key_type = self.knn.key_type
-        loader = self.data.evaluation_dataloader(split, skip=builder.is_written)
+        wanted = None if self.knn.shard is None else builder.is_wanted()
+        loader = self.data.evaluation_dataloader(split, builder.is_written, wanted)
         writer, throughput = DatastoreWriter(builder), Throughput()
         trainer = self.cli.make_trainer([writer, throughput, *after], self.cli.run_dir / "evaluate")
         trainer.predict(self.model, loader, return_predictions=False)
         stage = "datastore" if split == "train" else f"datastore_{split}"
         self.seconds[stage] = throughput.seconds
-        return Datastore.open(builder.path)
+        return Datastore.open(self.datastore_path(split))
 
     def ensure_datastore_and_index(self, split: str) -> Datastore:
         """Makes what is missing of a datastore and its index."""

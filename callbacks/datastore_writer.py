@@ -9,6 +9,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from callbacks.background import Background
 from retrieval.datastore import DatastoreBuilder
+from retrieval.sharded_builder import ShardedBuilder
 
 
 class DatastoreWriter(BasePredictionWriter):
@@ -21,7 +22,9 @@ class DatastoreWriter(BasePredictionWriter):
         sync_seconds: how often what was written is brought to disk and marked as done.
     """
 
-    def __init__(self, builder: DatastoreBuilder, sync_seconds: float = 10.0) -> None:
+    def __init__(
+        self, builder: DatastoreBuilder | ShardedBuilder, sync_seconds: float = 10.0
+    ) -> None:
         super().__init__(write_interval="batch")
         self.builder = builder
         self.sync_seconds = sync_seconds
@@ -30,7 +33,7 @@ class DatastoreWriter(BasePredictionWriter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Publishes a store that only lacks its mark: without batches Lightning runs no loop."""
-        if trainer.is_global_zero and self.builder.n_written == len(self.builder.written):
+        if trainer.is_global_zero and self.builder.n_written == self.builder.n_rows:
             self.builder.finish()
         trainer.strategy.barrier()
 

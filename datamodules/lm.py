@@ -379,14 +379,23 @@ class LMDataModule(pl.LightningDataModule):
         )
 
     def evaluation_dataloader(
-        self, split: str, skip: Callable[[np.ndarray], bool] | None = None
+        self,
+        split: str,
+        skip: Callable[[np.ndarray], bool] | None = None,
+        wanted: np.ndarray | None = None,
     ) -> DataLoader:
         """Every token of `split` once, in rows with left context.
 
         Args:
             skip: called with the int64 offsets that a batch scores; True leaves the batch out.
+            wanted: bool `[tokens]`, batches are then of rows that score any of these.
         """
         rows = self.rows(split, self.context_window)
+        if wanted is not None:
+            wanted = wanted if rows.kept is None else wanted[rows.kept]
+            which = np.logical_or.reduceat(wanted, rows.starts)
+            ranges = (rows.context_starts, rows.starts, rows.ends)
+            rows = Rows(*(offsets[which] for offsets in ranges), rows.kept)
         dataset = RowDataset(self.stream(split), rows, self.memories.get(split))
         sampler = DealtBatches(dataset.rows.lengths, self.max_tokens)
         if skip is not None:

@@ -3,18 +3,21 @@ of a text (Khandelwal et al., ICLR 2020, section 2).
 
 A directory with `keys.npy` [N, d] float16 or float32, `values.npy` [N] unsigned, and
 `manifest.json`. Row i belongs to token i of the split. Rows in `masked.npy` hold no key and are
-never found.
+never found. `checksums.npy` uint32 [chunks, 2] is of chunks of the keys and of the values.
+
+Or a directory whose manifest names shards, each an ordinary datastore of its own that also says
+which rows of the whole it holds (see `retrieval.shards`).
 """
 
-import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -23,13 +26,24 @@ from numpy.lib.format import open_memmap
 
 from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import open_array, open_raw, take_room
+from retrieval.checksums import ALGORITHM, checksum, checksums, rows_of_chunk
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+from retrieval.shards import Placement, ShardedArray
 
 KIND, VERSION = "datastore", 1
+SHARDED_VERSION = 2
+"""Of a manifest that names shards."""
 FIELDS = ("complete", "rows", "dim", "dtype", "value_dtype", "masked", "made_from")
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 BLOCK_BYTES = 64 << 20
 """How much of the keys is read at once, as fp32."""
+
+
+class Part(NamedTuple):
+    """Which part of a whole a shard is."""
+
+    placement: Placement
+    number: int
 
 
 @dataclass(frozen=True)
@@ -42,29 +56,36 @@ class Datastore:
         keys: `[N, d]`.
         values: `[N]`.
         masked: int64, the ascending numbers of the rows without a key.
+        part: of a shard that was opened as part of a whole. `rows_of`, `sample` and `read` then go
+            by rows of the whole; what else counts rows, the arrays too, goes by the shard's own.
     """
 
     path: Path
     manifest: dict[str, Any]
-    keys: np.ndarray
-    values: np.ndarray
+    keys: np.ndarray | ShardedArray
+    values: np.ndarray | ShardedArray
     masked: np.ndarray
+    part: Part | None = None
 
     @classmethod
-    def open(cls, path: Path | str) -> "Datastore":
+    def open(cls, path: Path | str, shard: int | None = None) -> "Datastore":
         """Opens a complete datastore.
+
+        Args:
+            path: its directory.
+            shard: open this shard alone, as part of the whole; the others need not be there.
 
         Raises:
             InputError: missing, unfinished, or its files are not what its manifest says.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise InputError(f"{path}: no such datastore; --save_datastore or --knnlm makes it")
-        manifest = read_manifest(path / "manifest.json", KIND, VERSION, FIELDS)
-        if manifest["dtype"] not in DTYPES:
-            raise InputError(f"{path}: has keys of type {manifest['dtype']}; expected fp16 or fp32")
-        if not manifest["complete"]:
+        manifest = read_datastore_manifest(path)
+        if shard is not None:
+            return cls._open_shard(path, manifest, shard)
+        if not cls.is_complete(path):
             raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
+        if "shards" in manifest:
+            return cls._open_sharded(path, manifest)
         rows, dim = manifest["rows"], manifest["dim"]
         dtype, value_dtype = DTYPES[manifest["dtype"]], np.dtype(manifest["value_dtype"])
         if "raw" in manifest:
@@ -78,15 +99,58 @@ class Datastore:
             masked = open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
         return cls(path, manifest, keys, values, masked)
 
+    @classmethod
+    def _open_sharded(cls, path: Path, manifest: dict[str, Any]) -> "Datastore":
+        numbers = range(len(manifest["shards"]))
+        shards = [cls._open_shard(path, manifest, number) for number in numbers]
+        placement = shards[0].part.placement
+        keys, values = (
+            ShardedArray([getattr(shard, name) for shard in shards], placement)
+            for name in ("keys", "values")
+        )
+        masked = [placement.rows_of(number, shards[number].masked) for number in numbers]
+        return cls(path, manifest, keys, values, np.sort(np.concatenate(masked)))
+
+    @classmethod
+    def _open_shard(cls, path: Path, manifest: dict[str, Any], number: int) -> "Datastore":
+        places = shard_paths(path, manifest)
+        if not 0 <= number < len(places):
+            raise InputError(f"{path}: has {len(places)} shards, but not the number {number}")
+        if not places[number].is_dir():
+            raise InputError(
+                f"{path}: its shard {number} of {len(places)} is missing at {places[number]}; "
+                "bring it there, or tell where it is: python -m retrieval.datastore assemble"
+            )
+        opened = cls.open(places[number])
+        placement = placement_of(manifest)
+        check_shard(opened.path, opened.manifest, manifest, placement.described(number))
+        fields = (opened.path, opened.manifest, opened.keys, opened.values, opened.masked)
+        return cls(*fields, Part(placement, number))
+
+    def shard(self, number: int) -> "Datastore":
+        """One of the shards alone, as part of the whole, see `part`."""
+        return self.open(self.path, number)
+
+    @property
+    def n_shards(self) -> int:
+        """How many directories its rows lie in."""
+        return max(len(shard_paths(self.path, self.manifest)), 1)
+
     @staticmethod
     def is_complete(path: Path) -> bool:
-        """Whether a finished datastore lies there.
+        """Whether a finished datastore lies there, of shards: with all of them.
+
+        Where all were complete before, that one is missing now is found when it is opened.
 
         Raises:
             InputError: there is a manifest, but not a datastore's.
         """
-        manifest = path / "manifest.json"
-        return manifest.exists() and read_manifest(manifest, KIND, VERSION, FIELDS)["complete"]
+        if not (path / "manifest.json").exists():
+            return False
+        manifest = read_manifest(path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+        if manifest["complete"] or "shards" not in manifest:
+            return manifest["complete"]
+        return all(map(Datastore.is_complete, shard_paths(path, manifest)))
 
     def __len__(self) -> int:
         """Rows, the masked ones included."""
@@ -105,22 +169,34 @@ class Datastore:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies what the datastore was made from, and so its content."""
-        fields = ("rows", "dim", "dtype", "masked", "made_from")
-        parts = repr([self.manifest[field] for field in fields])
-        return blake2b(parts.encode(), digest_size=8).hexdigest()
+        return fingerprint_of(self.manifest)
 
     def rows_of(self, key_numbers: np.ndarray) -> np.ndarray:
         """From the number of a key, counted without masked rows, to its row; -1 stays."""
-        if len(self.masked) == 0:
-            return key_numbers
-        before = np.searchsorted(
-            self.masked - np.arange(len(self.masked)), key_numbers, side="right"
-        )
-        return np.where(key_numbers < 0, -1, key_numbers + before)
+        rows = key_numbers
+        if len(self.masked):
+            before = np.searchsorted(
+                self.masked - np.arange(len(self.masked)), key_numbers, side="right"
+            )
+            rows = np.where(key_numbers < 0, -1, key_numbers + before)
+        return rows if self.part is None else self.part.placement.rows_of(self.part.number, rows)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Keys of ascending row numbers, fp32 `[len(rows), d]`."""
-        return self.keys[rows].astype(np.float32)
+        return self.keys[self.places_of(rows)].astype(np.float32)
+
+    def places_of(self, rows: np.ndarray) -> np.ndarray:
+        """From rows, those of the whole where this is part of one, to places in the arrays.
+
+        Raises:
+            ValueError: a row is another shard's.
+        """
+        if self.part is None:
+            return rows
+        numbers, places = self.part.placement.locate(rows)
+        if (numbers != self.part.number).any():
+            raise ValueError(f"rows of other shards than {self.part.number}: {self.path}")
+        return places
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """A random sample, read in file order.
@@ -147,12 +223,100 @@ class Datastore:
                 yield self.read(self.rows_of(np.arange(first, last)))
 
 
+def read_datastore_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a datastore in any state.
+
+    Raises:
+        InputError: there is none, or of keys of an unknown type.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such datastore; --save_datastore or --knnlm makes it")
+    manifest = read_manifest(path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+    if manifest["dtype"] not in DTYPES:
+        raise InputError(f"{path}: has keys of type {manifest['dtype']}; expected fp16 or fp32")
+    return manifest
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """See `Datastore.fingerprint`: the same however rows are dealt into shards."""
+    fields = ["rows", "dim", "dtype", "masked", "made_from"]
+    if "shard" in manifest:
+        fields.append("shard")
+    parts = repr([manifest[field] for field in fields])
+    return blake2b(parts.encode(), digest_size=8).hexdigest()
+
+
+def shard_paths(path: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Where the shards of the datastore in directory `path` lie; none where it has none."""
+    return [path / shard["path"] for shard in manifest.get("shards", ())]
+
+
+def placement_of(manifest: Mapping[str, Any]) -> Placement:
+    """How the rows of a sharded datastore are dealt."""
+    return Placement(manifest["rows"], len(manifest["shards"]), manifest["block_rows"])
+
+
+def check_shard(
+    path: Path, shard: Mapping[str, Any], whole: Mapping[str, Any], place: Mapping[str, Any]
+) -> None:
+    """Refuses a shard of another datastore, or of another place in it.
+
+    Args:
+        path: of the shard.
+        shard: its manifest.
+        whole: manifest of the datastore.
+        place: see `Placement.described`.
+    """
+    refuse_mismatch(path, shard["made_from"], whole["made_from"])
+    fields = {name: whole[name] for name in ("made_from", "dim", "dtype", "value_dtype")}
+    refuse_mismatch(path, shard, {**fields, "shard": dict(place)})
+
+
+def files_while_written(
+    fields: Mapping[str, Any],
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of each large file of a datastore that is written, by its manifest."""
+    rows, dim = fields["rows"], fields["dim"]
+    return {
+        "keys.npy": (DTYPES[fields["dtype"]], (rows, dim)),
+        "values.npy": (np.dtype(fields["value_dtype"]), (rows,)),
+        "written.npy": (np.dtype(bool), (rows,)),
+    }
+
+
+def bytes_of(files: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> int:
+    """What files of some types and shapes take, and a page for their headers."""
+    return 4096 + sum(dtype.itemsize * math.prod(shape) for dtype, shape in files.values())
+
+
+def check_room(needed: Mapping[Path, int]) -> None:
+    """Refuses directories whose disks have no room for so many bytes in each.
+
+    Raises:
+        InputError: naming the first on such a disk.
+    """
+    devices = {path: path.stat().st_dev for path in needed}
+    total: Counter[int] = Counter()
+    for path, size in needed.items():
+        total[devices[path]] += size
+    for path, device in devices.items():
+        free = shutil.disk_usage(path).free
+        if total[device] > free:
+            count = list(devices.values()).count(device)
+            what = "the datastore needs" if count == 1 else f"{count} shards on its disk need"
+            raise InputError(
+                f"{path}: {what} {total[device] / 1e9:.1f} GB but the disk has {free / 1e9:.1f} GB "
+                "free; --knn.dtype fp16 halves it, --knn.datastore moves it"
+            )
+
+
 class DatastoreBuilder:
     """Writes a datastore, any rows in any order, by any number of processes, and goes on where a
     killed run stopped.
 
     Which rows are written is kept in `written.npy` until the datastore is complete; a row is
-    marked only after its key has reached the disk.
+    marked only after its key has reached the disk, and from then on it does not change. Of a chunk
+    of rows that are all marked the checksums are taken, while it is in memory.
 
     Args:
         path: the directory.
@@ -162,6 +326,7 @@ class DatastoreBuilder:
         vocab_size: values are below it.
         made_from: JSON-able settings that determine the content.
         masked: ascending numbers of the rows that get no key.
+        shard: its place in a whole, see `Placement.described`; None where it is one.
 
     Raises:
         InputError: the directory holds something else, or the disk has no room.
@@ -176,6 +341,7 @@ class DatastoreBuilder:
         vocab_size: int,
         made_from: dict[str, Any],
         masked: np.ndarray,
+        shard: dict[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.masked = masked
@@ -188,21 +354,27 @@ class DatastoreBuilder:
             "masked": len(masked),
             "made_from": made_from,
         }
+        if shard is not None:
+            self.fields["shard"] = shard
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / ".lock"):
             if (self.path / "manifest.json").exists():
                 self._check_existing()
             else:
                 self._create()
-        arrays = self._arrays()
-        self.keys, self.values, self.written = (
+            if not (self.path / "checksums.npy").exists():
+                np.save(self.path / "checksums.npy", np.zeros(self._shape_of_sums, np.uint32))
+        arrays = files_while_written(self.fields)
+        arrays["checksums.npy"] = (np.dtype(np.uint32), self._shape_of_sums)
+        self.keys, self.values, self.written, self.sums = (
             open_array(self.path / name, shape, kind, mode="r+")
             for name, (kind, shape) in arrays.items()
         )
         self.unmarked: list[np.ndarray] = []
 
     def _check_existing(self) -> None:
-        manifest = read_manifest(self.path / "manifest.json", KIND, VERSION, FIELDS)
+        manifest = read_manifest(self.path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+        refuse_mismatch(self.path, {"shards": len(manifest.get("shards", [1]))}, {"shards": 1})
         if manifest["complete"]:
             raise InputError(f"{self.path}: already holds a complete datastore; expected none")
         refuse_mismatch(self.path, manifest["made_from"], self.fields["made_from"])
@@ -214,24 +386,18 @@ class DatastoreBuilder:
                 f"{self.path / 'masked.npy'}: masks other rows than this command would"
             )
 
-    def _arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Type and shape of each file while the store is written."""
-        rows, dim = self.fields["rows"], self.fields["dim"]
-        return {
-            "keys.npy": (DTYPES[self.fields["dtype"]], (rows, dim)),
-            "values.npy": (np.dtype(self.fields["value_dtype"]), (rows,)),
-            "written.npy": (np.dtype(bool), (rows,)),
-        }
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that have one checksum."""
+        return rows_of_chunk(self.fields["dim"] * DTYPES[self.fields["dtype"]].itemsize)
+
+    @property
+    def _shape_of_sums(self) -> tuple[int, int]:
+        return -(-self.fields["rows"] // self.chunk_rows), 2
 
     def _create(self) -> None:
-        arrays = self._arrays()
-        needed = 4096 + sum(kind.itemsize * math.prod(shape) for kind, shape in arrays.values())
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
-            raise InputError(
-                f"{self.path}: the datastore needs {needed / 1e9:.1f} GB but the disk has "
-                f"{free / 1e9:.1f} GB free; --knn.dtype fp16 halves it, --knn.datastore moves it"
-            )
+        arrays = files_while_written(self.fields)
+        check_room({self.path: bytes_of(arrays)})
         for name, (kind, shape) in arrays.items():
             open_memmap(self.path / name, mode="w+", dtype=kind, shape=shape).flush()
             take_room(self.path / name)
@@ -244,7 +410,14 @@ class DatastoreBuilder:
 
     def _write_manifest(self, complete: bool) -> None:
         fields = {**self.fields, "complete": complete}
+        if complete:
+            fields["checksums"] = describe_checksums(self.chunk_rows, self.masked)
         write_manifest(self.path / "manifest.json", KIND, VERSION, fields)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows to write, masked ones included."""
+        return len(self.written)
 
     @property
     def n_written(self) -> int:
@@ -256,7 +429,8 @@ class DatastoreBuilder:
         return bool(self.written[rows].all())
 
     def write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
-        """Stores keys `[n, d]` and values `[n]` at rows int64 `[n]`, masked rows left out.
+        """Stores keys `[n, d]` and values `[n]` at rows int64 `[n]`, those left out that are masked
+        or written already.
 
         Raises:
             InputError: a key is not finite in the datastore's type.
@@ -264,10 +438,8 @@ class DatastoreBuilder:
         """
         if len(values) and not 0 <= values.min() <= values.max() < self.fields["vocab_size"]:
             raise ValueError(f"values from {values.min()} to {values.max()} in {self.path}")
-        if len(self.masked):
-            at = np.searchsorted(self.masked, rows)
-            free = self.masked[np.minimum(at, len(self.masked) - 1)] != rows
-            rows, keys, values = rows[free], keys[free], values[free]
+        missing = ~self.written[rows]
+        rows, keys, values = rows[missing], keys[missing], values[missing]
         with np.errstate(over="ignore"):
             keys = keys.astype(self.keys.dtype)
         if not np.isfinite(keys).all():
@@ -285,58 +457,50 @@ class DatastoreBuilder:
             return
         self.keys.flush()
         self.values.flush()
-        self.written[np.concatenate(self.unmarked)] = True
+        rows = np.concatenate(self.unmarked)
+        self.written[rows] = True
         self.written.flush()
         self.unmarked.clear()
+        for chunk in np.unique(rows // self.chunk_rows).tolist():
+            part = slice(chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows)
+            if self.written[part].all():
+                self.sums[chunk] = checksum(self.keys[part]), checksum(self.values[part])
 
     def finish(self) -> Datastore:
         """Marks the datastore complete, once, after every process has called `sync`."""
         missing = len(self.written) - self.n_written
         if missing:
             raise RuntimeError(f"{self.path}: {missing} rows were never written")
+        lacking = np.flatnonzero((self.sums == 0).any(axis=1)).tolist()
+        for chunk, sums in checksums((self.keys, self.values), self.chunk_rows, lacking):
+            self.sums[chunk] = sums
+        self.sums.flush()
         self._write_manifest(complete=True)
         (self.path / "written.npy").unlink(missing_ok=True)
         return Datastore.open(self.path)
 
 
+def describe_checksums(chunk_rows: int, masked: np.ndarray) -> dict[str, Any]:
+    """What a manifest says of checksums, that of the masked rows included."""
+    return {"algorithm": ALGORITHM, "rows": chunk_rows, "masked": checksum(masked.astype(np.int64))}
+
+
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
-    """Looks at datastores, and takes over those of the original programs.
+    """Looks at datastores, verifies, merges and splits them, and takes over those of the original
+    programs.
 
+    python -m retrieval.datastore list --path datastores
     python -m retrieval.datastore show --path datastores/text/train
+    python -m retrieval.datastore verify --path datastores/text/train
+    python -m retrieval.datastore split --source datastores/text/train --output DIR --shards 4
+    python -m retrieval.datastore merge --source DIR --output DIR
+    python -m retrieval.datastore assemble --shards '[DIR, DIR]' --output DIR
     python -m retrieval.datastore import --source PREFIX --output DIR --size N --dim D
     """
-    from retrieval.foreign import import_datastore
+    from retrieval import maintenance
 
-    def show(path: Path) -> None:
-        """Prints what a datastore is and what it was made from."""
-        datastore = Datastore.open(path)
-        print(json.dumps({**datastore.manifest, "fingerprint": datastore.fingerprint}, indent=1))
-
-    def take_over(
-        source: Path,
-        output: Path,
-        size: int | None = None,
-        dim: int | None = None,
-        dtype: Literal["fp16", "fp32"] | None = None,
-        vocab_size: int | None = None,
-    ) -> None:
-        """Makes a datastore of the original's raw maps, in place.
-
-        Args:
-            source: prefix of _keys.npy and _vals.npy, or a directory with an info.json.
-            output: directory for the manifest.
-            size: number of rows, where there is no info.json.
-            dim: width of the keys, where there is no info.json.
-            dtype: of the keys; told from the file's size by default.
-            vocab_size: of the dictionary, to check the values against.
-        """
-        datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
-        print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
-        if len(datastore.masked):
-            print(f"{len(datastore.masked)} rows of zeros at its end are masked")
-
-    auto_cli({"show": show, "import": take_over}, args=args, as_positional=False)
+    auto_cli(maintenance.COMMANDS, args=args, as_positional=False)
 
 
 if __name__ == "__main__":

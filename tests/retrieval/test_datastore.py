@@ -1,13 +1,16 @@
 """The datastore on disk: complete, resumable, checked."""
 
 import json
+import os
 import shutil
+import zlib
 
 import numpy as np
 import pytest
 
 from errors import InputError
 from retrieval.datastore import Datastore, DatastoreBuilder, main
+from retrieval.maintenance import verify_datastore
 
 KEYS = np.random.default_rng(1).normal(size=(300, 8)).astype(np.float32)
 VALUES = np.random.default_rng(2).integers(0, 50, 300)
@@ -302,3 +305,85 @@ def test_room_is_taken_at_once(tmp_path, new_builder):
     new_builder(tmp_path / "s", rows=20_000)
     status = (tmp_path / "s" / "keys.npy").stat()
     assert status.st_blocks * 512 >= status.st_size
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 32 of the rows above."""
+    monkeypatch.setattr("retrieval.checksums.CHUNK_BYTES", 32 * 8 * 4)
+
+
+def sums_of(path):
+    keys, values = np.load(path / "keys.npy"), np.load(path / "values.npy")
+    blocks = [slice(first, first + 32) for first in range(0, 300, 32)]
+    return [[zlib.crc32(array[b].tobytes()) for array in (keys, values)] for b in blocks]
+
+
+def test_checksums_are_taken_while_rows_are_written(tmp_path, new_builder, small_chunks):
+    """Of each chunk once its last row is marked, whoever marked the others; of masked chunks at the
+    end; in one written before there were checksums, at the end too."""
+    masked = np.arange(64, 100)
+    order = np.random.default_rng(4).permutation(300)
+    first = new_builder(tmp_path / "s", masked=masked)
+    (tmp_path / "s" / "checksums.npy").unlink()
+    first.write(order[:200], KEYS[order[:200]], VALUES[order[:200]])
+    first.sync()
+    ranks = [new_builder(tmp_path / "s", masked=masked) for _ in range(2)]
+    for rank, rows in zip(ranks, np.split(order[200:], 2), strict=True):
+        rank.write(rows, KEYS[rows], VALUES[rows])
+        rank.sync()
+    sums = np.load(tmp_path / "s" / "checksums.npy")
+    done = [chunk for chunk in range(10) if chunk != 2]
+    assert sums[done].tolist() == [sums_of(tmp_path / "s")[chunk] for chunk in done]
+    assert not sums[2].any()
+    store = ranks[0].finish()
+    assert np.load(tmp_path / "s" / "checksums.npy").tolist() == sums_of(tmp_path / "s")
+    assert store.manifest["checksums"]["rows"] == 32
+    verify_datastore(store)
+
+
+def test_written_rows_do_not_change(tmp_path, new_builder):
+    """So that their checksum holds: another machine may round in another way."""
+    builder = new_builder(tmp_path / "s")
+    builder.write(np.arange(200), KEYS[:200], VALUES[:200])
+    builder.sync()
+    builder.write(np.arange(300), KEYS + 1, VALUES)
+    np.testing.assert_array_equal(builder.keys[:200], KEYS[:200])
+    np.testing.assert_array_equal(builder.keys[200:], KEYS[200:] + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("keys", 70, "keys.npy: rows 64 to 95 are damaged"),
+        ("keys", 299, "keys.npy: rows 288 to 299 are damaged"),
+        ("values", 31, "values.npy: rows 0 to 31 are damaged"),
+        ("masked", 0, "masked.npy: is damaged"),
+    ],
+)
+def test_verify_names_what_is_damaged(make_store, small_chunks, name, row, said, capsys):
+    store, _, _ = make_store(masked=[5, 6])
+    main(["verify", "--path", str(store.path)])
+    with open(store.path / f"{name}.npy", "r+b") as file:
+        file.seek(128 + row * getattr(store, name).strides[0])
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(SystemExit):
+        main(["verify", "--path", str(store.path)])
+    assert said in capsys.readouterr().err
+
+
+def test_datastores_without_checksums_get_them(make_store, capsys):
+    path = make_store()[0].path
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksums"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    before = (path / "checksums.npy").read_bytes()
+    (path / "checksums.npy").unlink()
+    with pytest.raises(SystemExit):
+        main(["verify", "--path", str(path)])
+    assert "has no checksums" in capsys.readouterr().err
+    main(["verify", "--path", str(path), "--record", "true"])
+    assert (path / "checksums.npy").read_bytes() == before
+    assert json.loads((path / "manifest.json").read_text())["made_from"] == manifest["made_from"]
