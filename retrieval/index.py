@@ -1,7 +1,9 @@
 """faiss indexes over a datastore: choosing, building (resumably) and opening them.
 
 `<name>.faiss` lies beside the keys, with `<name>.faiss.json` as its manifest. While it is built,
-`<name>.faiss.partial` holds the trained index with the keys added so far.
+`<name>.faiss.partial` holds the trained index with the keys added so far. One that is larger than
+`PART_BYTES` is built in parts, and its lists are merged on disk into `<name>.faiss.lists`; so are
+not the fast-scan types, whose lists faiss can only hold in memory.
 """
 
 import math
@@ -17,6 +19,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from faiss.contrib.ondisk import merge_ondisk
 
 from errors import InputError
 from retrieval.datastore import Datastore
@@ -39,6 +42,8 @@ POINTS_PER_CENTROID = 64
 SAMPLE_AT_LEAST = 65536
 """Training vectors beyond what the centroids need, for the quantiser's sake."""
 GPUS = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+PART_BYTES = 1 << 30
+"""What inverted lists may take in memory while they are built."""
 PARTIAL_EVERY = 60.0
 """Seconds of adding after which a partial index is kept (more if keeping it takes long)."""
 
@@ -186,9 +191,15 @@ def read_index(path: Path) -> faiss.Index:
     Raises:
         InputError: not a faiss index.
     """
-    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
     try:
-        return faiss.read_index(str(path), flags)
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        ivf = faiss.try_extract_index_ivf(index)
+        lists = None if ivf is None else faiss.downcast_InvertedLists(ivf.invlists)
+        if isinstance(lists, faiss.OnDiskInvertedLists) and lists.ptr is None:
+            # Lists in a file of their own are mapped without being asked for.
+            moved = 0 if Path(lists.filename).is_file() else faiss.IO_FLAG_ONDISK_SAME_DIR
+            index = faiss.read_index(str(path), faiss.IO_FLAG_READ_ONLY | moved)
+        return index
     except RuntimeError as error:
         raise InputError(
             f"{path}: cannot be read as a faiss index ({faiss_reason(error)})"
@@ -224,6 +235,16 @@ def _stores_halves(index: faiss.Index) -> bool:
     """Whether an index has lists of half-precision vectors, with nothing in front of them."""
     halves = faiss.ScalarQuantizer.QT_fp16
     return isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == halves
+
+
+def _bytes_of_lists(index: faiss.Index) -> int:
+    """What the codes and ids of an index take in memory; 0 if they cannot be merged on disk."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None or GPUS:
+        return 0
+    if not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists):
+        return 0
+    return ivf.ntotal * (ivf.code_size + 8)
 
 
 def on_gpus(index: faiss.Index) -> faiss.Index:
@@ -272,6 +293,9 @@ class IndexBuilding:
         self.path = index_path(datastore, factory, metric)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.seconds = {"train": 0.0, "add": 0.0}
+        self.parts: list[str] = []
+        """Names of the files that hold the first keys, in order."""
+        self.n_in_parts = 0
         self.whole = True
         """False while faiss adds: what an exception leaves then is no index to go on from."""
 
@@ -307,6 +331,8 @@ class IndexBuilding:
         """
         index = self._open_partial()
         if index is None:
+            for left_over in self.path.parent.glob(f"{self.path.name}.part-*"):
+                left_over.unlink()
             index = make_index(self.datastore.dim, self.factory, self.metric)
             ivf = faiss.try_extract_index_ivf(index)  # hidden once the index is on GPUs
             lists = ivf.nlist if ivf is not None else 0
@@ -324,12 +350,16 @@ class IndexBuilding:
             if self.whole:
                 self._keep(index)
             raise
-        self.seconds["add"] = time.perf_counter() - start
+        if self.parts:
+            self._merge(index, report)
         self._write(index, self.path)
+        self.seconds["add"] = time.perf_counter() - start
         fields = {**self.identity, "complete": True, "seconds": self.seconds}
         write_manifest(self.path.with_name(f"{self.path.name}.json"), KIND, VERSION, fields)
         self.partial.unlink(missing_ok=True)
         self._partial_manifest.unlink(missing_ok=True)
+        for part in self.parts:
+            self.path.with_name(part).unlink()
         return self.path
 
     @property
@@ -342,11 +372,15 @@ class IndexBuilding:
         manifest = read_manifest(self._partial_manifest, KIND, VERSION)
         if any(manifest.get(key) != value for key, value in self.identity.items()):
             return None
+        files = [self.path.with_name(part) for part in manifest["parts"]]
         try:
-            return on_gpus(faiss.read_index(str(self.partial)))
-        except RuntimeError as error:
+            index = on_gpus(faiss.read_index(str(self.partial)))
+            self.n_in_parts = sum(read_index(file).ntotal for file in files)
+        except (RuntimeError, InputError) as error:
             print(f"{self.partial}: cannot be read ({faiss_reason(error)}); building anew")
             return None
+        self.parts = manifest["parts"]
+        return index
 
     def _train(self, index: faiss.Index, lists: int) -> None:
         """Trains on a seeded random sample, read in file order."""
@@ -368,25 +402,51 @@ class IndexBuilding:
     def _add(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:
         last_kept, pause = time.perf_counter(), PARTIAL_EVERY
         total = self.datastore.n_keys
-        report("adding", index.ntotal, total)
-        for block in self.datastore.blocks(start=index.ntotal):
+        done = self.n_in_parts + index.ntotal
+        report("adding", done, total)
+        for block in self.datastore.blocks(start=done):
             self.whole = False
             with interrupts_held() as held:
                 index.add(normalized(block, self.metric))
             self.whole = True
-            report("adding", index.ntotal, total)
+            done += len(block)
+            report("adding", done, total)
             if held:
                 raise KeyboardInterrupt
-            if index.ntotal < total and time.perf_counter() - last_kept > pause:
+            if done == total:
+                break
+            if _bytes_of_lists(index) > PART_BYTES:
+                self._put_aside(index)
+            if time.perf_counter() - last_kept > pause:
                 start = time.perf_counter()
                 self._keep(index)
                 last_kept = time.perf_counter()
                 pause = max(PARTIAL_EVERY, 10 * (last_kept - start))
 
+    def _put_aside(self, index: faiss.Index) -> None:
+        """Makes a part of what was added since the last one, and empties the index."""
+        part = self.path.with_name(f"{self.path.name}.part-{len(self.parts)}")
+        self._write(index, part)
+        self.n_in_parts += index.ntotal
+        self.parts.append(part.name)
+        index.reset()
+        self._keep(index)
+
+    def _merge(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:
+        """Fills the index with all parts, its lists being in a file."""
+        report("merging", 0, 1)
+        self._put_aside(index)
+        files = [str(self.path.with_name(part)) for part in self.parts]
+        lists = self.path.with_name(f"{self.path.name}.lists")
+        lists.unlink(missing_ok=True)
+        merge_ondisk(index, files, str(lists), shift_ids=True)
+        report("merging", 1, 1)
+
     def _keep(self, index: faiss.Index) -> None:
         self._partial_manifest.unlink(missing_ok=True)
         self._write(index, self.partial)
-        write_manifest(self._partial_manifest, KIND, VERSION, self.identity)
+        fields = {**self.identity, "parts": self.parts}
+        write_manifest(self._partial_manifest, KIND, VERSION, fields)
 
     def _write(self, index: faiss.Index, path: Path) -> None:
         making = path.with_name(f"{path.name}.making")

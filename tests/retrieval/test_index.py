@@ -115,6 +115,36 @@ def test_interrupted_adding_goes_on(make_store, queries, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("factory", ["IVF7,SQ8", "RR8,IVF7,SQfp16", "IVF7,PQ8x4fs"])
+@pytest.mark.parametrize("stop_at", [None, 250])
+def test_built_in_parts_it_finds_the_same(make_store, queries, monkeypatch, factory, stop_at):
+    """Also when it is interrupted between two parts; types that do not merge are built whole."""
+    store, _, _ = make_store()
+    IndexBuilding(store, factory, "l2").run()
+    whole = open_retriever(store, factory, "l2", 7).search(queries, 20)
+    IndexBuilding(store, factory, "l2").path.unlink()
+
+    monkeypatch.setattr(datastore_module, "BLOCK_BYTES", 4 * 8 * 50)
+    monkeypatch.setattr(index_module, "PART_BYTES", 90 * 16)
+    merged = []
+
+    def stop(stage, done, total):
+        merged.append(stage == "merging")
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    if stop_at:
+        with pytest.raises(KeyboardInterrupt):
+            IndexBuilding(store, factory, "l2").run(stop)
+    building = IndexBuilding(store, factory, "l2")
+    building.run(stop if stop_at is None else lambda *_: None)
+    in_parts = open_retriever(store, factory, "l2", 7).search(queries, 20)
+    for a, b in zip(whole, in_parts, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert (building.parts != []) == ("fs" not in factory)
+    assert not list(store.path.glob("*.part*"))
+
+
 def test_what_does_not_fit_is_refused(make_store, tmp_path):
     store, _, _ = make_store()
     path = IndexBuilding(store, "IVF7,SQ8", "l2").run()

@@ -1,0 +1,274 @@
+"""Compares indexes by what they cost and what they change: training, adding, bytes a key, search
+time, recall of the exact neighbours, and the perplexity of the mixture with and without distances
+from the stored keys.
+
+    python -m benchmarks.indexes --memory DATASTORE --queries DATASTORE --scores scores.npz \\
+        --sizes 10000 200000 --output indexes.json --plot indexes.png
+
+The queries are a datastore of another split, and the scores what `evaluate.py --token_scores` wrote
+of it. A size takes the first keys of the memory.
+"""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import faiss
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from errors import exit_with_one_sentence
+from retrieval.datastore import Datastore, DatastoreBuilder
+from retrieval.index import IndexBuilding, auto_factory, open_retriever
+from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
+from retrieval.progress import Report, progress_bars
+from retrieval.retriever import Retriever
+
+FACTORIES = (
+    "IVF{lists},SQfp16",
+    "IVF{lists},SQ8",
+    "IVF64,PQ{eighth}",
+    "OPQ{eighth}_{dim},IVF{lists},PQ{eighth}",
+    "IVF{lists},PQ{half}x4fsr",
+    "RR{dim},IVF{lists},RaBitQfs",
+    "RR{dim},IVF{lists},RaBitQfs4",
+)
+"""Compared with `flat`; lists, dim, and parts of dim are filled in."""
+AT_ONCE = 4096
+LMBDA = 0.25
+
+
+@dataclass
+class Questions:
+    """Queries fp32 `[Q, d]`, and for each its target and the LM's log-probability of it."""
+
+    queries: np.ndarray
+    targets: np.ndarray
+    lm_log_prob: Tensor
+
+    @classmethod
+    def read(cls, queries: Datastore, scores: Path, limit: int, seed: int) -> "Questions":
+        """A random sample of the scored tokens."""
+        table = np.load(scores)
+        rows = np.random.default_rng(seed).permutation(len(table["position"]))[:limit]
+        rows.sort()
+        position = table["position"][rows]
+        keys, targets = queries.read(position), queries.values[position]
+        return cls(keys, targets, torch.from_numpy(table["lm_log_prob"][rows]))
+
+
+@dataclass
+class Answers:
+    """What a search gave: distances and rows `[Q, k]`, and milliseconds a query."""
+
+    distances: np.ndarray
+    rows: np.ndarray
+    milliseconds: float
+
+
+def answer(retriever: Retriever, questions: Questions, k: int) -> Answers:
+    """Searches for all queries, in the batches that evaluation takes, after a warm-up."""
+    retriever.search(questions.queries[:AT_ONCE], k)
+    start = time.perf_counter()
+    parts = [
+        retriever.search(questions.queries[first : first + AT_ONCE], k)
+        for first in range(0, len(questions.queries), AT_ONCE)
+    ]
+    seconds = time.perf_counter() - start
+    distances, rows = map(np.concatenate, zip(*parts, strict=True))
+    return Answers(distances, rows, 1000 * seconds / len(questions.queries))
+
+
+def perplexity(memory: Datastore, questions: Questions, answers: Answers, exact: bool) -> float:
+    """Of the mixture at temperature 1, with the answers' distances or those to the stored keys."""
+    total = 0.0
+    for first in range(0, len(questions.queries), AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        rows, distances = answers.rows[part], answers.distances[part]
+        if exact:
+            distances = exact_distances(questions.queries[part], rows, memory, "l2")
+        scores = neighbor_scores(distances, rows, "l2")
+        hits = torch.from_numpy(memory.values[rows] == questions.targets[part, None])
+        knn = knn_log_prob(scores, hits & ~scores.isneginf())
+        total -= interpolate(questions.lm_log_prob[part], knn, LMBDA).double().sum().item()
+    return math.exp(total / len(questions.queries))
+
+
+def kept(answers: Answers, exact: Answers) -> float:
+    """Share of the exact k nearest that were found."""
+    found = [
+        np.isin(ours, theirs).sum() for ours, theirs in zip(answers.rows, exact.rows, strict=True)
+    ]
+    return float(np.sum(found) / np.count_nonzero(exact.rows >= 0))
+
+
+def first_keys(memory: Datastore, size: int, folder: Path) -> Datastore:
+    """A datastore of the first rows of another."""
+    values = np.asarray(memory.values[:size])
+    vocab_size = int(values.max()) + 1
+    dtype, nothing = memory.manifest["dtype"], np.empty(0, np.int64)
+    builder = DatastoreBuilder(folder, size, memory.dim, dtype, vocab_size, {"of": size}, nothing)
+    for first in range(0, size, 1 << 16):
+        rows = np.arange(first, min(first + (1 << 16), size))
+        builder.write(rows, memory.read(rows), values[rows])
+    builder.sync()
+    return builder.finish()
+
+
+def filled_in(factory: str, n_keys: int, dim: int) -> str:
+    """A factory string for keys of a width, with as many lists as `auto` would take."""
+    lists = 2 ** round(math.log2(2 * math.sqrt(n_keys)))
+    return factory.format(lists=lists, dim=dim, half=dim // 2, eighth=dim // 8)
+
+
+def compare(
+    memory: Datastore,
+    questions: Questions,
+    factories: list[str],
+    nprobes: list[int],
+    k: int,
+    report,
+) -> list[dict]:
+    """One row an index and nprobe; `flat` is the first."""
+    exact = answer(open_retriever(memory, "flat", "l2", 1), questions, k)
+    about = {"keys": memory.n_keys, "dim": memory.dim, "k": k, "queries": len(questions.queries)}
+    ppl = perplexity(memory, questions, exact, exact=True)
+    rows = [
+        {**about, "index": "flat", "ms": exact.milliseconds, "recall": 1.0, "ppl": ppl}
+        | {"ppl_index_distances": perplexity(memory, questions, exact, exact=False)}
+    ]
+    for done, template in enumerate(factories):
+        report("indexes", done, len(factories))
+        factory = filled_in(template, memory.n_keys, memory.dim)
+        building = IndexBuilding(memory, factory, "l2")
+        path = building.run()
+        built = {
+            "index": factory,
+            "train_seconds": building.seconds["train"],
+            "add_per_second": memory.n_keys / building.seconds["add"],
+            "bytes_a_key": path.stat().st_size / memory.n_keys,
+        }
+        for nprobe in nprobes:
+            retriever = open_retriever(memory, factory, "l2", nprobe)
+            found = answer(retriever, questions, k)
+            rows.append(
+                {
+                    **about,
+                    **built,
+                    "nprobe": nprobe,
+                    "ms": found.milliseconds,
+                    "recall": kept(found, exact),
+                    "ppl": perplexity(memory, questions, found, exact=True),
+                    "ppl_index_distances": perplexity(memory, questions, found, exact=False),
+                }
+            )
+        path.unlink()
+    return rows
+
+
+def as_table(rows: list[dict]) -> Table:
+    """Rows of one size."""
+    about = rows[0]
+    title = "{keys:,} keys of width {dim}, k = {k}, {queries} queries".format(**about)
+    table = Table(title=title)
+    columns = ("index", "nprobe", "train s", "add k/s", "bytes a key", "ms a query", "recall")
+    for column in (*columns, "ppl", "change", "without stored keys"):
+        table.add_column(column, justify="left" if column == "index" else "right")
+    exact = about["ppl"]
+    for row in rows:
+        built = ("", "", "", "")
+        if "nprobe" in row:
+            rate = row["add_per_second"] / 1000
+            built = (f"{row['nprobe']}", f"{row['train_seconds']:.1f}", f"{rate:.0f}")
+            built += (f"{row['bytes_a_key']:.0f}",)
+        table.add_row(
+            row["index"],
+            *built,
+            f"{row['ms']:.3f}",
+            f"{row['recall']:.3f}",
+            f"{row['ppl']:.2f}",
+            f"{row['ppl'] / exact - 1:+.2%}",
+            f"{row['ppl_index_distances'] / exact - 1:+.2%}",
+        )
+    return table
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Perplexity over queries a second, a panel a size, a line an index."""
+    from matplotlib.figure import Figure  # an extra
+
+    sizes = sorted({row["keys"] for row in rows})
+    figure = Figure(figsize=(6 * len(sizes), 5), layout="constrained")
+    for panel, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        of_size = [row for row in rows if row["keys"] == size]
+        for index in dict.fromkeys(row["index"] for row in of_size):
+            points = [row for row in of_size if row["index"] == index]
+            rates = [1000 / row["ms"] for row in points]
+            panel.plot(rates, [row["ppl"] for row in points], marker="o", label=index)
+        panel.set(xscale="log", xlabel="queries a second", ylabel="perplexity of the mixture")
+        panel.set_title(f"{size:,} keys")
+        panel.legend(fontsize="small")
+    figure.savefig(path, format="png")
+
+
+@exit_with_one_sentence
+def run(
+    memory: Path,
+    queries: Path,
+    scores: Path,
+    output: Path,
+    sizes: list[int] = [10_000, 200_000],  # noqa: B006
+    factories: list[str] = list(FACTORIES),  # noqa: B006
+    nprobes: list[int] = [8, 16, 32, 64],  # noqa: B006
+    k: int = 1024,
+    limit: int = 4096,
+    seed: int = 1,
+    plot_to: Path | None = None,
+    work_dir: Path | None = None,
+) -> None:
+    """Measures, prints a table a size and writes all of them as JSON.
+
+    Args:
+        memory: datastore to search.
+        queries: datastore of another split.
+        scores: the .npz file of that split's `--token_scores`.
+        output: JSON file.
+        sizes: numbers of keys; those that the memory does not have are left out.
+        factories: faiss strings, in which {lists}, {dim}, {half} and {eighth} of it are filled in.
+        nprobes: inverted lists to visit.
+        k: neighbours a query.
+        limit: queries, a random sample.
+        seed: of that sample.
+        plot_to: PNG file.
+        work_dir: where datastores and indexes are made; needs room for the largest size.
+    """
+    whole = Datastore.open(memory)
+    questions = Questions.read(Datastore.open(queries), scores, limit, seed)
+    rows: list[dict] = []
+    with TemporaryDirectory(dir=work_dir) as folder, progress_bars("indexes") as report:
+        for size in sizes:
+            if size > whole.n_keys:
+                continue
+            part = first_keys(whole, size, Path(folder) / str(size))
+            found = compare(part, questions, factories, nprobes, min(k, size), report)
+            Console().print(as_table(found))
+            rows += found
+            shutil.rmtree(part.path)
+    about = {"faiss": faiss.__version__, "threads": faiss.omp_get_max_threads()}
+    about |= {"compiled_for": faiss.get_compile_options(), "auto": {}}
+    about["auto"] = {size: auto_factory(size, whole.dim) for size in sizes}
+    output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if plot_to is not None:
+        plot(rows, plot_to)
+
+
+if __name__ == "__main__":
+    auto_cli(run, as_positional=False)
