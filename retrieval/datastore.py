@@ -3,7 +3,7 @@ of a text (Khandelwal et al., ICLR 2020, section 2).
 
 A directory with `keys.npy` [N, d] float16 or float32, `values.npy` [N] unsigned, and
 `manifest.json`. Row i belongs to token i of the split. Rows in `masked.npy` hold no key and are
-never found. `checksums.npy` uint32 [chunks, 2] is of chunks of the keys and of the values.
+never found. `checksums.npy` uint64 [chunks, 2] is of chunks of the keys and of the values.
 
 Or a directory whose manifest names shards, each an ordinary datastore of its own that also says
 which rows of the whole it holds (see `retrieval.shards`).
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from filelock import FileLock
 from jsonargparse import auto_cli
 from numpy.lib.format import open_memmap
 
 from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import open_array, open_raw, take_room
-from retrieval.checksums import ALGORITHM, checksum, checksums, rows_of_chunk
+from retrieval.checksums import ALGORITHM, DTYPE, checksum, checksums, rows_of_chunk
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.shards import Placement, ShardedArray
 
@@ -35,6 +36,7 @@ SHARDED_VERSION = 2
 """Of a manifest that names shards."""
 FIELDS = ("complete", "rows", "dim", "dtype", "value_dtype", "masked", "made_from")
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 BLOCK_BYTES = 64 << 20
 """How much of the keys is read at once, as fp32."""
 
@@ -115,7 +117,7 @@ class Datastore:
     def _open_shard(cls, path: Path, manifest: dict[str, Any], number: int) -> "Datastore":
         places = shard_paths(path, manifest)
         if not 0 <= number < len(places):
-            raise InputError(f"{path}: has {len(places)} shards, but not the number {number}")
+            raise InputError(f"{path}: has {len(places)} shards; expected one of number {number}")
         if not places[number].is_dir():
             raise InputError(
                 f"{path}: its shard {number} of {len(places)} is missing at {places[number]}; "
@@ -272,6 +274,13 @@ def check_shard(
     refuse_mismatch(path, shard, {**fields, "shard": dict(place)})
 
 
+def all_finite(array: np.ndarray) -> bool:
+    """`np.isfinite(array).all()` of floats of 16 or 32 bits, ten times as fast for halves."""
+    whole = np.dtype(f"i{array.itemsize}")
+    infinity = np.array(np.inf, array.dtype).view(whole)  # all bits of the exponent
+    return not ((array.view(whole) & infinity) == infinity).any()
+
+
 def files_while_written(
     fields: Mapping[str, Any],
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -363,9 +372,9 @@ class DatastoreBuilder:
             else:
                 self._create()
             if not (self.path / "checksums.npy").exists():
-                np.save(self.path / "checksums.npy", np.zeros(self._shape_of_sums, np.uint32))
+                np.save(self.path / "checksums.npy", np.zeros(self._shape_of_sums, DTYPE))
         arrays = files_while_written(self.fields)
-        arrays["checksums.npy"] = (np.dtype(np.uint32), self._shape_of_sums)
+        arrays["checksums.npy"] = (DTYPE, self._shape_of_sums)
         self.keys, self.values, self.written, self.sums = (
             open_array(self.path / name, shape, kind, mode="r+")
             for name, (kind, shape) in arrays.items()
@@ -439,10 +448,11 @@ class DatastoreBuilder:
         if len(values) and not 0 <= values.min() <= values.max() < self.fields["vocab_size"]:
             raise ValueError(f"values from {values.min()} to {values.max()} in {self.path}")
         missing = ~self.written[rows]
-        rows, keys, values = rows[missing], keys[missing], values[missing]
-        with np.errstate(over="ignore"):
-            keys = keys.astype(self.keys.dtype)
-        if not np.isfinite(keys).all():
+        if not missing.all():
+            rows, keys, values = rows[missing], keys[missing], values[missing]
+        if keys.dtype != self.keys.dtype:  # torch rounds to halves twice as fast as numpy
+            keys = torch.from_numpy(keys).to(TORCH_DTYPES[self.fields["dtype"]]).numpy()
+        if not all_finite(keys):
             raise InputError(
                 f"{self.path}: a key is infinite or NaN as {self.fields['dtype']}; "
                 "use --knn.dtype fp32 (or mend the model if it stays so)"

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from errors import InputError
 from retrieval.arrays import open_array
-from retrieval.checksums import checksum, checksums, rows_of_chunk
+from retrieval.checksums import ALGORITHM, DTYPE, checksum, checksums, rows_of_chunk
 from retrieval.datastore import (
     BLOCK_BYTES,
     DTYPES,
@@ -30,7 +30,7 @@ from retrieval.datastore import (
     shard_paths,
 )
 from retrieval.foreign import import_datastore
-from retrieval.manifest import read_manifest, write_manifest
+from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.progress import progress_bars
 from retrieval.sharded_builder import new_datastore
 from retrieval.shards import BLOCK_ROWS, Kind, Placement
@@ -62,18 +62,19 @@ def verify_datastore(datastore: Datastore, report: Report = lambda *_: None) -> 
             raise InputError(f"{shard.path}: has no checksums; verify --record true makes them")
     for shard in shards:
         described = shard.manifest["checksums"]
+        refuse_mismatch(shard.path, described, {"algorithm": ALGORITHM})
         if checksum(np.asarray(shard.masked)) != described["masked"]:
             raise InputError(f"{shard.path / 'masked.npy'}: is damaged")
         rows = described["rows"]
         shape = (-(-len(shard) // rows), 2)
-        expected = open_array(shard.path / "checksums.npy", shape, np.dtype(np.uint32))
+        expected = open_array(shard.path / "checksums.npy", shape, DTYPE)
         for chunk, found in checksums((shard.keys, shard.values), rows, range(len(expected))):
             first, last = chunk * rows, min((chunk + 1) * rows, len(shard))
             for name, *sums in zip(("keys", "values"), found, expected[chunk], strict=True):
                 if sums[0] != sums[1]:
                     raise InputError(
                         f"{_file_of(shard, name)}: rows {first} to {last - 1} are damaged: their "
-                        f"checksum is {sums[0]:08x}, expected {sums[1]:08x}"
+                        f"checksum is {sums[0]:016x}, expected {sums[1]:016x}"
                     )
             report(done + last, total)
         done += len(shard)
@@ -91,7 +92,7 @@ def record_checksums(datastore: Datastore, report: Report = lambda *_: None) -> 
         if "checksums" in shard.manifest:
             continue
         rows = rows_of_chunk(shard.dim * shard.keys.dtype.itemsize)
-        sums = np.zeros((-(-len(shard) // rows), 2), np.uint32)
+        sums = np.zeros((-(-len(shard) // rows), 2), DTYPE)
         for chunk, found in checksums((shard.keys, shard.values), rows, range(len(sums))):
             sums[chunk] = found
             report(min((chunk + 1) * rows, len(shard)), len(shard))

@@ -1,6 +1,7 @@
 """Writing a datastore that lies in shards: all of them at once, or one of them on a host that
 reaches no other."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,18 @@ class ShardedBuilder:
 
     def is_written(self, rows: np.ndarray) -> bool:
         """Whether all of these rows that are to be written are on disk already."""
-        numbers, local = self.placement.locate(rows)
         return all(
-            builder.is_written(local[numbers == number])
-            for number, builder in self.builders.items()
+            self.builders[number].is_written(local) for number, local, _ in self._by_shard(rows)
         )
+
+    def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Rows of the whole that are to be written: the number of a shard, the rows in it, and
+        which of those given they are, bool."""
+        numbers, local = self.placement.locate(rows)
+        for number in np.unique(numbers).tolist():
+            if number in self.builders:
+                here = numbers == number
+                yield number, local[here], here
 
     def is_wanted(self) -> np.ndarray:
         """Which rows of the whole are to be written, bool `[N]`."""
@@ -163,11 +171,8 @@ class ShardedBuilder:
     def write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
         """Stores keys `[n, d]` and values `[n]` at rows int64 `[n]` of the whole; see
         `DatastoreBuilder.write`."""
-        numbers, local = self.placement.locate(rows)
-        for number, builder in self.builders.items():
-            here = numbers == number
-            if here.any():
-                builder.write(local[here], keys[here], values[here])
+        for number, local, here in self._by_shard(rows):
+            self.builders[number].write(local, keys[here], values[here])
 
     def sync(self) -> None:
         """Brings to disk what was written, then marks it as written."""

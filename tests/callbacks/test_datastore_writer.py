@@ -11,7 +11,8 @@ from callbacks.index_builder import IndexBuilder
 from datamodules.lm import LMDataModule
 from errors import InputError
 from models.transformer_lm import TransformerLM
-from retrieval.datastore import Datastore, DatastoreBuilder
+from retrieval.datastore import Datastore
+from retrieval.sharded_builder import new_datastore
 
 
 class Stop(Exception):
@@ -46,17 +47,13 @@ def parts(tmp_path):
     return data, model
 
 
-def dump(data, model, path, min_context=0, callbacks=(), dtype="fp32", sync_seconds=0.0):
-    rows = data.rows("train", data.context_window)
-    builder = DatastoreBuilder(
-        path,
-        len(data.stream("train").tokens),
-        16,
-        dtype,
-        data.vocab_size,
-        {},
-        rows.behind_less_context(min_context),
-    )
+def dump(
+    data, model, path, min_context=0, callbacks=(), dtype="fp32", sync_seconds=0.0, **sharding
+):
+    rows, n_tokens = data.rows("train", data.context_window), len(data.stream("train").tokens)
+    masked = rows.behind_less_context(min_context), rows.dropped(n_tokens)
+    masked = np.sort(np.concatenate(masked))
+    builder = new_datastore(path, n_tokens, 16, dtype, data.vocab_size, {}, masked, **sharding)
     trainer = pl.Trainer(
         accelerator="cpu",
         callbacks=[DatastoreWriter(builder, sync_seconds), *callbacks],
@@ -64,7 +61,8 @@ def dump(data, model, path, min_context=0, callbacks=(), dtype="fp32", sync_seco
         enable_progress_bar=False,
         use_distributed_sampler=False,
     )
-    loader = data.evaluation_dataloader("train", skip=builder.is_written)
+    wanted = builder.is_wanted() if "only" in sharding else None
+    loader = data.evaluation_dataloader("train", builder.is_written, wanted)
     trainer.predict(model, loader, return_predictions=False)
     return len(loader)
 
@@ -187,3 +185,39 @@ def test_a_store_that_only_lacks_its_mark_is_finished(parts, tmp_path):
         dump(data, model, tmp_path / "cut", callbacks=[StopAfter(batches)])
     assert dump(data, model, tmp_path / "cut") == 0
     assert Datastore.is_complete(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "round_robin"])
+@pytest.mark.parametrize(("mode", "drop"), [("none", False), ("complete", False), ("eos", True)])
+def test_a_shard_alone_is_computed_from_its_own_rows(parts, tmp_path, kind, mode, drop):
+    """Where lines are sorted by length, batches of the whole split would hold rows of all shards.
+    Rows that straddle shards are computed for both."""
+    data, model = parts
+    data.break_mode, data.drop_long_lines, data.max_target_positions = mode, drop, 10
+    batches = dump(data, model, tmp_path / "whole", min_context=2)
+    whole = Datastore.open(tmp_path / "whole")
+    assert not drop or len(whole.masked) > 100
+    dealt = {"shards": 3, "kind": kind, "block_rows": 64}
+    steps = [
+        dump(data, model, tmp_path / "parts", min_context=2, only=number, **dealt)
+        for number in range(3)
+    ]
+    made = Datastore.open(tmp_path / "parts")
+    assert made.fingerprint == whole.fingerprint
+    np.testing.assert_array_equal(made.masked, whole.masked)
+    np.testing.assert_array_equal(made.values, whole.values)
+    np.testing.assert_allclose(made.keys, whole.keys, rtol=1e-4, atol=1e-5)
+    assert sum(steps) < 2 * batches
+
+
+def test_a_dump_into_shards_goes_on_to_the_same_bytes(parts, tmp_path):
+    data, model = parts
+    data.break_mode = "complete"
+    dealt = {"shards": 3, "kind": "round_robin", "block_rows": 16}
+    batches = dump(data, model, tmp_path / "whole")
+    with pytest.raises(Stop):
+        dump(data, model, tmp_path / "cut", callbacks=[StopAfter(5)], **dealt)
+    assert dump(data, model, tmp_path / "cut", **dealt) == batches - 5
+    whole, cut = (Datastore.open(tmp_path / name) for name in ("whole", "cut"))
+    np.testing.assert_array_equal(cut.keys, whole.keys)
+    np.testing.assert_array_equal(cut.values, whole.values)

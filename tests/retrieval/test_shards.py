@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from small import ROOT, SMALL
 
+from datamodules.graphs import NeighborMemory
 from errors import InputError
+from retrieval.codec import build_codes
 from retrieval.datastore import Datastore, main
 from retrieval.index import IndexBuilding, open_retriever
 from retrieval.maintenance import deal_again, put_together
+from retrieval.neighbors import NeighborSearch
 from retrieval.retriever import FlatRetriever
+from retrieval.settings import KNNSettings
 from retrieval.sharded_builder import new_datastore
 from retrieval.shards import Placement, ShardedArray, shard_name
 
@@ -84,6 +88,12 @@ def test_arrays_are_indexed_as_one(kind, shards, block_rows):
             array[outside]
 
 
+@pytest.mark.parametrize("shard", [-1, 4])
+def test_flags_that_name_no_shard_are_refused(shard):
+    with pytest.raises(InputError, match=f"--knn.shard is {shard} and --knn.shards 4"):
+        KNNSettings(shards=4, shard=shard).check()
+
+
 # -- writing -------------------------------------------------------------------------------------
 
 
@@ -138,13 +148,32 @@ def test_nothing_but_the_place_differs(whole, sharded):
         np.testing.assert_array_equal(ours, theirs)
     for ours, theirs in zip(sharded.sample(50, 3), whole.sample(50, 3), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    for index in ("flat", "IVF4,SQfp16"):
+    for index in ("flat", "torch", "IVF4,SQfp16"):
         found = []
         for store in (whole, sharded):
-            if index != "flat":
+            if index.startswith("IVF"):
                 IndexBuilding(store, index, "l2").run()
             found.append(open_retriever(store, index, "l2", 4).search(KEYS[:20] + 0.1, 9))
         np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_what_is_made_of_it_is_the_same(whole, sharded):
+    """Codes, neighbour tables, and what a graph network reads of them."""
+    codes = [build_codes(store, "PQ4x4").codes for store in (whole, sharded)]
+    np.testing.assert_array_equal(*codes)
+    tables, features = [], []
+    for store in (whole, sharded):
+        retriever = FlatRetriever(store, "l2")
+        tables.append(NeighborSearch(store, store, retriever, "flat", 1, 4, 3).run().rows)
+        memory = NeighborMemory(
+            tables[-1], store.keys, 2, 2, 3, token_features=store.keys, values=store.values
+        )
+        positions = np.array([[80, 81, 82, -1], [150, 151, -1, -1]])
+        near = memory.neighborhood(positions)
+        features.append([near.rows, near.features, near.values, memory.features_of(positions)])
+    np.testing.assert_array_equal(*tables)
+    for ours, theirs in zip(*features, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_shard_is_a_datastore_and_a_part(sharded):
