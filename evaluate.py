@@ -131,7 +131,7 @@ class Evaluation:
             self.data.stream(cli.config.split)
         if isinstance(self.model, GNNLM):
             settings = NeighborSettings(**cli.config.neighbors.as_dict())
-            self.neighbors = NeighborProducts(cli, self.data, self.model, settings)
+            self.neighbors = NeighborProducts(cli, self.data, self.model, settings, "online")
         self.products = Products(cli, self.data, self.keyed(self.knn.key_type), self.knn)
 
     def keyed(self, key_type: str) -> LanguageModel:

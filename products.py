@@ -3,8 +3,9 @@ and for the graph network neighbour tables and codes.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -223,19 +224,27 @@ class NeighborProducts:
         data: the corpus; its batches get their neighbours by `attach`.
         model: gets what decodes their features.
         settings: what the model is to see.
+        token_features: of the tokens themselves, where the settings leave it open; `stored` only
+            if there are any.
 
     Raises:
         InputError: the settings contradict themselves, the model's or what it was trained with.
     """
 
     def __init__(
-        self, cli: ProgramCLI, data: LMDataModule, model: GNNLM, settings: NeighborSettings
+        self,
+        cli: ProgramCLI,
+        data: LMDataModule,
+        model: GNNLM,
+        settings: NeighborSettings,
+        token_features: Literal["stored", "online"],
     ) -> None:
         settings.check()
         self.cli = cli
         self.data = data
         self.model = model
         self.settings = settings
+        self._choose_token_features(token_features)
         self.products = Products(
             cli, data, model.lm, settings.knn, settings.datastores, model.lm_fingerprint
         )
@@ -254,18 +263,27 @@ class NeighborProducts:
         if settings.features == "codes" and self.codec != IMPORTED:
             check_codec(self.codec, model.lm.key_width(settings.key_type))
 
+    def _choose_token_features(self, default: Literal["stored", "online"]) -> None:
+        wanted = self.settings.token_features
+        if wanted == "stored" and not self.are_token_features:
+            raise InputError(
+                "--neighbors.token_features is stored, but --neighbors.key_type "
+                f"{self.settings.key_type} is not what the softmax reads; expected last_hidden"
+            )
+        default = default if self.are_token_features else "online"
+        self.settings = replace(self.settings, token_features=wanted or default)
+
     @property
     def seconds(self) -> dict[str, float]:
         """How long each stage took that was not done before."""
         return self.products.seconds
 
-    def attach(self, *splits: str, stored_token_features: bool = False) -> None:
+    def attach(self, *splits: str) -> None:
         """Gives batches of some splits their neighbours, making what is missing of datastores,
         index, tables and codes.
 
         Args:
             splits: of the corpus.
-            stored_token_features: give them the stored features of their own tokens too.
         """
         settings = self.settings
         missing = [split for split in splits if split not in self.data.memories]
@@ -291,7 +309,7 @@ class NeighborProducts:
                 settings.right_context,
                 self.model.hparams.layers,
                 window if split == "train" else None,
-                queries.keys if stored_token_features and self.are_token_features else None,
+                queries.keys if settings.token_features == "stored" else None,
                 memory.values if self.model.hparams.values else None,
             )
 

@@ -96,15 +96,15 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
 def give_neighbors(cli: TrainCLI) -> dict[str, float]:
     """Makes what a GNN-LM reads besides the text; the seconds of each stage that was missing."""
     settings = NeighborSettings(**cli.config.neighbors.as_dict())
-    stored = settings.token_features == "stored"
+    products = NeighborProducts(cli, cli.datamodule, cli.model, settings, "stored")
+    stored = products.settings.token_features == "stored"
     if stored and cli.model.trains_features and not cli.model.hparams.lm_path_probability:
         raise InputError(
             "--neighbors.token_features is stored, so that --model.unfreeze "
             f"{cli.model.hparams.unfreeze} would train nothing; expected online"
         )
-    products = NeighborProducts(cli, cli.datamodule, cli.model, settings)
     splits = [split for split in SPLITS if cli.datamodule.has(split)]
-    products.attach(*splits, stored_token_features=stored)
+    products.attach(*splits)
     if cli.model.hparams.start_from is None:
         batches = islice(cli.datamodule.val_dataloader(), BATCHES_TO_BEGIN)
         cli.model.begin_as_lm(batches)

@@ -258,11 +258,11 @@ class GNNLM(LanguageModel):
         """Features of the LM and of the graph network `[B, T, width]`, and features by key type."""
         features: dict[str, Tensor] = {}
         wanted = [key_type for key_type in key_types if key_type != "gnn"]
-        if batch.token_features is not None and not wanted:
-            hidden = batch.token_features
-        else:
+        hidden = batch.token_features
+        if hidden is None or wanted:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_features):
-                hidden, features = self.lm(batch.tokens, wanted)
+                computed, features = self.lm(batch.tokens, wanted)
+            hidden = computed if hidden is None else hidden
         neighborhood = batch.neighborhood
         out = self.network.fast(
             hidden,

@@ -106,8 +106,9 @@ class NeighborSettings:
             vectors of the tokens.
         codec: faiss string of the codes, by default OPQ and PQ with a byte for eight dimensions;
             `imported` for those of the original program (see retrieval/codec.py).
-        token_features: in training, features of the tokens themselves: `stored`, from the split's
-            datastore if its keys are last_hidden, or `online`, computed by the LM.
+        token_features: of the tokens themselves: `stored`, from the split's datastore, whose keys
+            must be last_hidden, or `online`, computed by the LM; by default stored in training,
+            where the keys are, and online in evaluation.
         exclude_window: in training, neighbours nearer than this to the token or to one that it can
             be seen by are left out; by default all that could show it.
         dtype: of the stored keys.
@@ -123,7 +124,7 @@ class NeighborSettings:
     nprobe: int = 32
     features: Literal["codes", "keys", "embeddings"] = "codes"
     codec: str | None = None
-    token_features: Literal["stored", "online"] = "stored"
+    token_features: Literal["stored", "online"] | None = None
     exclude_window: int | None = None
     dtype: Literal["fp16", "fp32"] = "fp16"
     datastores: str | None = None

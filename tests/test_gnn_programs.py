@@ -117,6 +117,42 @@ def test_a_second_stage_begins_with_the_first(trained, run_program):
     assert not list((trained / "datastores/words/train").glob("neighbors-k2*.npy"))  # k = 4 serves
 
 
+LAST_HIDDEN = (
+    *("--neighbors.key_type", "last_hidden", "--neighbors.features", "keys"),
+    *("--trainer.default_root_dir", "runs/last_hidden"),
+)
+
+
+@pytest.fixture(scope="module")
+def evaluated_in_rows(trained, run_program):
+    """Evaluates a GNN-LM whose keys are last_hidden in rows of some context; gives the losses of
+    the LM and of itself."""
+    steps = ("--trainer.max_steps", 2, "--trainer.val_check_interval", 1)
+    run_program(trained, "train.py", *DATA, *NETWORK, *steps, *LM, *LAST_HIDDEN)
+
+    def run(context: int, *flags: str) -> tuple[float, float]:
+        rows = ("--data.tokens_per_sample", 12 + context, "--data.context_window", context)
+        run_program(trained, "evaluate.py", *DATA, *LAST_HIDDEN, *rows, *flags)
+        results = read(trained, "runs/last_hidden/results.json")
+        return results["loss"], results["gnn"]["loss"]
+
+    return run
+
+
+def test_evaluation_reads_stored_token_features_if_told_to(trained, evaluated_in_rows):
+    stored = ("--neighbors.token_features", "stored")
+    long, short = evaluated_in_rows(12), evaluated_in_rows(0)
+    assert read(trained, "runs/last_hidden/results.json")["gnn"]["token_features"] == "online"
+    # Stored in rows with context, whatever rows are evaluated.
+    assert evaluated_in_rows(12, *stored) == pytest.approx(long, abs=1e-3)
+    lm, gnn = evaluated_in_rows(0, *stored)
+    assert lm == pytest.approx(long[0], abs=1e-3)
+    assert abs(short[0] - long[0]) > 1e-2
+    assert abs(gnn - short[1]) > 1e-3
+    with_knn = evaluated_in_rows(0, *stored, "--knnlm", "--knn.k", 4, "--knn.index", "flat")
+    assert with_knn == pytest.approx((lm, gnn), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("program", "flags", "said"),
     [
@@ -125,11 +161,21 @@ def test_a_second_stage_begins_with_the_first(trained, run_program):
         ("train.py", (*LM, "--neighbors.index", "IVFx"), "'IVFx'"),
         ("train.py", (*LM, "--neighbors.features", "codes", "--neighbors.codec", "Q"), "'Q'"),
         ("train.py", (*LM, "--neighbors.k", 0), "--neighbors.k is 0"),
+        (
+            "train.py",
+            (*LM, "--neighbors.token_features", "stored"),
+            "--neighbors.key_type last_ffn_input is not what the softmax reads",
+        ),
+        (
+            "train.py",
+            (*LM, *LAST_HIDDEN, "--model.unfreeze", "[layers]"),
+            "--model.unfreeze ['layers'] would train nothing; expected online",
+        ),
         ("evaluate.py", ("--ckpt_path", LM[1]), "holds a TransformerLM"),
     ],
 )
 def test_refusals(trained, run_program, program, flags, said):
     network = NETWORK if program == "train.py" else ()
     root = ("--trainer.default_root_dir", "runs/refused")
-    done = run_program(trained, program, *DATA, *network, *root, *flags, status=2)
+    done = run_program(trained, program, *DATA, *network, *flags, *root, status=2)
     assert said in done.stderr

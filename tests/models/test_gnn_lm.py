@@ -176,6 +176,11 @@ def test_stored_token_features_take_the_lm_s_place(features):
     stored = model.score(batch._replace(token_features=hidden, tokens=batch.tokens * 0))
     torch.testing.assert_close(stored.log_probs, online.log_probs)
     torch.testing.assert_close(stored.lm_log_probs, online.lm_log_probs)
+    model.key_type = "last_ffn_input"  # which the LM computes all the same
+    beside = model.score(batch._replace(token_features=hidden + 1))
+    assert torch.equal(beside.keys, model.score(batch).keys)
+    changed = model.lm.softmax.target_log_prob((hidden + 1)[batch.scored], online.targets)
+    torch.testing.assert_close(beside.lm_log_probs, changed)
 
 
 @pytest.mark.parametrize("settings", [{}, {"unfreeze": ["adaptive_softmax"]}, {"width": 8}])
