@@ -42,7 +42,7 @@ POINTS_PER_CENTROID = 64
 SAMPLE_AT_LEAST = 65536
 """Training vectors beyond what the centroids need, for the quantiser's sake."""
 GPUS = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-PART_BYTES = 1 << 30
+PART_BYTES = 512 << 20
 """What inverted lists may take in memory while they are built."""
 PARTIAL_EVERY = 60.0
 """Seconds of adding after which a partial index is kept (more if keeping it takes long)."""
