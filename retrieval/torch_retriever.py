@@ -2,7 +2,7 @@
 wherever reading every key is cheaper than building an index.
 
 Blocks of keys are multiplied with all queries, and of each block only what is among a query's k
-nearest so far is kept. No array is larger than a block of keys or a block of distances.
+nearest so far is kept. No array grows with the number of keys, unless they stay on the device.
 """
 
 from collections.abc import Iterator
@@ -13,19 +13,19 @@ from itertools import cycle
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from retrieval.datastore import BLOCK_BYTES, Datastore
 from retrieval.retriever import Metric, normalized
 from retrieval.selection import k_smallest, sort_rows
 
-CPU_BUFFER_BYTES = 32 << 20
-"""What the distances of a block may take: a processor's last cache."""
-DEVICE_BUFFER_BYTES = 256 << 20
+BUFFER_BYTES = 256 << 20
+"""What the distances of a block may take."""
 BLOCK_KEYS = 8192
-"""Keys in a block, at least, where there are as many."""
-GROUP = 64
-"""Queries whose nearest are selected at a time, by one thread."""
+"""Keys in a block, at least; on a CPU exactly, for distances to stay in its caches."""
+GROUP = 128
+"""Queries that a thread of the CPU works on at a time, at most."""
 MARGIN_BYTES = 4 << 30
 """Memory of a GPU that keys leave free: for the model, and for what a search takes beside them."""
 SAMPLE = 1024
@@ -62,6 +62,7 @@ class TorchRetriever:
         self.exact = True
         self.device = torch.device(device)
         self.keys = DeviceKeys(datastore, self.device, resident_bytes)
+        self.blas = ThreadpoolController().select(user_api="blas")
 
     @torch.inference_mode()
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,39 +74,34 @@ class TorchRetriever:
         numbers = np.full((len(queries), k), -1, dtype=np.int64)
         found = min(k, self.datastore.n_keys)
         finite = np.flatnonzero(np.isfinite(queries).all(axis=1))
-        buffer_bytes = CPU_BUFFER_BYTES if self.device.type == "cpu" else DEVICE_BUFFER_BYTES
-        step = max(buffer_bytes // (4 * max(BLOCK_KEYS, 4 * found)), 1)
+        step = max(BUFFER_BYTES // (4 * max(BLOCK_KEYS, 4 * found)), 1)
         for first in range(0, len(finite) if found else 0, step):
             part = finite[first : first + step]
-            width = min(buffer_bytes // (4 * len(part)), BLOCK_BYTES // (4 * self.datastore.dim))
-            nearest = self._nearest(queries[part], found, max(width, 1))
-            distances[part, :found], numbers[part, :found] = nearest
+            distances[part, :found], numbers[part, :found] = self._nearest(queries[part], found)
         return distances, self.datastore.rows_of(numbers)
 
-    def _nearest(
-        self, queries: np.ndarray, k: int, block_keys: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Distances fp32 and numbers of the keys int64 `[Q, k]`, nearest first."""
         moved = torch.from_numpy(queries).to(self.device)
         if self.metric == "l2":
             moved = moved - self.keys.center
         scaled = moved * (-2 if self.metric == "l2" else -1)
-        buffer = torch.empty(len(queries) * block_keys, device=self.device)
-        collect = CPUNearest if self.device.type == "cpu" else DeviceNearest
-        nearest = collect(len(queries), k, self.device)
-        for first, keys in self.keys.blocks(block_keys):
-            values = buffer[: len(queries) * len(keys)].view(len(queries), len(keys))
-            if self.metric == "cosine":
-                lengths = torch.linalg.vector_norm(keys, dim=1, keepdim=True)
-                keys = keys / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-            with full_precision():
+        if self.device.type == "cpu":
+            nearest, block_keys = CPUNearest(scaled, k), BLOCK_KEYS
+        else:
+            nearest, block_keys = DeviceNearest(scaled, k), BUFFER_BYTES // (4 * len(queries))
+        block_keys = max(min(block_keys, BLOCK_BYTES // (4 * self.datastore.dim)), 1)
+        with self.blas.limit(limits=1):
+            for first, keys in self.keys.blocks(block_keys):
+                terms = torch.zeros(len(keys), device=self.device)
                 if self.metric == "l2":
                     keys = keys - self.keys.center
-                    torch.addmm((keys * keys).sum(1), scaled, keys.T, out=values)
-                else:
-                    torch.mm(scaled, keys.T, out=values)
-            nearest.add(values, first)
-        values, numbers = nearest.result()
+                    terms = (keys * keys).sum(1)
+                elif self.metric == "cosine":
+                    lengths = torch.linalg.vector_norm(keys, dim=1, keepdim=True)
+                    keys = keys / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+                nearest.add(keys, terms, first)
+            values, numbers = nearest.result()
         if self.metric != "l2":
             return -values, numbers
         values += (moved * moved).sum(1, keepdim=True).cpu().numpy()
@@ -245,105 +241,126 @@ class CopyPlace:
 
 
 class DeviceNearest:
-    """The k smallest of each row of numbers that come block by block, by torch.topk.
+    """Finds, for each query, the k keys whose product with it plus a term of the key is smallest,
+    among keys that come block by block; by torch.topk.
 
     Args:
-        rows: of the numbers.
-        k: no more than there are columns in all blocks.
-        device: of the numbers.
+        queries: fp32 `[Q, d]`.
+        k: no more than there are keys in all blocks.
     """
 
-    def __init__(self, rows: int, k: int, device: torch.device) -> None:
+    def __init__(self, queries: Tensor, k: int) -> None:
+        self.queries = queries
         self.k = k
-        self.values = torch.full((rows, k), torch.inf, device=device)
-        self.columns = torch.full((rows, k), -1, device=device)
+        self.values = torch.full((len(queries), k), torch.inf, device=queries.device)
+        self.numbers = torch.full((len(queries), k), -1, device=queries.device)
 
-    def add(self, block: Tensor, first: int) -> None:
-        """Takes fp32 `[rows, n]`, whose columns are numbered from `first` on."""
-        k = min(self.k, block.shape[1])
-        values, columns = block.topk(k, largest=False, sorted=False)
+    def add(self, keys: Tensor, terms: Tensor, first: int) -> None:
+        """Looks at a block of keys.
+
+        Args:
+            keys: fp32 `[n, d]`, numbered from `first` on.
+            terms: fp32 `[n]`.
+        """
+        with full_precision():
+            values = torch.addmm(terms, self.queries, keys.T)
+        self.keep(values, first)
+
+    def keep(self, values: Tensor, first: int) -> None:
+        """Keeps what is smallest among values fp32 `[Q, n]` and those before."""
+        values, numbers = values.topk(min(self.k, values.shape[1]), largest=False, sorted=False)
         values = torch.cat([self.values, values], dim=1)
-        columns = torch.cat([self.columns, columns + first], dim=1)
+        numbers = torch.cat([self.numbers, numbers + first], dim=1)
         self.values, places = values.topk(self.k, largest=False, sorted=False)
-        self.columns = columns.gather(1, places)
+        self.numbers = numbers.gather(1, places)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers in ascending order fp32, and their columns int64 `[rows, k]`."""
+        """The smallest values in ascending order fp32, and numbers of their keys int64 `[Q, k]`."""
         values, places = self.values.sort(dim=1)
-        return values.cpu().numpy(), self.columns.gather(1, places).cpu().numpy()
+        return values.cpu().numpy(), self.numbers.gather(1, places).cpu().numpy()
 
 
 class CPUNearest:
-    """What `DeviceNearest` does, on a CPU, where torch.topk is slow: groups of rows are shared
+    """What `DeviceNearest` does, on a CPU, where torch.topk is slow: groups of queries are shared
     among as many threads as torch would take here.
 
     Args:
-        rows: of the numbers.
-        k: no more than there are columns in all blocks.
+        queries: fp32 `[Q, d]`.
+        k: no more than there are keys in all blocks.
     """
 
-    def __init__(self, rows: int, k: int, _: torch.device) -> None:
-        self.slices = [slice(first, first + GROUP) for first in range(0, rows, GROUP)]
-        self.groups = [GroupNearest(min(GROUP, rows - s.start), k) for s in self.slices]
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+    def __init__(self, queries: Tensor, k: int) -> None:
+        threads = torch.get_num_threads()
+        group = min(-(-len(queries) // threads), GROUP)
+        self.groups = [GroupNearest(part.numpy(), k) for part in queries.split(group)]
+        self.pool = ThreadPoolExecutor(threads)
 
-    def add(self, block: Tensor, first: int) -> None:
-        """Takes fp32 `[rows, n]`, whose columns are numbered from `first` on."""
-        parts = [block.numpy()[part] for part in self.slices]
-        list(self.pool.map(GroupNearest.add, self.groups, parts, [first] * len(parts)))
+    def add(self, keys: Tensor, terms: Tensor, first: int) -> None:
+        """See `DeviceNearest.add`."""
+        block = keys.numpy(), terms.numpy(), first
+        list(self.pool.map(lambda group: group.add(*block), self.groups))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers in ascending order fp32, and their columns int64 `[rows, k]`."""
-        values, columns = zip(*self.pool.map(GroupNearest.result, self.groups), strict=True)
-        return np.concatenate(values), np.concatenate(columns)
+        """See `DeviceNearest.result`."""
+        values, numbers = zip(*self.pool.map(GroupNearest.result, self.groups), strict=True)
+        return np.concatenate(values), np.concatenate(numbers)
 
 
 class GroupNearest:
-    """The k smallest of each of some rows. Numbers below a row's bound are kept until there are
-    2 k; then its k smallest stay, and the largest of them is the new bound.
+    """What `DeviceNearest` does, for a few queries in one thread.
+
+    Values below a query's bound are kept until there are 2 k; then the k smallest of them stay, and
+    the largest of these is the new bound.
 
     Args:
-        rows: how many.
-        k: no more than there are columns in all blocks.
+        queries: fp32 `[Q, d]`.
+        k: no more than there are keys in all blocks.
     """
 
-    def __init__(self, rows: int, k: int) -> None:
+    def __init__(self, queries: np.ndarray, k: int) -> None:
+        self.queries = queries
         self.k = k
-        self.values = np.full((rows, 2 * k), np.inf, dtype=np.float32)
-        self.columns = np.full((rows, 2 * k), -1, dtype=np.int64)
-        self.counts = np.zeros(rows, dtype=np.int64)
-        self.bounds = np.full((rows, 1), np.inf, dtype=np.float32)
+        self.values = np.full((len(queries), 2 * k), np.inf, dtype=np.float32)
+        self.numbers = np.full((len(queries), 2 * k), -1, dtype=np.int64)
+        self.counts = np.zeros(len(queries), dtype=np.int64)
+        self.bounds = np.full((len(queries), 1), np.inf, dtype=np.float32)
 
-    def add(self, block: np.ndarray, first: int) -> None:
-        """Takes fp32 `[rows, n]`, whose columns are numbered from `first` on."""
-        rows, width = block.shape
+    def add(self, keys: np.ndarray, terms: np.ndarray, first: int) -> None:
+        """See `DeviceNearest.add`."""
+        values = self.queries @ keys.T
+        values += terms
+        self.keep(values, first)
+
+    def keep(self, values: np.ndarray, first: int) -> None:
+        """See `DeviceNearest.keep`."""
+        rows, width = values.shape
         starts = np.arange(0, rows * width, width)
-        chosen = np.flatnonzero(block < self.bounds)
+        chosen = np.flatnonzero(values < self.bounds)
         counts = np.diff(np.searchsorted(chosen, np.append(starts, rows * width)))
         if counts.max() > self.k:  # the first block, or keys in the order of their distances
-            chosen = (k_smallest(block, self.k) + starts[:, None]).ravel()
+            chosen = (k_smallest(values, self.k) + starts[:, None]).ravel()
             counts = np.full(rows, self.k)
-            kth = np.take(block, chosen).reshape(rows, self.k).max(axis=1, keepdims=True)
+            kth = np.take(values, chosen).reshape(rows, self.k).max(axis=1, keepdims=True)
             self.bounds = np.minimum(self.bounds, kth)
         if (self.counts + counts).max() > 2 * self.k:
             self._keep_smallest()
         shifts = np.arange(rows) * 2 * self.k + self.counts - (np.cumsum(counts) - counts)
         places = np.arange(len(chosen)) + np.repeat(shifts, counts)
-        np.put(self.values, places, np.take(block, chosen))
-        np.put(self.columns, places, chosen + np.repeat(first - starts, counts))
+        np.put(self.values, places, np.take(values, chosen))
+        np.put(self.numbers, places, chosen + np.repeat(first - starts, counts))
         self.counts += counts
 
     def _keep_smallest(self) -> None:
         smallest = k_smallest(self.values, self.k)
         self.values[:, : self.k] = np.take_along_axis(self.values, smallest, axis=1)
-        self.columns[:, : self.k] = np.take_along_axis(self.columns, smallest, axis=1)
+        self.numbers[:, : self.k] = np.take_along_axis(self.numbers, smallest, axis=1)
         self.values[:, self.k :] = np.inf
         self.counts = np.minimum(self.counts, self.k)
         kth = self.values[:, : self.k].max(axis=1, keepdims=True)
         self.bounds = np.minimum(self.bounds, kth)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """The k smallest in ascending order fp32, and their columns int64 `[rows, k]`."""
+        """See `DeviceNearest.result`."""
         self._keep_smallest()
         values, places = sort_rows(np.ascontiguousarray(self.values[:, : self.k]))
-        return values, np.take(self.columns[:, : self.k], places)
+        return values, np.take(self.numbers[:, : self.k], places)

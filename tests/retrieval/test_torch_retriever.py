@@ -25,8 +25,7 @@ def device(request, monkeypatch) -> str:
     monkeypatch.setattr(torch_retriever, "GROUP", 3)
     monkeypatch.setattr(torch_retriever, "BLOCK_KEYS", 32)
     monkeypatch.setattr(torch_retriever, "BLOCK_BYTES", 32 * 4 * DIM)
-    for name in ("CPU_BUFFER_BYTES", "DEVICE_BUFFER_BYTES"):
-        monkeypatch.setattr(torch_retriever, name, 32 * 4 * 8)
+    monkeypatch.setattr(torch_retriever, "BUFFER_BYTES", 32 * 4 * 8)
     return request.param.split()[0]
 
 
@@ -156,14 +155,15 @@ def test_the_smallest_of_blocks(k, width):
     rng = np.random.default_rng(0)
     values = rng.permuted(np.tile(np.arange(200, dtype=np.float32), (9, 1)), axis=1)
     values[1], values[2] = np.arange(200), np.arange(200)[::-1]
-    cpu, device = GroupNearest(9, k), DeviceNearest(9, k, torch.device("cpu"))
+    queries = np.zeros((9, DIM), dtype=np.float32)
+    cpu, device = GroupNearest(queries, k), DeviceNearest(torch.from_numpy(queries), k)
     for first in range(0, 200, width):
         block = np.ascontiguousarray(values[:, first : first + width])
-        cpu.add(block, first)
-        device.add(torch.from_numpy(block), first)
-    for found, columns in (cpu.result(), device.result()):
+        cpu.keep(block, first)
+        device.keep(torch.from_numpy(block), first)
+    for found, numbers in (cpu.result(), device.result()):
         np.testing.assert_array_equal(found, np.tile(np.arange(k), (9, 1)))
-        np.testing.assert_array_equal(columns, np.argsort(values, axis=1)[:, :k])
+        np.testing.assert_array_equal(numbers, np.argsort(values, axis=1)[:, :k])
 
 
 def test_nothing_is_built_for_it(make_store):
