@@ -310,7 +310,7 @@ class NeighborProducts:
                 self.model.hparams.layers,
                 window if split == "train" else None,
                 queries.keys if settings.token_features == "stored" else None,
-                memory.values if self.model.hparams.values else None,
+                memory.values if self.model.of_values is not None else None,
             )
 
     def _table(
