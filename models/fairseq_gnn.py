@@ -31,6 +31,7 @@ CODEC_ARRAYS = {"centroids": "centroids_torch", "A": "A", "b": "b"}
 DEFAULTS = {
     "add_bias": False,
     "decoder_gcn_dim": 1024,
+    "intra_context": 0,
     "orig_prob_ratio": 0.0,
     "quantizer_path": "",
     "short_cut": False,
@@ -89,6 +90,7 @@ def _settings(args: Namespace, lm: Mapping[str, Any], path: Path | str) -> dict[
         "heads": lm["heads"],
         "dropout": lm["dropout"],
         "attention_dropout": lm["attention_dropout"],
+        "intra_context": args.intra_context or None,  # theirs is 0 for all tokens before it
         "lm_ratio": args.orig_prob_ratio,
         "output_bias": args.add_bias and not lm["adaptive_softmax_cutoffs"],
         **optimisation(args),

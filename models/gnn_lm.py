@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,12 @@ from models.metrics import TokenLoss
 from models.transformer_lm import TransformerLM
 
 Part = Literal["adaptive_softmax", "embedding", "layers"]
+OF_NETWORK = {
+    **{"layers": 3, "width": None, "heads": 8, "intra_context": None},
+    **{"residual": False, "values": False, "lm_ratio": 0.0, "output_bias": False},
+}
+"""What a network is, besides its weights, and what a new one is by default: of `start_from` as its
+checkpoint says."""
 
 
 class GNNLM(LanguageModel):
@@ -34,25 +40,27 @@ class GNNLM(LanguageModel):
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
         lm_checkpoint: the trained LM, of train.py or of fairseq.
-        start_from: checkpoint of a GNN-LM whose weights to start from, the LM's included.
+        start_from: checkpoint of a GNN-LM whose weights to start from, the LM's included; settings
+            from layers to output_bias are then the checkpoint's, and need not be given.
         lm: settings of the LM, for checkpoints of this model, which hold its weights; leave it out.
-        layers: of the graph network.
+        layers: of the graph network; by default 3.
         width: of its states; by default the LM's.
-        heads: attention heads a layer.
-        dropout: on the messages of each layer.
-        attention_dropout: on its attention weights.
+        heads: attention heads a layer; by default 8.
         intra_context: tokens of its own block that a token attends to, itself included; by default
             all before it; 0 for none, so that all it learns comes from neighbours.
         residual: add a projection of what the network gives to the LM's features, where the paper
             puts it in their place: training then begins at the LM itself.
         values: add to each neighbour's features a projection of its token's word vector, where in
             the paper the token shows only in the features of the row after it.
-        lm_ratio: weight of the LM's own distribution in a mixture with the graph network's.
+        lm_ratio: weight of the LM's own distribution in a mixture with the graph network's; by
+            default 0.
+        output_bias: train a bias on the logits of a plain softmax.
+        dropout: on the messages of each layer.
+        attention_dropout: on its attention weights.
         lm_path_probability: share of training batches that take the LM's path past the graph
             network, for parts that are not frozen.
         unfreeze: parts of the LM that are trained too: adaptive_softmax (the output softmax, a
             copy where it shares weights with the input), embedding, layers.
-        output_bias: train a bias on the logits of a plain softmax.
         optimizer: `adam`, or Nesterov's accelerated gradient `nag`.
         lr: peak learning rate.
         schedule: `cosine` with restarts, `inverse_sqrt`, or `constant`, each after a warm-up.
@@ -76,18 +84,18 @@ class GNNLM(LanguageModel):
         lm_checkpoint: str | None = None,
         start_from: str | None = None,
         lm: dict | None = None,
-        layers: int = 3,
+        layers: int | None = None,
         width: int | None = None,
-        heads: int = 8,
+        heads: int | None = None,
+        intra_context: int | None = None,
+        residual: bool | None = None,
+        values: bool | None = None,
+        lm_ratio: float | None = None,
+        output_bias: bool | None = None,
         dropout: float = 0.1,
         attention_dropout: float = 0.0,
-        intra_context: int | None = None,
-        residual: bool = False,
-        values: bool = False,
-        lm_ratio: float = 0.0,
         lm_path_probability: float = 0.0,
         unfreeze: Sequence[Part] = (),
-        output_bias: bool = False,
         optimizer: Literal["nag", "adam"] = "adam",
         lr: float = 1e-3,
         schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine",
@@ -113,7 +121,9 @@ class GNNLM(LanguageModel):
         lm = {**self.lm.hparams, "compile": False}
         unfreeze = list(unfreeze)
         self.save_hyperparameters()
+        self.save_hyperparameters(self._settled(start))
         self._check()
+        h = self.hparams
         self.lm_fingerprint: str | None = None
         """Of the LM whose datastores it reads; saved with checkpoints."""
         self.neighbors: dict | None = None
@@ -124,24 +134,25 @@ class GNNLM(LanguageModel):
         """Of the LM alone, beside `test_loss`."""
         self.network = HGT(
             self.lm.hparams.width,
-            width or self.lm.hparams.width,
-            layers,
-            heads,
+            h.width,
+            h.layers,
+            h.heads,
             dropout,
             attention_dropout,
         )
-        self.network.freeze_unused(intra_context)
+        self.network.freeze_unused(h.intra_context)
         self.residual = None
-        if residual:
+        if h.residual:
             self.residual = nn.Linear(self.lm.hparams.width, self.lm.hparams.width, bias=False)
             nn.init.zeros_(self.residual.weight)
         self.of_values = None
-        if values:
+        if h["values"]:  # `values` is a method of every dictionary
             self.of_values = nn.Linear(self.lm.hparams.width, self.lm.hparams.width, bias=False)
         self.softmax = self.lm.softmax
         self._unfreeze(unfreeze)
         if start is not None:
-            self._take_weights(start, start_from)
+            self.load_state_dict(start.state_dict())
+            self.lm_fingerprint, self.neighbors = start.lm_fingerprint, start.neighbors
         self.train()
 
     @classmethod
@@ -162,15 +173,26 @@ class GNNLM(LanguageModel):
             )
         return model
 
-    def _take_weights(self, start: "GNNLM", path: str) -> None:
-        try:
-            self.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            difference = " ".join(str(error).split(":", 1)[1].split())[:120]
+    def _settled(self, start: "GNNLM | None") -> dict[str, Any]:
+        """The settings of `OF_NETWORK`: those of the checkpoint to start from, else what is given
+        or by default."""
+        given = {name: self.hparams[name] for name in OF_NETWORK}
+        if start is None:
+            default = OF_NETWORK | {"width": self.lm.hparams.width}
+            return {name: default[name] if given[name] is None else given[name] for name in given}
+        for name, value in given.items():
+            if value is not None and value != start.hparams[name]:
+                raise InputError(
+                    f"--model.{name} is {value}, but --model.start_from {self.hparams.start_from} "
+                    f"has {start.hparams[name]}; expected the same, or no such flag"
+                )
+        own_softmax = start.softmax is not start.lm.softmax and not start.hparams.output_bias
+        if own_softmax and "adaptive_softmax" not in self.hparams.unfreeze:
             raise InputError(
-                f"--model.start_from {path}: is a network of another shape ({difference})"
-            ) from None
-        self.lm_fingerprint, self.neighbors = start.lm_fingerprint, start.neighbors
+                f"--model.start_from {self.hparams.start_from}: has trained a softmax of its own; "
+                "expected --model.unfreeze to name adaptive_softmax"
+            )
+        return {name: start.hparams[name] for name in OF_NETWORK}
 
     def _check(self) -> None:
         h, lm = self.hparams, self.lm.hparams
@@ -187,9 +209,10 @@ class GNNLM(LanguageModel):
                 raise InputError(f"--model.{name} is {h[name]}; expected 0 <= {name} < 1")
         if h.intra_context is not None and h.intra_context < 0:
             raise InputError(f"--model.intra_context is {h.intra_context}; expected at least 0")
-        width = lm.width if h.width is None else h.width
-        if width < 1 or width % h.heads:
-            raise InputError(f"--model.width {width} is not a multiple of --model.heads {h.heads}")
+        if h.width < 1 or h.width % h.heads:
+            raise InputError(
+                f"--model.width {h.width} is not a multiple of --model.heads {h.heads}"
+            )
         if h.lm_path_probability and not h.unfreeze:
             raise InputError(
                 f"--model.lm_path_probability is {h.lm_path_probability}, but nothing on the LM's "

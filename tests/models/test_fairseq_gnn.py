@@ -110,7 +110,8 @@ def test_converted_it_gives_them_too(original, world, tmp_path, capsys):
     assert model_fingerprint(model) == model_fingerprint(expected)
     model.code_decoder = expected.code_decoder  # as whoever has the codes gives it
     check_numbers(model, world)
-    started = GNNLM(VOCAB, start_from=str(original), heads=HEADS)
+    started = GNNLM(VOCAB, start_from=str(original))
+    assert (started.hparams.heads, started.hparams.lm_ratio) == (HEADS, 0.3)
     assert torch.equal(
         started.network.layers[2].prior["inter"], model.network.layers[2].prior["inter"]
     )
@@ -126,10 +127,17 @@ def test_settings(tmp_path):
     model = load_fairseq_checkpoint(path)
     found = model.hparams
     assert (found.layers, found.width, found.heads, found.lm_ratio) == (3, WIDTH, HEADS, 0.0)
+    assert found.intra_context is None
     assert (found.dropout, found.attention_dropout, found.output_bias) == (0.3, 0.1, True)
     assert (found.optimizer, found.schedule, found.lr) == ("adam", "constant", 0.0005)
     assert (found.lm["layers"], found.lm["ffn_width"], found.unfreeze) == (LAYERS, FFN, [])
     assert model.code_decoder is None
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(0, None), (1, 1), (5, 5)])
+def test_how_far_back_tokens_attend(tmp_path, theirs, ours):
+    path = save_plain(tmp_path / "gnn.pt", network(), quantizer(), intra_context=theirs)
+    assert load_model(path).hparams.intra_context == ours
 
 
 def test_every_weight_arrives(tmp_path):

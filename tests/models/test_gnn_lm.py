@@ -1,5 +1,7 @@
 """GNN-LM as a model: what it can see, that it is a distribution, and what of it is trained."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -10,7 +12,7 @@ from datamodules.graphs import NeighborMemory
 from datamodules.lm import LMBatch
 from errors import InputError
 from models.checkpoint import load_model
-from models.gnn_lm import GNNLM
+from models.gnn_lm import GNNLM, OF_NETWORK
 from models.transformer_lm import TransformerLM
 from retrieval.retriever import FlatRetriever
 
@@ -69,7 +71,7 @@ def scores_of(model, store, batch) -> dict[str, torch.Tensor]:
         scores = model.score(batch)
         knn.on_test_batch_end(None, model, scores, batch, 0)
         knn.on_test_epoch_end(None, model)
-    mixed = torch.from_numpy(knn.table.gathered()["log_prob"])
+    mixed = torch.from_numpy(knn.mixture.table.gathered()["log_prob"])
     return {"lm": scores.lm_log_probs, "gnn": scores.log_probs, "gnn + knn": mixed}
 
 
@@ -183,22 +185,69 @@ def test_stored_token_features_take_the_lm_s_place(features):
     torch.testing.assert_close(beside.lm_log_probs, changed)
 
 
+def save(model: GNNLM, path: Path) -> None:
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    trainer.strategy.connect(model)
+    model.trainer = trainer
+    trainer.save_checkpoint(path)
+
+
 @pytest.mark.parametrize("settings", [{}, {"unfreeze": ["adaptive_softmax"]}, {"width": 8}])
 def test_checkpoint_round_trip(settings, tmp_path):
     model = make_model(**settings).eval()
     model.lm_fingerprint, model.neighbors = "0123", {"features": "keys"}
-    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-    trainer.strategy.connect(model)
-    model.trainer = trainer
-    trainer.save_checkpoint(tmp_path / "gnn.ckpt")
+    save(model, tmp_path / "gnn.ckpt")
     again = load_model(tmp_path / "gnn.ckpt")
     batch = make_batch(torch.randint(VOCAB, (2, LENGTH + 1)))
     assert torch.equal(model.score(batch).log_probs, again.score(batch).log_probs)
     assert (again.lm_fingerprint, again.neighbors) == ("0123", {"features": "keys"})
     further = GNNLM(VOCAB, start_from=str(tmp_path / "gnn.ckpt"), heads=2, **settings).eval()
     torch.testing.assert_close(model.score(batch).log_probs, further.score(batch).log_probs)
-    with pytest.raises(InputError, match=r"--model.start_from .* another shape"):
-        GNNLM(VOCAB, start_from=str(tmp_path / "gnn.ckpt"), heads=2, layers=1, **settings)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A checkpoint of a network that is by no setting what a new one is by default."""
+    settings = {"layers": 2, "width": 8, "intra_context": 3, "residual": True, "values": True}
+    model = make_model(**settings, lm_ratio=0.3, output_bias=True, unfreeze=["adaptive_softmax"])
+    save(model, tmp_path / "gnn.ckpt")
+    return tmp_path / "gnn.ckpt"
+
+
+def test_a_second_stage_is_what_the_first_was(saved):
+    first = load_model(saved)
+    text = torch.randint(VOCAB, (2, LENGTH + 1))
+    rows = np.random.default_rng(0).integers(0, VOCAB, 1000)
+    batch = make_batch(text)
+    hood = batch.neighborhood
+    batch = batch._replace(neighborhood=hood._replace(values=torch.from_numpy(rows)[hood.rows]))
+    second = GNNLM(VOCAB, start_from=str(saved), unfreeze=["adaptive_softmax"]).eval()
+    assert {name: second.hparams[name] for name in OF_NETWORK} == {
+        **{"layers": 2, "width": 8, "heads": 2, "intra_context": 3},
+        **{"residual": True, "values": True, "lm_ratio": 0.3, "output_bias": True},
+    }
+    assert torch.equal(first.score(batch).log_probs, second.score(batch).log_probs)
+    assert torch.equal(first.score(batch).lm_log_probs, second.score(batch).lm_log_probs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "has"),
+    [
+        *(("layers", 3, 2), ("width", 16, 8), ("heads", 4, 2), ("intra_context", 0, 3)),
+        *(("residual", False, True), ("values", False, True)),
+        *(("lm_ratio", 0.2, 0.3), ("output_bias", False, True)),
+    ],
+)
+def test_a_second_stage_that_is_not_what_the_first_was(saved, name, value, has):
+    said = rf"--model.{name} is {value}, but --model.start_from .*gnn.ckpt has {has}; expected"
+    with pytest.raises(InputError, match=said):
+        GNNLM(VOCAB, start_from=str(saved), **{name: value})
+
+
+def test_a_trained_softmax_is_not_put_in_the_lm_s_place(tmp_path):
+    save(make_model(unfreeze=["adaptive_softmax"]), tmp_path / "gnn.ckpt")
+    with pytest.raises(InputError, match=r"expected --model.unfreeze to name adaptive_softmax"):
+        GNNLM(VOCAB, start_from=str(tmp_path / "gnn.ckpt"))
 
 
 @pytest.mark.parametrize(
