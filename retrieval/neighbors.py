@@ -21,6 +21,7 @@ from jsonargparse import auto_cli
 from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
 from retrieval.datastore import Datastore
+from retrieval.index import NOT_BUILT
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.progress import Report
 from retrieval.retriever import Metric, Retriever
@@ -135,7 +136,7 @@ def _identity(
         "rows": len(queries),
         "metric": metric,
         "index": index_name,
-        "nprobe": None if index_name == "flat" else nprobe,  # reads every key
+        "nprobe": None if index_name in NOT_BUILT else nprobe,  # reads every key
         "exclude_window": exclude_window,
         "queries": queries.fingerprint,
         "memory": memory.fingerprint,

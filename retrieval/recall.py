@@ -27,6 +27,7 @@ from rich.table import Table
 from errors import InputError, exit_with_one_sentence
 from retrieval.datastore import Datastore
 from retrieval.index import (
+    NOT_BUILT,
     FaissRetriever,
     IndexBuilding,
     is_path,
@@ -274,13 +275,13 @@ def check_index(memory: Datastore, name: str, metric: Metric) -> None:
     """Refuses a factory string that faiss does not know, and a file that does not fit."""
     if is_path(name):
         open_retriever(memory, name, metric, nprobe=1)
-    elif name != "flat":
+    elif name not in NOT_BUILT:
         make_index(memory.dim, name, metric)
 
 
 def ensure_index(memory: Datastore, name: str, metric: Metric, report: Report) -> None:
     """Builds the index of a factory string, unless it is there, whatever seed made it."""
-    if name == "flat" or is_path(name):
+    if name in NOT_BUILT or is_path(name):
         return
     building = IndexBuilding(memory, name, metric)
     with FileLock(f"{building.path}.lock"):
@@ -364,7 +365,9 @@ def parsed(args: list[str] | None) -> Namespace:
         help="datastore of the training split",
     )
     add("--queries", type=Path, action="append", required=True, help="datastore of another split")
-    add("--indexes", nargs="+", default=["flat"], help="flat, auto, factory strings or paths")
+    add(
+        "--indexes", nargs="+", default=["flat"], help="flat, torch, auto, factory strings or paths"
+    )
     add("--nprobes", nargs="+", type=int, default=[32], help="inverted lists to visit")
     add("--metrics", nargs="+", default=["l2"], choices=list(FAISS_METRICS), help="of the search")
     add("--ks", nargs="+", type=int, default=[1, 8, 32, 128, 1024], help="numbers of neighbours")
