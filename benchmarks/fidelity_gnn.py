@@ -25,8 +25,8 @@ from datamodules.graphs import (
     hetero_graph,
 )
 from models.adaptive import AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
-from models.fairseq import Piece, our_state
-from models.fairseq_gnn import BIAS, NETWORK, UNUSED, network_pieces, output_pieces, used
+from models.fairseq import BIAS, Piece, our_state, softmax_pieces
+from models.fairseq_gnn import NETWORK, UNUSED, network_pieces, used
 from models.features import CodeDecoder
 from models.gnn_lm import mix
 from models.hgt import HGT
@@ -93,7 +93,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 def our_network(stored: Mapping[str, Tensor], heads: int) -> HGT:
     """An `HGT` with the original's weights, whose shapes tell its sizes."""
-    stored = used(stored, output_bias=False)
+    stored = used(stored)
     layers = 1 + max(map(int, re.findall(r"\.gcs\.(\d+)\.", " ".join(stored))))
     width = len(stored[f"{NETWORK}.gcs.0.norms.0.weight"])
     adapt = f"{NETWORK}.adapt_ws.0.weight"
@@ -117,11 +117,10 @@ def our_softmax(stored: Mapping[str, Tensor], config: dict) -> OutputSoftmax:
         softmax = AdaptiveSoftmax(config["V"], config["D"], cutoffs, factor)
     else:
         softmax = PlainSoftmax(config["V"], config["D"], tied=None)
-    bias = BIAS in stored and not cutoffs
-    if bias:
+    if settings["output_bias"]:
         softmax.add_bias()
     holder = nn.ModuleDict({"softmax": softmax}).eval()
-    holder.load_state_dict(our_state(output_pieces(settings, bias), holder.state_dict(), stored))
+    holder.load_state_dict(our_state([*softmax_pieces(settings)], holder.state_dict(), stored))
     return softmax
 
 
@@ -135,6 +134,7 @@ def softmax_settings(stored: Mapping[str, Tensor], config: dict) -> dict:
     return {
         "vocab_size": config["V"],
         "adaptive_softmax_cutoffs": list(map(int, config["cut"].split(","))) if adaptive else [],
+        "output_bias": BIAS in stored and not adaptive,
         "tie_weights": tied,
         "tie_projections": tied
         and down in stored
@@ -267,7 +267,7 @@ def compare_outputs(
 def compare_gradients(network: HGT, stored: Mapping[str, Tensor]) -> dict[str, float]:
     """Largest differences of the network's gradients from those of a `decoder_grads_block<b>.npz`,
     which leaves out what has no effect."""
-    parameters, theirs = dict(network.named_parameters()), used(stored, output_bias=False)
+    parameters, theirs = dict(network.named_parameters()), used(stored)
     gaps = []
     for piece in pieces_of(network):
         if piece.theirs in theirs:

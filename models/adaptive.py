@@ -114,8 +114,9 @@ class PlainSoftmax(OutputSoftmax):
         self.bias: nn.Parameter | None = None
 
     def add_bias(self) -> None:
-        """Gives the logits a bias, of zeros at first."""
-        self.bias = nn.Parameter(self.weight.new_zeros(self.columns))
+        """Gives the logits a bias to train, of zeros at first where they have none."""
+        first = self.weight.new_zeros(self.columns) if self.bias is None else self.bias.detach()
+        self.bias = nn.Parameter(first.clone())
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight, self.bias).float()

@@ -42,6 +42,7 @@ READ_ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
     *(ValueError, TypeError, LookupError, AttributeError, struct.error),  # of damaged files
 )
+BIAS = "decoder.xl_bias"  # of the logits of a plain softmax, in the original GNN-LM's fairseq
 JUNK = re.compile(r"(.*\.)?(_float_tensor|version)|decoder\.embed_positions\.weights")
 
 # What fairseq assumes of a model for which an argument is not stored (base_lm_architecture).
@@ -215,6 +216,7 @@ def hyper_parameters(
             args.tie_adaptive_weights if softmax_bands else args.share_decoder_input_output_embed
         ),
         "tie_projections": bool(args.tie_adaptive_proj),
+        "output_bias": bool(getattr(args, "add_bias", False)) and not softmax_bands,
         "max_target_positions": args.max_target_positions or args.tokens_per_sample,
         "positions": "learned" if args.decoder_learned_pos else "sinusoidal",
         "pre_norm": pre_norm,
@@ -432,13 +434,16 @@ def softmax_pieces(hparams: Mapping[str, Any]) -> Iterator[Piece]:
     """How those of the output softmax make `softmax`.
 
     Args:
-        hparams: vocab_size, adaptive_softmax_cutoffs, tie_weights and tie_projections of the model.
+        hparams: vocab_size, adaptive_softmax_cutoffs, tie_weights, tie_projections and output_bias
+            of the model.
     """
     tied = hparams["tie_weights"]
     if not hparams["adaptive_softmax_cutoffs"]:
         yield Piece(
             "decoder.embed_tokens.weight" if tied else "decoder.embed_out", "softmax.weight"
         )
+        if hparams["output_bias"]:
+            yield Piece(BIAS, "softmax.bias")
         return
     name = "decoder.adaptive_softmax"
     if tied:
@@ -595,6 +600,8 @@ def load_fairseq_checkpoint(path: Path | str) -> LanguageModel:
     args, stored = _read(Path(path))
     stored = modern_names(stored)
     settings = hyper_parameters(args, stored, path)
+    if settings["adaptive_softmax_cutoffs"]:
+        stored.pop(BIAS, None)  # which an adaptive softmax does not add
     if getattr(args, "graph_layer", 0):
         from models.fairseq_gnn import gnn_lm  # which builds on this file
 
@@ -645,13 +652,19 @@ def export_args(model: TransformerLM) -> Namespace:
     `tokens_per_sample`, which `TransformerLM` does not know, is its longest row.
 
     Raises:
-        InputError: a post-norm model, which fairseq's transformer_lm cannot be.
+        InputError: a post-norm model or one with a bias on its logits, which fairseq's
+            transformer_lm cannot be.
     """
     h = model.hparams
     if not h.pre_norm:
         raise InputError(
             "--model.pre_norm is false; expected true, as fairseq's transformer_lm builds "
             "pre-norm layers whatever its arguments say"
+        )
+    if h.output_bias:
+        raise InputError(
+            "--model.output_bias is true; expected false, as fairseq's transformer_lm adds no bias "
+            "to its logits"
         )
     adaptive = bool(h.adaptive_softmax_cutoffs)
     new = DEFAULTS | {theirs: h[ours] for ours, theirs in SAME.items()}

@@ -22,14 +22,12 @@ from models.hgt import NODE_TYPES, RELATIONS
 
 NETWORK = "decoder.hgt_decoder"
 QUANTIZER = "decoder.tgt_quantizer"
-BIAS = "decoder.xl_bias"
 PROJECTIONS = {"key": "k", "query": "q", "value": "v", "output": "a"}  # ours: theirs
 OF_RELATIONS = {"prior": "pri", "attention": "att", "message": "msg"}
 CODEC_ARRAYS = {"centroids": "centroids_torch", "A": "A", "b": "b"}
 
 # What the fork assumes of an argument that is not stored.
 DEFAULTS = {
-    "add_bias": False,
     "decoder_gcn_dim": 1024,
     "intra_context": 0,
     "orig_prob_ratio": 0.0,
@@ -64,7 +62,7 @@ def gnn_lm(
         model = GNNLM(**_settings(args, lm, path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    stored = used(stored, model.hparams.output_bias)
+    stored = used(stored)
     codec = _codec_shapes(args, stored, lm["width"])
     take_tensors(model, gnn_pieces(model.hparams), stored, path, besides=codec)
     if codec:
@@ -92,24 +90,17 @@ def _settings(args: Namespace, lm: Mapping[str, Any], path: Path | str) -> dict[
         "attention_dropout": lm["attention_dropout"],
         "intra_context": args.intra_context or None,  # theirs is 0 for all tokens before it
         "lm_ratio": args.orig_prob_ratio,
-        "output_bias": args.add_bias and not lm["adaptive_softmax_cutoffs"],
         **optimisation(args),
     }
 
 
-def used(stored: Mapping[str, Tensor], output_bias: bool) -> dict[str, Tensor]:
+def used(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint that matter; those of the relations one by one, `NAME[0]` and
-    `NAME[1]`, as `network_pieces` names them.
-
-    Args:
-        stored: its tensors.
-        output_bias: whether the bias of a plain softmax is one of them.
-    """
+    `NAME[1]`, as `network_pieces` names them."""
     found: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         empty = name.startswith(f"{QUANTIZER}.") and tensor.numel() == 0
-        idle = name == BIAS and not output_bias  # of an adaptive softmax, which does not add it
-        if UNUSED.fullmatch(name) or empty or idle:
+        if UNUSED.fullmatch(name) or empty:
             continue
         if re.fullmatch(r".*\.relation_(pri|att|msg)", name) and tensor.ndim:
             found |= {f"{name}[{e}]": part for e, part in enumerate(tensor)}
@@ -126,19 +117,8 @@ def gnn_pieces(hparams: Mapping[str, Any]) -> list[Piece]:
     """
     lm, width = hparams["lm"], hparams["width"]
     found = pieces(lm, "lm.")
-    # The module is in the state twice, or is a copy that begins with the same weights.
-    found += output_pieces(lm, hparams["output_bias"])
+    found += softmax_pieces(lm)  # which the state has twice
     return found + network_pieces(hparams["layers"], width != lm["width"], "network.")
-
-
-def output_pieces(lm: Mapping[str, Any], output_bias: bool) -> list[Piece]:
-    """How those of the output softmax make `softmax`.
-
-    Args:
-        lm: what `models.fairseq.softmax_pieces` asks of the LM's settings.
-        output_bias: whether its logits have a bias.
-    """
-    return [*softmax_pieces(lm), *([Piece(BIAS, "softmax.bias")] if output_bias else [])]
 
 
 def network_pieces(layers: int, adapts: bool, prefix: str = "") -> list[Piece]:

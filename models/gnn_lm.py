@@ -35,7 +35,7 @@ class GNNLM(LanguageModel):
 
     A softmax that is trained, or gets a bias, scores the LM's features too where `lm_ratio` or
     `lm_path_probability` asks for them, as in the original; what is reported of the LM alone goes
-    through the LM's own softmax, without such a bias.
+    through the LM's own softmax, as it was.
 
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
@@ -54,7 +54,7 @@ class GNNLM(LanguageModel):
             the paper the token shows only in the features of the row after it.
         lm_ratio: weight of the LM's own distribution in a mixture with the graph network's; by
             default 0.
-        output_bias: train a bias on the logits of a plain softmax.
+        output_bias: train a bias on the logits of a plain softmax, from the LM's on if it has one.
         dropout: on the messages of each layer.
         attention_dropout: on its attention weights.
         lm_path_probability: share of training batches that take the LM's path past the graph

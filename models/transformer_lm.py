@@ -39,6 +39,7 @@ class TransformerLM(LanguageModel):
         adaptive_softmax_factor: the same for the output.
         tie_weights: input and output share their word vectors.
         tie_projections: adaptive input and softmax share the projections of the bands too.
+        output_bias: a bias on the logits of a plain softmax.
         max_target_positions: longest row of tokens the model reads.
         positions: sinusoidal or learned.
         pre_norm: layer norms in front of the blocks, not behind.
@@ -78,6 +79,7 @@ class TransformerLM(LanguageModel):
         adaptive_softmax_factor: float = 4,
         tie_weights: bool = True,
         tie_projections: bool = True,
+        output_bias: bool = False,
         max_target_positions: int = 1024,
         positions: Literal["sinusoidal", "learned"] = "sinusoidal",
         pre_norm: bool = True,
@@ -128,6 +130,11 @@ class TransformerLM(LanguageModel):
             cutoffs = list(hparams[f"adaptive_{side}_cutoffs"])
             if cutoffs != sorted({c for c in cutoffs if c > 0}):
                 raise InputError(f"{name} are {cutoffs}; expected ascending ids, the first over 0")
+        if hparams.output_bias and hparams.adaptive_softmax_cutoffs:
+            raise InputError(
+                "--model.output_bias needs a plain softmax, but --model.adaptive_softmax_cutoffs "
+                f"are {list(hparams.adaptive_softmax_cutoffs)}; expected none"
+            )
         bands, factor = hparams.adaptive_input_cutoffs, hparams.adaptive_input_factor
         if hparams.width // factor ** len(bands) < 1:
             raise InputError(
@@ -196,7 +203,10 @@ class TransformerLM(LanguageModel):
         embedding = self.decoder.embedding
         if not h.adaptive_softmax_cutoffs:
             tied = embedding.weight if h.tie_weights else None
-            return PlainSoftmax(h.vocab_size, h.width, tied)
+            softmax = PlainSoftmax(h.vocab_size, h.width, tied)
+            if h.output_bias:
+                softmax.add_bias()
+            return softmax
         return AdaptiveSoftmax(
             h.vocab_size,
             h.width,

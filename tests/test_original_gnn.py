@@ -2,6 +2,7 @@
 datastore, neighbours and quantised features, against messages passed over every block's graph."""
 
 import json
+from argparse import Namespace
 
 import faiss
 import numpy as np
@@ -90,8 +91,10 @@ def original(tmp_path_factory, run_program):
         write_split(folder / "data-bin" / split, tokens, seed)
     words = [f"w{i}" for i in range(VOCAB - 4)]
     Dictionary(words, [1] * len(words)).save(folder / "data-bin/dict.txt")
-    parts = (plain_words(), transformer_layers())
-    save(folder / "lm.pt", arguments(**PLAIN, graph_layer=0, quantizer_path=""), *parts)
+    bias = {"decoder.xl_bias": torch.randn(VOCAB)}
+    parts = (plain_words(), transformer_layers(), bias)
+    args = arguments(**PLAIN, add_bias=True)
+    save(folder / "lm.pt", Namespace(**vars(args) | {"graph_layer": 0}), *parts)
 
     store = ("--save_datastore", "--knn.key_type", "last_hidden", "--ckpt_path", "lm.pt")
     run_program(folder, "evaluate.py", *DATA, *store, "--split", "test")
@@ -102,9 +105,7 @@ def original(tmp_path_factory, run_program):
     faiss.write_index(codec, str(folder / "data-bin/quantizer"))
     np.save(folder / "data-bin/train_dstore/quantized-keys.npy", codec.sa_encode(keys))
     neighbor_table().tofile(folder / f"data-bin/neighbors.mmap.{NEIGHBORS}")
-    bias = {"decoder.xl_bias": torch.randn(VOCAB)}
-    args = arguments(**PLAIN, add_bias=True)
-    save(folder / "gnn.pt", args, *parts, network(), bias, tensors_of(codec))
+    save(folder / "gnn.pt", args, *parts, network(), tensors_of(codec))
     return folder
 
 
@@ -153,11 +154,8 @@ def expected_log_probs(folder) -> np.ndarray:
         hidden = model.lm(tokens[None, block])[0][0]
         out = through_graph(model, hidden, table[block], features)
         here = torch.arange(len(hidden)), targets[block]
-        lm, beside, gnn = (
-            torch.softmax(logits, dim=-1)[here]
-            for logits in (hidden @ words.T, hidden @ words.T + bias, out @ words.T + bias)
-        )
-        both = torch.stack([lm, 0.3 * beside + 0.7 * gnn]).log()
+        lm, gnn = (torch.softmax(states @ words.T + bias, dim=-1)[here] for states in (hidden, out))
+        both = torch.stack([lm, 0.3 * lm + 0.7 * gnn]).log()
         found.append(both[:, start - begin :])
     return torch.cat(found, dim=1).numpy()
 
@@ -172,6 +170,13 @@ def test_scores_are_those_of_messages_over_the_graphs(imported, run_program):
     assert results["stage_seconds"] == {}  # nothing was made
     ppl = np.exp(-by_lm_and_mixed.mean(axis=1))
     assert (results["ppl"], results["gnn"]["ppl"]) == pytest.approx(tuple(ppl), rel=1e-4)
+
+
+def test_the_lm_alone_is_that_of_its_own_checkpoint(imported, run_program):
+    files = ("--output", "lm.json", "--ckpt_path", "lm.pt")
+    run_program(imported, "evaluate.py", *DATA, *files)
+    loss = -expected_log_probs(imported)[0].mean()
+    assert json.loads((imported / "lm.json").read_text())["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_codes_of_another_quantiser_are_refused(imported, run_program):

@@ -21,8 +21,10 @@ from datamodules.blocks import make_batches, make_rows
 from datamodules.databin import open_databin
 from datamodules.dictionary import EOS, PAD
 from errors import InputError
+from models.checkpoint import load_model
 from models.fairseq import (
     DEFAULTS,
+    export_args,
     export_state_dict,
     is_fairseq_checkpoint,
     load_fairseq_checkpoint,
@@ -566,6 +568,27 @@ def test_models_that_ours_is_not(tmp_path, changes, message):
     save(tmp_path / "checkpoint.pt", Namespace(**vars(args) | changes), tensors(args))
     with pytest.raises(InputError, match=f"checkpoint\\.pt: {message}"):
         load_fairseq_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_bias_on_the_logits(tmp_path, tied):
+    """Of the original GNN-LM's fairseq."""
+    args = arguments(**PLAIN | {"add_bias": True, "share_decoder_input_output_embed": tied})
+    bias = {"decoder.xl_bias": torch.randn(VOCAB)}
+    model = load_fairseq_checkpoint(save(tmp_path / "lm.pt", args, tensors(args), bias))
+    hidden, words = torch.randn(5, WIDTH), model.softmax.weight
+    expected = (hidden @ words.T + bias["decoder.xl_bias"]).log_softmax(-1)
+    torch.testing.assert_close(model.softmax.log_prob(hidden), expected)
+    main(["convert", str(tmp_path / "lm.pt"), str(tmp_path / "lm.ckpt")])
+    again = load_model(tmp_path / "lm.ckpt")
+    torch.testing.assert_close(again.softmax.log_prob(hidden), expected)
+    with pytest.raises(InputError, match=r"--model\.output_bias is true; expected false"):
+        export_args(again)
+    without = Namespace(**vars(args) | {"add_bias": False})
+    with pytest.raises(InputError, match=r"found that decoder\.xl_bias is unexpected"):
+        load_fairseq_checkpoint(save(tmp_path / "lm.pt", without, tensors(args), bias))
+    with pytest.raises(InputError, match=r"found that decoder\.xl_bias is missing"):
+        load_fairseq_checkpoint(save(tmp_path / "lm.pt", args, tensors(args)))
 
 
 def test_every_tensor_that_does_not_fit_is_listed(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_fairseq
 import torch
 from small_fairseq import FFN, HEADS, LAYERS, VOCAB, WIDTH, save
 from small_original import (
@@ -128,7 +129,8 @@ def test_settings(tmp_path):
     found = model.hparams
     assert (found.layers, found.width, found.heads, found.lm_ratio) == (3, WIDTH, HEADS, 0.0)
     assert found.intra_context is None
-    assert (found.dropout, found.attention_dropout, found.output_bias) == (0.3, 0.1, True)
+    assert (found.dropout, found.attention_dropout) == (0.3, 0.1)
+    assert (found.lm["output_bias"], found.output_bias) == (True, False)  # it is the LM's
     assert (found.optimizer, found.schedule, found.lr) == ("adam", "constant", 0.0005)
     assert (found.lm["layers"], found.lm["ffn_width"], found.unfreeze) == (LAYERS, FFN, [])
     assert model.code_decoder is None
@@ -167,12 +169,11 @@ def test_every_weight_arrives(tmp_path):
         )
     assert torch.equal(model.network.out.bias, net[f"{NETWORK}.out.bias"])
     assert torch.equal(model.lm.decoder.layers[1].fc2.weight, layers["decoder.layers.1.fc2.weight"])
-    assert model.softmax is not model.lm.softmax
+    assert model.softmax is model.lm.softmax
     hidden = torch.randn(5, WIDTH)
     logits = hidden @ words["decoder.embed_out"].T
     expected = (logits + bias["decoder.xl_bias"]).log_softmax(-1)
     torch.testing.assert_close(model.softmax.log_prob(hidden), expected)
-    torch.testing.assert_close(model.lm.softmax.log_prob(hidden), logits.log_softmax(-1))
 
 
 @pytest.mark.parametrize("transform", ["none", "rotation", "rotation and bias"])
@@ -195,6 +196,16 @@ def test_quantizers(tmp_path, transform):
     if transform != "none":
         expected = expected @ tensors[f"{QUANTIZER}.A"]
     torch.testing.assert_close(model.neighbor_features(codes), expected)
+
+
+def test_a_bias_that_an_adaptive_softmax_does_not_add(tmp_path):
+    bias = {"decoder.xl_bias": torch.randn(VOCAB)}
+    for layers in (3, 0):
+        args = small_fairseq.arguments(**vars(arguments(add_bias=True, graph_layer=layers)))
+        net = network() | quantizer() if layers else {}
+        path = save(tmp_path / "adaptive.pt", args, small_fairseq.tensors(args), net, bias)
+        model = load_fairseq_checkpoint(path)
+        assert not [name for name in model.state_dict() if name.endswith("softmax.bias")]
 
 
 @pytest.mark.parametrize("graph_layer", [0, None])

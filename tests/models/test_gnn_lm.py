@@ -133,6 +133,17 @@ def test_the_lm_s_own_softmax_stays_when_a_copy_is_trained():
     assert not any(p.requires_grad for p in model.lm.parameters())
 
 
+def test_a_bias_of_the_lm_is_where_a_trained_one_begins():
+    model = make_model({"output_bias": True}.items(), output_bias=True)
+    assert model.softmax is not model.lm.softmax
+    fresh = GNNLM(VOCAB, lm=dict(model.lm.hparams), heads=2, output_bias=True)
+    torch.nn.init.normal_(fresh.lm.softmax.bias)
+    fresh._unfreeze([])
+    assert torch.equal(fresh.softmax.bias, fresh.lm.softmax.bias)
+    assert fresh.softmax.bias.requires_grad
+    assert not fresh.lm.softmax.bias.requires_grad
+
+
 def test_lm_path():
     model = make_model(unfreeze=["adaptive_softmax"], lm_path_probability=0.999999)
     batch = make_batch(torch.randint(VOCAB, (2, LENGTH + 1)))

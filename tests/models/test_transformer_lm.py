@@ -184,6 +184,10 @@ def test_validation_logs_the_perplexity_of_all_tokens(batch):
         ({"attention_dropout": 1.0}, ("--model.attention_dropout is 1.0",)),
         ({"adaptive_input_cutoffs": [6, 6]}, ("--model.adaptive_input_cutoffs are [6, 6]",)),
         ({"adaptive_softmax_cutoffs": [0]}, ("--model.adaptive_softmax_cutoffs are [0]",)),
+        (
+            {**BANDS, "output_bias": True},
+            ("--model.output_bias", "--model.adaptive_softmax_cutoffs are [6, 15]"),
+        ),
         ({"adaptive_input_cutoffs": [6, 15]}, ("[6, 15]", "_factor 4", "--model.width is 8")),
     ],
 )
