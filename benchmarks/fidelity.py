@@ -197,7 +197,7 @@ def compute(case: Case, fixtures: Fixtures, faithful: bool = True) -> dict[str, 
     for part in zip(*(column.split(1024) for column in scores[:4]), strict=True):
         callback.on_test_batch_end(None, fixtures.model, TokenScores(*part), None, 0)
     callback.on_test_epoch_end(None, fixtures.model)
-    table = callback.table.gathered()
+    table = callback.mixture.table.gathered()
     return {**result, "knn": table["knn_log_prob"], "mixed": table["log_prob"]}
 
 
@@ -270,10 +270,10 @@ def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dic
     """
     quiet()
     if (fixtures / "world.npz").is_file():
-        rows = fidelity_gnn.compare(fixtures)
-        output.write_text(json.dumps(rows, indent=1) + "\n")
-        print(fidelity_gnn.as_markdown(rows))
-        return rows
+        compared = fidelity_gnn.compare(fixtures)
+        output.write_text(json.dumps(compared, indent=1) + "\n")
+        print(fidelity_gnn.as_markdown(compared))
+        return compared["cases"]
     if not (fixtures / "expected.json").is_file():
         raise InputError(
             f"--fixtures {fixtures}: has neither expected.json nor world.npz; expected reference "

@@ -8,7 +8,7 @@ a decoder's weights `decoder_state_dict.npz` with `decoder_outputs.npz` and
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datamodules.dictionary import EOS
 from datamodules.graphs import (
     INTER,
     INTRA_NEIGHBOR,
@@ -40,30 +41,62 @@ EDGES = {
 Arrays = Mapping[str, np.ndarray]
 
 
+class Stored(Mapping):
+    """The arrays of a fixture file, which remembers those that something was compared with."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        self.arrays = dict(np.load(path))
+        self.compared: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def difference(self, name: str, ours: Tensor | np.ndarray) -> float:
+        """See `difference`."""
+        self.compared.add(name)
+        return difference(ours, self[name])
+
+    @property
+    def not_compared(self) -> list[str]:
+        """Names of the other arrays, behind that of the file."""
+        return [f"{self.name}: {name}" for name in self if name not in self.compared]
+
+
 @dataclass
 class World:
     """What all blocks of a fixture share.
 
     Attributes:
         config: its config.json.
+        files: its .npz files by stem, but for the weights.
         arrays: its world.npz.
         features: fp32 `[N, D]`, decoded by us from the codes.
     """
 
     config: dict
-    arrays: Arrays
+    files: dict[str, Stored]
+    arrays: Stored
     features: np.ndarray
 
     @classmethod
     def read(cls, folder: Path) -> "World":
         """Opens a fixture directory."""
         config = json.loads((folder / "config.json").read_text())
-        arrays = np.load(folder / "world.npz")
+        paths = sorted(set(folder.glob("*.npz")) - set(folder.glob("*_state_dict.npz")))
+        files = {path.stem: Stored(path) for path in paths}
+        arrays = files["world"]
         names = {"centroids": "pq_centroids", "A": "pq_A", "b": "pq_b"}
-        found = {ours: arrays[name] for ours, name in names.items() if name in arrays.files}
+        found = {ours: arrays[name] for ours, name in names.items() if name in arrays}
         decoder = CodeDecoder(found)
         codes = torch.from_numpy(arrays["datastore_codes"])
-        return cls(config, arrays, decoder(codes).numpy())
+        return cls(config, files, arrays, decoder(codes).numpy())
 
     def neighbors(self, offsets: np.ndarray) -> np.ndarray:
         """Neighbours of tokens, int64 `[n, k]`, as the original masks them on the training
@@ -85,8 +118,13 @@ class World:
         """fp32 `[n, D]`."""
         return torch.from_numpy(self.arrays["split_feats_fp16"][offsets].astype(np.float32))
 
+    def tokens(self, offsets: np.ndarray) -> np.ndarray:
+        """Of the split, int64 `[n]`; before the first comes the end of a line."""
+        tokens = self.arrays["split_tokens"][offsets].astype(np.int64)
+        return np.where(offsets < 0, EOS, tokens)
 
-def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+
+def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The arrays of a fixture file, under the names of a checkpoint's tensors with `prefix`."""
     return {f"{prefix}{name}": torch.from_numpy(array) for name, array in np.load(path).items()}
 
@@ -177,96 +215,107 @@ def intra_context(block: Arrays) -> int | None:
     return None if reach == len(block["tgt_offsets"]) else reach
 
 
-def compare_block(network: HGT, world: World, block: Arrays) -> dict[str, float]:
+def compare_block(network: HGT, world: World, block: Stored) -> dict[str, float]:
     """Largest differences of the graph and of every array of one `hgt_block<b>.npz`."""
     offsets, intra = block["tgt_offsets"], intra_context(block)
     neighbors = world.neighbors(offsets)
     graph = hetero_graph(neighbors, len(world.features), *world.config["ctx"], intra_context=intra)
-    found = {"neighbors": difference(neighbors, block["neighbors_masked"])}
-    found["graph: nodes"] = difference(graph["neighbor"].row.numpy(), block["ntgt_offset"])
+    rows = graph["neighbor"].row.numpy()
+    x = world.token_features(offsets)
+    found = {
+        name: block.difference(theirs, ours)
+        for name, theirs, ours in (
+            ("neighbors", "neighbors_masked", neighbors),
+            ("tokens before", "source", world.tokens(offsets - 1)),
+            ("tokens", "target", world.tokens(offsets)),
+            ("graph: nodes", "ntgt_offset", rows),
+            ("tokens of neighbours", "ntgt_label", world.arrays["datastore_vals"][rows].ravel()),
+            ("codes of neighbours", "ntgt_code", world.arrays["datastore_codes"][rows]),
+            ("features of tokens", "feat_tgt", x),
+            ("features of neighbours", "feat_ntgt", world.features[rows]),
+        )
+    }
     for kind, name in EDGES.items():
         ours = graph[kind].edge_index.numpy() if kind in graph.edge_types else np.empty((2, 0))
         ours, theirs = (np.unique(edges, axis=1) for edges in (ours, block[name]))
         found[f"graph: {' '.join(kind)}"] = difference(ours, theirs)
-    x = world.token_features(offsets)
-    found["features of tokens"] = difference(x, block["feat_tgt"])
-    rows = graph["neighbor"].row.numpy()
-    found["features of neighbours"] = difference(world.features[rows], block["feat_ntgt"])
+        block.compared.add(name)
     states = by_messages(network, world, offsets, x, intra)
     names = ["adapt", *(f"layer{i}" for i in range(len(network.layers))), "out"]
     for name, state in zip(names, states, strict=True):
         for node_type, theirs in THEIRS.items():
             if f"{name}_{theirs}" in block:
-                found[f"messages: {name} {node_type}"] = difference(
-                    state[node_type], block[f"{name}_{theirs}"]
+                found[f"messages: {name} {node_type}"] = block.difference(
+                    f"{name}_{theirs}", state[node_type]
                 )
     fast = by_fast(network, world, offsets, x, intra)
-    found["fast: out token"] = difference(fast, block["out_tgt"])
+    found["fast: out token"] = block.difference("out_tgt", fast)
     return found
 
 
 def compare_decoder(folder: Path, world: World) -> dict[str, dict[str, float]]:
     """Largest differences of log-probabilities and gradients, by block and computation."""
-    stored = read_tensors(folder / "decoder_state_dict.npz")
+    stored = read_weights(folder / "decoder_state_dict.npz")
     network = our_network(stored, world.config.get("heads_dec", world.config["heads"]))
     softmax = our_softmax(stored, world.config)
-    outputs = np.load(folder / "decoder_outputs.npz")
     rows: dict[str, dict[str, float]] = {}
     for b in world.config["blocks"]:
-        block = np.load(folder / f"hgt_block{b}.npz")
+        block = world.files[f"hgt_block{b}"]
         offsets, intra = block["tgt_offsets"], intra_context(block)
         x = world.token_features(offsets)
-        gradients = folder / f"decoder_grads_block{b}.npz"
+        gradients = world.files.get(f"decoder_grads_block{b}")
         for path in ("messages", "fast"):
             network.zero_grad()
             if path == "fast":
                 out = by_fast(network, world, offsets, x, intra)
             else:
                 out = by_messages(network, world, offsets, x, intra)[-1]["token"]
-            found, target = compare_outputs(softmax, outputs, b, block, x, out)
-            if gradients.is_file():
-                (-target["gnn"].sum()).backward()
-                found |= compare_gradients(network, read_tensors(gradients))
+            found, target = compare_outputs(softmax, world, b, x, out)
+            if gradients is not None:
+                loss = -target["gnn"].sum()
+                loss.backward()
+                found |= compare_gradients(network, loss, gradients)
             rows[f"decoder block {b}, {path}"] = found
     return rows
 
 
 def compare_outputs(
-    softmax: OutputSoftmax, outputs: Arrays, b: int, block: Arrays, x: Tensor, out: Tensor
+    softmax: OutputSoftmax, world: World, b: int, x: Tensor, out: Tensor
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Largest differences of the arrays of block b in `decoder_outputs.npz`.
 
     Args:
         softmax: the decoder's.
-        outputs: all blocks' arrays.
+        world: with the arrays of all blocks.
         b: number of the block.
-        block: its arrays.
         x: features of its tokens `[n, D]`.
         out: what the graph network makes of them `[n, D]`.
 
     Returns:
         Them by name, and log-probabilities of the scored targets by the LM and by the network.
     """
+    block, outputs = world.files[f"hgt_block{b}"], world.files["decoder_outputs"]
     start = int(np.ravel(block["loss_start"])[0])
-    targets = torch.from_numpy(block["target"][start:].astype(np.int64))
+    targets = torch.from_numpy(world.tokens(block["tgt_offsets"][start:]))
     features = {"lm": x[start:], "gnn": out[start:]}
     whole = {name: softmax.log_prob(feature) for name, feature in features.items()}
     target = {name: softmax.target_log_prob(f, targets) for name, f in features.items()}
     found = {}
     for name, theirs in outputs.items():
-        ours = our_output(name, b, out, whole, target)
+        ours = our_output(name, b, targets, out, whole, target)
         if ours is not None:
             if name.endswith("gcn_feat") and len(theirs) != len(ours):
                 ours = ours[start:]
             if "first4" in name:
                 ours = ours[: len(theirs)]
-            found[name] = difference(ours, theirs)
+            found[name] = outputs.difference(name, ours)
     return found, target
 
 
-def compare_gradients(network: HGT, stored: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest differences of the network's gradients from those of a `decoder_grads_block<b>.npz`,
-    which leaves out what has no effect."""
+def compare_gradients(network: HGT, loss: Tensor, arrays: Stored) -> dict[str, float]:
+    """Largest differences of the network's gradients and of the loss that they are of from those of
+    a `decoder_grads_block<b>.npz`, which leaves out what has no effect."""
+    stored = {name: torch.from_numpy(array) for name, array in arrays.items()}
     parameters, theirs = dict(network.named_parameters()), used(stored)
     gaps = []
     for piece in pieces_of(network):
@@ -278,14 +327,23 @@ def compare_gradients(network: HGT, stored: Mapping[str, Tensor]) -> dict[str, f
         if UNUSED.fullmatch(name):  # has no effect, nor a place here
             gaps.append((name, difference(torch.zeros_like(gradient), gradient.numpy())))
     found: dict[str, float] = {}
+    if "loss_sum" in arrays:
+        found["loss_sum"] = arrays.difference("loss_sum", loss)
     for name, gap in gaps:
-        name = f"gradient {name.removeprefix(f'{NETWORK}.').partition('[')[0]}"
+        whole = name.partition("[")[0]
+        arrays.compared.add(whole)
+        name = f"gradient {whole.removeprefix(f'{NETWORK}.')}"
         found[name] = max(gap, found.get(name, 0.0))
     return found
 
 
 def our_output(
-    name: str, b: int, out: Tensor, whole: Mapping[str, Tensor], target: Mapping[str, Tensor]
+    name: str,
+    b: int,
+    targets: Tensor,
+    out: Tensor,
+    whole: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
 ) -> Tensor | None:
     """What an array of `decoder_outputs.npz` should hold; None if it is of another block."""
     found = re.fullmatch(rf"(?:batched_)?block{b}_(.+)", name)
@@ -293,6 +351,8 @@ def our_output(
         return None
     if found[1] == "gcn_feat":
         return out
+    if found[1] == "scored_tokens":
+        return targets
     if found[1] == "base_shortcut_logprob":
         return target["lm"]
     ratio = re.fullmatch(r"ratio([\d.]+)_(full_logprob_first\d+|logprob)", found[1])
@@ -305,34 +365,36 @@ def our_output(
     return scores["lm"] if r == 1 else mix(scores["lm"], scores["gnn"], r)
 
 
-def compare(folder: Path) -> list[dict]:
-    """Every output array of a fixture directory: the largest difference of each."""
+def compare(folder: Path) -> dict[str, list]:
+    """Every output array of a fixture directory.
+
+    Returns:
+        `cases`, with the largest difference of each array, and `not_compared`, the names of those
+        that nothing was compared with, the weights left out.
+    """
     world = World.read(folder)
-    rows = [
-        {
-            "case": "decoded codes",
-            "largest_difference": {
-                "decoded": difference(world.features, world.arrays["datastore_decoded"])
-            },
-        }
-    ]
-    stored = read_tensors(folder / "hgt_state_dict.npz", f"{NETWORK}.")
+    decoded = world.arrays.difference("datastore_decoded", world.features)
+    rows = [{"case": "decoded codes", "largest_difference": {"decoded": decoded}}]
+    stored = read_weights(folder / "hgt_state_dict.npz", f"{NETWORK}.")
     network = our_network(stored, world.config["heads"])
     with torch.inference_mode():
-        for path in sorted(folder.glob("hgt_block*.npz")):
-            found = compare_block(network, world, np.load(path))
-            rows.append({"case": path.stem, "largest_difference": found})
-    if (folder / "decoder_outputs.npz").is_file():
+        for name, block in world.files.items():
+            if name.startswith("hgt_block"):
+                found = compare_block(network, world, block)
+                rows.append({"case": name, "largest_difference": found})
+    if "decoder_outputs" in world.files:
         for case, found in compare_decoder(folder, world).items():
             rows.append({"case": case, "largest_difference": found})
-    return rows
+    left = [name for file in world.files.values() for name in file.not_compared]
+    return {"cases": rows, "not_compared": left}
 
 
-def as_markdown(rows: list[dict]) -> str:
-    """A line a case: its worst array."""
+def as_markdown(compared: dict[str, list]) -> str:
+    """A line a case, its worst array; and what was not compared."""
     lines = ["| case | arrays | largest difference | of |", "| --- | --- | --- | --- |"]
-    for row in rows:
+    for row in compared["cases"]:
         gaps = row["largest_difference"]
         worst = max(gaps, key=gaps.get)
         lines.append(f"| {row['case']} | {len(gaps)} | {gaps[worst]:.1e} | {worst} |")
+    lines += ["", f"Not compared: {', '.join(compared['not_compared']) or 'nothing'}."]
     return "\n".join(lines)
