@@ -44,16 +44,15 @@ def open_array(
 
 
 def open_raw(
-    path: Path, described: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
+    manifest: Path, described: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """Maps a file without header that belongs to another program."""
-    file, offset = path / described["path"], described["offset"]
+    """Maps a file without header that belongs to another program, from what a manifest says of it:
+    its path beside the manifest's and where its data begin."""
+    file, offset = manifest.parent / described["path"], described["offset"]
     needed = int(np.prod(shape)) * dtype.itemsize + offset
     found = file.stat().st_size if file.is_file() else 0
     if found != needed:
-        raise InputError(
-            f"{file}: has {found} bytes, but {path / 'manifest.json'} needs {needed} there"
-        )
+        raise InputError(f"{file}: has {found} bytes, but {manifest} needs {needed} there")
     return np.memmap(file, dtype, "r", offset, shape)
 
 

@@ -241,7 +241,7 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
         raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
     shape, dtype = (manifest["rows"], manifest["code_size"]), np.dtype(np.uint8)
     if "raw" in manifest:
-        codes = open_raw(path.parent, manifest["raw"]["codes"], shape, dtype)
+        codes = open_raw(path, manifest["raw"]["codes"], shape, dtype)
         codec_path = path.parent / manifest["raw"]["codec"]["path"]
     else:
         codes = open_array(path.with_suffix(".npy"), shape, dtype)

@@ -91,8 +91,9 @@ class Datastore:
         rows, dim = manifest["rows"], manifest["dim"]
         dtype, value_dtype = DTYPES[manifest["dtype"]], np.dtype(manifest["value_dtype"])
         if "raw" in manifest:
-            keys = open_raw(path, manifest["raw"]["keys"], (rows, dim), dtype)
-            values = open_raw(path, manifest["raw"]["values"], (rows,), value_dtype)
+            raw, at = manifest["raw"], path / "manifest.json"
+            keys = open_raw(at, raw["keys"], (rows, dim), dtype)
+            values = open_raw(at, raw["values"], (rows,), value_dtype)
         else:
             keys = open_array(path / "keys.npy", (rows, dim), dtype)
             values = open_array(path / "values.npy", (rows,), value_dtype)

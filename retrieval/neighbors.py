@@ -23,7 +23,7 @@ from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
 from retrieval.datastore import Datastore
 from retrieval.index import NOT_BUILT
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
-from retrieval.progress import Report
+from retrieval.progress import Report, progress_bars
 from retrieval.retriever import Metric, Retriever
 
 KIND, VERSION = "neighbour table", 1
@@ -99,7 +99,7 @@ class NeighborTable:
             raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
         shape, dtype = (manifest["rows"], manifest["k"]), np.dtype(manifest["dtype"])
         if "raw" in manifest:
-            rows = open_raw(path.parent, manifest["raw"], shape, dtype)
+            rows = open_raw(path, manifest["raw"], shape, dtype)
         else:
             rows = open_array(path.with_suffix(".npy"), shape, dtype)
         distances = None
@@ -347,7 +347,13 @@ def open_imported(queries: Datastore, memory: Datastore, k: int) -> NeighborTabl
     return table
 
 
-def import_table(path: Path, k: int, queries: Datastore, memory: Datastore) -> NeighborTable:
+def import_table(
+    path: Path,
+    k: int,
+    queries: Datastore,
+    memory: Datastore,
+    report: Report = lambda *_: None,
+) -> NeighborTable:
     """Takes over a raw table of the original program, in place: int64 `[N, k]` without a header.
 
     Args:
@@ -355,6 +361,7 @@ def import_table(path: Path, k: int, queries: Datastore, memory: Datastore) -> N
         k: neighbours a token.
         queries: datastore of the split; the manifest is written there.
         memory: datastore whose rows the table holds.
+        report: see `NeighborSearch.run`.
 
     Raises:
         InputError: missing, of another size, or with rows that the memory does not have.
@@ -365,12 +372,8 @@ def import_table(path: Path, k: int, queries: Datastore, memory: Datastore) -> N
     offset = data_offset(path, math.prod(shape) * dtype.itemsize, f"{dtype} {list(shape)}")
     raw = {"path": os.path.relpath(path, queries.path), "offset": offset}
     rows = np.memmap(path, dtype, "r", offset, shape)
+    _check_rows(path, rows, memory, report)
     sample = rows[np.unique(np.linspace(0, len(rows) - 1, 256).astype(np.int64))]
-    if sample.min() < -1 or sample.max() >= len(memory):
-        raise InputError(
-            f"{path}: holds rows from {sample.min()} to {sample.max()}; expected -1 or "
-            f"below the {len(memory)} of {memory.path}"
-        )
     identity = {
         "k": k,
         "rows": len(queries),
@@ -382,6 +385,19 @@ def import_table(path: Path, k: int, queries: Datastore, memory: Datastore) -> N
     fields = {**identity, "dtype": dtype.name, "distances": False, "raw": raw, "complete": True}
     write_manifest(manifest, KIND, VERSION, fields)
     return NeighborTable.open(manifest)
+
+
+def _check_rows(path: Path, rows: np.ndarray, memory: Datastore, report: Report) -> None:
+    """Refuses a table int64 `[N, k]` with a row that the memory does not have."""
+    for first in range(0, len(rows), QUERIES_AT_ONCE):
+        block = rows[first : first + QUERIES_AT_ONCE]
+        last, lowest, highest = first + len(block), block.min(), block.max()
+        if lowest < -1 or highest >= len(memory):
+            raise InputError(
+                f"{path}: holds rows from {lowest} to {highest} for tokens {first} to {last - 1}; "
+                f"expected -1 or below the {len(memory)} of {memory.path}"
+            )
+        report("checking", last, len(rows))
 
 
 @exit_with_one_sentence
@@ -400,7 +416,8 @@ def main(args: list[str] | None = None) -> None:
             queries: directory of the split's datastore.
             memory: directory of the datastore whose rows it holds.
         """
-        taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory))
+        with progress_bars(f"neighbours k={k}", transient=True) as report:
+            taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory), report)
         print(f"neighbours: {taken.path}, {len(taken.rows)} tokens")
 
     auto_cli(take_over, args=args, as_positional=False)

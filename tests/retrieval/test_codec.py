@@ -198,5 +198,5 @@ def test_codes_of_the_original_in_place(store, tmp_path, header):
     source.write_bytes(source.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"has 1599 bytes of data, expected 1600 for uint8"):
         import_codes(store, source, quantizer)
-    with pytest.raises(InputError, match=r"has .* bytes, but .* needs"):
+    with pytest.raises(InputError, match=r"has .* bytes, but .*codes-imported\.json needs"):
         open_codes(store, "imported")

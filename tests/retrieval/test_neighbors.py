@@ -286,10 +286,30 @@ def test_raw_table_of_the_original_in_place(make_split, split, tmp_path):
         open_imported(split, memory, 9)
     with pytest.raises(InputError, match=r"has 9600 bytes of data, expected 8400 for int64"):
         import_table(raw, 7, split, memory)
-    with pytest.raises(InputError, match="holds rows from -1 to 299; expected -1 or below the 100"):
+    said = "holds rows from -1 to 299 for tokens 0 to 63; expected -1 or below the 100"
+    with pytest.raises(InputError, match=said):
         import_table(raw, 8, split, make_split(100, "small"))
     with pytest.raises(InputError, match="no such file"):
         import_table(tmp_path / "nowhere", 8, split, memory)
     raw.write_bytes(raw.read_bytes()[:-8])
-    with pytest.raises(InputError, match=r"has 9592 bytes, but .* needs 9600"):
+    with pytest.raises(
+        InputError, match=r"has 9592 bytes, but .*neighbors-k8-imported\.json needs 9600"
+    ):
         NeighborTable.open(table.path)
+
+
+@pytest.mark.parametrize("bad", [300, -2])
+def test_every_row_of_a_raw_table_is_checked(make_split, tmp_path, bad):
+    split, memory = make_split(1000, "test"), make_split(300, "train")
+    rows = np.random.default_rng(0).integers(-1, 300, (1000, 3))
+    rows[499, 1] = bad  # between those that a sample of 256 takes
+    raw = tmp_path / "neighbors.mmap.3"
+    rows.tofile(raw)
+    with pytest.raises(InputError, match=rf"from .*{bad} .*for tokens 448 to 511; expected -1 or"):
+        import_table(raw, 3, split, memory)
+    assert not list(split.path.glob("neighbors*"))
+    rows[499, 1] = 299
+    rows.tofile(raw)
+    stages = []
+    import_table(raw, 3, split, memory, lambda *stage: stages.append(stage))
+    assert stages[-1] == ("checking", 1000, 1000)
