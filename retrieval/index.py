@@ -4,6 +4,9 @@
 `<name>.faiss.partial` holds the trained index with the keys added so far. One that is larger than
 `PART_BYTES` is built in parts, and its lists are merged on disk into `<name>.faiss.lists`; so are
 not the fast-scan types, whose lists faiss can only hold in memory.
+
+Where a datastore lies in shards, each has an index of its own beside its keys. All begin with
+`<name>.faiss.trained` beside the manifest of the whole, so that what they find compares.
 """
 
 import math
@@ -12,8 +15,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property, partial
+from hashlib import blake2b, file_digest
 from pathlib import Path
 
 import faiss
@@ -33,9 +38,11 @@ from retrieval.retriever import (
     faiss_reason,
     normalized,
 )
+from retrieval.sharded_retriever import ShardedRetriever
 from retrieval.torch_retriever import TorchRetriever
 
 KIND, VERSION = "index", 1
+TRAINED_KIND = "trained index"
 NOT_BUILT = ("flat", "torch")
 """What reads the keys themselves."""
 POINTS_PER_CENTROID = 64
@@ -129,7 +136,8 @@ def open_retriever(
     nprobe: int,
     device: str | torch.device = "cpu",
 ) -> Retriever:
-    """Opens what `--knn.index` names.
+    """Opens what `--knn.index` names; of a datastore in shards the index of the whole where there
+    is one, and else those of the shards.
 
     Args:
         index: `flat`, `torch`, `auto`, a factory string that was built before, or the path of an
@@ -144,6 +152,8 @@ def open_retriever(
         return FlatRetriever(datastore, metric)
     if factory == "torch":
         return TorchRetriever(datastore, metric, device)
+    if lies_in_shards(datastore, index, metric):
+        return open_shards(datastore, range(datastore.n_shards), index, metric, nprobe)
     path = Path(index) if is_path(index) else index_path(datastore, factory, metric)
     if not path.is_file():
         raise InputError(f"{path}: no such index; --build_index or --knnlm makes it")
@@ -170,6 +180,47 @@ def open_retriever(
     }
     refuse_mismatch(path, found, at_hand)
     return FaissRetriever(opened, datastore, metric, nprobe)
+
+
+def lies_in_shards(datastore: Datastore, index: str, metric: Metric) -> bool:
+    """Whether shards are what `--knn.index` searches: there is no index of the whole."""
+    if datastore.n_shards == 1 or is_path(index):
+        return False
+    factory = resolve(datastore, index)
+    return factory in NOT_BUILT or not index_path(datastore, factory, metric).is_file()
+
+
+def open_shards(
+    datastore: Datastore,
+    numbers: Iterable[int],
+    index: str,
+    metric: Metric,
+    nprobe: int,
+    device: str | torch.device = "cpu",
+) -> ShardedRetriever:
+    """Opens what `--knn.index` names of some shards.
+
+    Args:
+        datastore: the whole.
+        numbers: of the shards.
+        index, metric, nprobe, device: see `open_retriever`.
+
+    Raises:
+        InputError: a shard has no such index, or one that did not begin with the trained index of
+            the others.
+    """
+    factory = resolve(datastore, index)  # by the size of the whole
+    shards = [datastore.shard(number) for number in numbers]
+    opened = [open_retriever(shard, factory, metric, nprobe, device) for shard in shards]
+    if factory not in NOT_BUILT:
+        paths = [index_path(shard, factory, metric) for shard in (datastore.shard(0), *shards)]
+        manifests = [
+            read_manifest(path.with_name(f"{path.name}.json"), KIND, VERSION) for path in paths
+        ]
+        expected = {"trained": manifests[0].get("trained")}
+        for path, manifest in zip(paths, manifests, strict=True):
+            refuse_mismatch(path, manifest, expected)
+    return ShardedRetriever(opened, metric)
 
 
 def is_path(index: str) -> bool:
@@ -283,13 +334,22 @@ class IndexBuilding:
         factory: faiss factory string.
         metric: how to compare.
         seed: of the training sample.
+        trained: what `train` has left of the whole, where the datastore is a shard of it.
     """
 
-    def __init__(self, datastore: Datastore, factory: str, metric: Metric, seed: int = 1) -> None:
+    def __init__(
+        self,
+        datastore: Datastore,
+        factory: str,
+        metric: Metric,
+        seed: int = 1,
+        trained: Path | None = None,
+    ) -> None:
         self.datastore = datastore
         self.factory = factory
         self.metric = metric
         self.seed = seed
+        self.trained = trained
         self.path = index_path(datastore, factory, metric)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.seconds = {"train": 0.0, "add": 0.0}
@@ -302,7 +362,7 @@ class IndexBuilding:
     @property
     def identity(self) -> dict:
         """What determines the index."""
-        return {
+        identity = {
             "factory": self.factory,
             "metric": self.metric,
             "dim": self.datastore.dim,
@@ -310,6 +370,14 @@ class IndexBuilding:
             "datastore": self.datastore.fingerprint,
             "seed": self.seed,
         }
+        if self.trained is not None:
+            identity["trained"] = self._trained_fingerprint
+        return identity
+
+    @cached_property
+    def _trained_fingerprint(self) -> str:
+        manifest = self.trained.with_name(f"{self.trained.name}.json")
+        return read_manifest(manifest, TRAINED_KIND, VERSION, ("fingerprint",))["fingerprint"]
 
     def is_complete(self) -> bool:
         """Whether this very index is there already.
@@ -317,11 +385,31 @@ class IndexBuilding:
         Raises:
             InputError: an index of this name is there, but made from something else.
         """
-        manifest = self.path.with_name(f"{self.path.name}.json")
-        if not (self.path.is_file() and manifest.is_file()):
+        return self._is_there(self.path, KIND)
+
+    def _is_there(self, path: Path, kind: str) -> bool:
+        manifest = path.with_name(f"{path.name}.json")
+        if not (path.is_file() and manifest.is_file()):
             return False
-        refuse_mismatch(self.path, read_manifest(manifest, KIND, VERSION), self.identity)
+        refuse_mismatch(path, read_manifest(manifest, kind, VERSION), self.identity)
         return True
+
+    def train(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Publishes the trained index without any key, for those of the shards to begin with,
+        unless it is there already.
+
+        Raises:
+            InputError: one of this name is there, but made from something else.
+        """
+        path = self.path.with_name(f"{self.path.name}.trained")
+        if not self._is_there(path, TRAINED_KIND):
+            self._write(self._begin(report), path)
+            with open(path, "rb") as file:
+                fingerprint = file_digest(file, partial(blake2b, digest_size=8)).hexdigest()
+            manifest = path.with_name(f"{path.name}.json")
+            fields = {**self.identity, "fingerprint": fingerprint}
+            write_manifest(manifest, TRAINED_KIND, VERSION, fields)
+        return path
 
     def run(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Trains, adds and publishes the index; continues from a partial one.
@@ -333,15 +421,7 @@ class IndexBuilding:
         if index is None:
             for left_over in self.path.parent.glob(f"{self.path.name}.part-*"):
                 left_over.unlink()
-            index = make_index(self.datastore.dim, self.factory, self.metric)
-            ivf = faiss.try_extract_index_ivf(index)  # hidden once the index is on GPUs
-            lists = ivf.nlist if ivf is not None else 0
-            index = on_gpus(index)
-            start = time.perf_counter()
-            report("training", 0, 1)
-            self._train(index, lists)
-            report("training", 1, 1)
-            self.seconds["train"] = time.perf_counter() - start
+            index = self._begin(report)
             self._keep(index)
         start = time.perf_counter()
         try:
@@ -380,6 +460,21 @@ class IndexBuilding:
             print(f"{self.partial}: cannot be read ({faiss_reason(error)}); building anew")
             return None
         self.parts = manifest["parts"]
+        return index
+
+    def _begin(self, report: Callable[[str, int, int], None]) -> faiss.Index:
+        """A trained index without any key."""
+        if self.trained is not None:
+            return on_gpus(faiss.read_index(str(self.trained)))
+        index = make_index(self.datastore.dim, self.factory, self.metric)
+        ivf = faiss.try_extract_index_ivf(index)  # hidden once the index is on GPUs
+        lists = ivf.nlist if ivf is not None else 0
+        index = on_gpus(index)
+        start = time.perf_counter()
+        report("training", 0, 1)
+        self._train(index, lists)
+        report("training", 1, 1)
+        self.seconds["train"] = time.perf_counter() - start
         return index
 
     def _train(self, index: faiss.Index, lists: int) -> None:
