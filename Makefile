@@ -23,10 +23,10 @@ $(error FAISS is '$(FAISS)', but it must be cpu or gpu)
 endif
 OTHER_FAISS := $(filter-out $(FAISS),cpu gpu)
 
-.PHONY: help setup demo test lint clean distclean
+.PHONY: help setup demo test test-hosts lint clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)$(FAISS) ## Make .venv and install into it what constraints.txt pins
 
@@ -36,6 +36,9 @@ demo: setup ## Train a small model, give it a memory and compare the perplexitie
 # Two pytest workers with one thread each do not fight over the cores.
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-hosts: setup ## Run the test of two hosts, as root on Linux
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m hosts
 
 lint: setup ## Check style and format
 	$(BIN)/python -m ruff check .

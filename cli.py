@@ -11,11 +11,12 @@ import faiss
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+import rank_watch
 from datamodules.lm import LMDataModule
 from errors import InputError
 from models.gnn_lm import GNNLM
@@ -65,6 +66,12 @@ class ProgramCLI(LightningCLI):
             default=None,
             help="cores that a process takes, model and search together (default: all there are)",
         )
+        parser.add_argument(
+            "--lost_after",
+            type=PositiveInt,
+            default=30,
+            help="seconds without an answer from another host until the run stops",
+        )
         if self.arch == "gnn_lm":
             parser.add_class_arguments(NeighborSettings, "neighbors")
 
@@ -92,12 +99,44 @@ class ProgramCLI(LightningCLI):
         if settings["logger"] in (None, True):
             settings["logger"] = TensorBoardLogger(log_dir.parent, name="", version=log_dir.name)
         settings["default_root_dir"] = self.run_dir
-        settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
+        watching = WatchRanks(self.config.lost_after)
+        settings["callbacks"] = [watching, *(settings["callbacks"] or []), *callbacks]
         try:
             return Trainer(**settings)
         except (ValueError, MisconfigurationException) as error:
             reason = " ".join(str(error).split()).split(". ")[0]
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
+
+
+class WatchRanks(Callback):
+    """Has every rank stop when another is lost, from the first stage on.
+
+    Args:
+        lost_after: seconds without an answer from a host.
+    """
+
+    def __init__(self, lost_after: int) -> None:
+        self.lost_after = lost_after
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The process group has just been made."""
+        if trainer.world_size > 1:
+            environment = trainer.strategy.cluster_environment
+            address = environment.main_address if trainer.num_nodes > 1 else None
+            rank_watch.watch(
+                trainer.global_rank,
+                trainer.world_size,
+                address,
+                trainer.strategy.broadcast,
+                self.lost_after,
+            )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Lightning ends its processes after an interrupt, which is no loss."""
+        if isinstance(exception, KeyboardInterrupt):
+            rank_watch.leave("stop")
 
 
 def chosen_architecture(args: list[str]) -> str:

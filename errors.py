@@ -4,33 +4,65 @@ import functools
 import sys
 from collections.abc import Callable
 
+import rank_watch
+
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one sentence that names the file or flag,
     what was found and what was expected."""
 
 
+class LostRank(RuntimeError):
+    """A process that this one works with has ended or says nothing any more. The message is one
+    sentence that names its rank and host."""
+
+
 def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
     """Decorates a program's `main`: an InputError ends it with its sentence and exit status 2, an
-    interrupt with status 130; everything else is a defect of ours and keeps its traceback."""
+    interrupt with status 130, the loss of another rank with a sentence about that and status 1;
+    everything else is a defect of ours and keeps its traceback."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
-                cause = cause.__cause__  # a library between may have wrapped it
-            if cause is None:
+        except Exception as error:
+            wrong = behind(error, InputError)
+            lost = None if wrong else reason_of_others(error)
+            rank_watch.leave("stop")
+            if wrong is None and lost is None:
                 raise
-            print(f"error: {cause}", file=sys.stderr)
-            sys.exit(2)
+            print(f"error: {wrong or lost}", file=sys.stderr)
+            sys.exit(2 if wrong else 1)
         except (KeyboardInterrupt, SystemExit) as stop:
+            rank_watch.leave("stop")
             # Lightning turns an interrupt into SystemExit once it has shut down.
             if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
             print("interrupted: the same command continues from here", file=sys.stderr)
             sys.exit(130)
+        rank_watch.leave("end")
 
     return run
+
+
+def behind(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The error itself or what it was raised from, as a library between may have wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, kind):
+        cause = cause.__cause__
+    return cause
+
+
+def reason_of_others(error: Exception) -> str | None:
+    """One sentence where an error comes of other ranks: one is lost, or none can be reached."""
+    import torch.distributed as dist  # here, as most commands that use this file need no torch
+
+    lost = behind(error, LostRank)
+    if lost is not None:
+        return str(lost)
+    reason = rank_watch.reason_to_stop()
+    if reason is None and isinstance(error, getattr(dist, "DistError", ())):
+        said = " ".join(str(error).split()).split(". ")[0]
+        reason = f"the ranks of this run cannot reach one another: {said}"
+    return reason
