@@ -34,7 +34,9 @@ from models.language_model import LanguageModel
 from products import NeighborProducts, Products
 from retrieval.cache import RetrievalCache, RetrievalCacheBuilder
 from retrieval.datastore import Datastore
-from retrieval.index import is_path, open_retriever, resolve
+from retrieval.distributed import DistributedRetriever, open_distributed
+from retrieval.index import is_path, lies_in_shards, open_retriever, resolve
+from retrieval.retriever import Retriever
 from retrieval.settings import KNNSettings, NeighborSettings
 from retrieval.tuning import Tuning, tune
 
@@ -255,10 +257,11 @@ class Evaluation:
             self.give_neighbors("train")
         datastore = self.products.ensure_datastore_and_index("train")
         knn = self.knn
+        retriever = self.open_search(datastore)
         self.search = partial(
             KNNInterpolation,
             datastore,
-            open_retriever(datastore, knn.index, knn.metric, knn.nprobe, self.device),
+            retriever,
             knn.k,
             distances=knn.distances,
             similarity=knn.similarity,
@@ -285,7 +288,19 @@ class Evaluation:
             **mixture.statistics(),
             **how,
         }
+        if isinstance(retriever, DistributedRetriever) and retriever.communication:
+            results["knn"]["communication"] = retriever.communication
         return results
+
+    def open_search(self, datastore: Datastore) -> Retriever:
+        """What `--knn.index` names; of a datastore in shards, each rank searches some for all."""
+        knn = self.knn
+        index = (datastore, knn.index, knn.metric, knn.nprobe, self.device)
+        if not lies_in_shards(datastore, knn.index, knn.metric):
+            return open_retriever(*index)
+        # Distances between other keys, or by another measure, are computed by whoever asks.
+        own = knn.rescore_key_type is None and self.similarity == knn.metric
+        return open_distributed(*index, rescore=own and knn.distances == "exact")
 
     def mix(
         self, split: str, datastore: Datastore, mixed_by: dict[str, float]

@@ -15,6 +15,7 @@ from callbacks.background import Background
 from callbacks.mixture import Mixture
 from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import Datastore
+from retrieval.distributed import DistributedRetriever
 from retrieval.knn import exact_distances, neighbor_scores
 from retrieval.retriever import Metric, Retriever
 
@@ -78,7 +79,10 @@ class KNNInterpolation(Callback):
         waiting for them (`wait`)."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes half of the model's threads for the search where both compute on the CPU."""
+        """Takes half of the model's threads for the search where both compute on the CPU, and
+        connects the ranks where all search together."""
+        if isinstance(self.retriever, DistributedRetriever):
+            self.retriever.connect()
         self.threads = torch.get_num_threads()
         searching = self.threads
         if pl_module.device.type == "cpu":
@@ -161,9 +165,11 @@ class KNNInterpolation(Callback):
             self.cache.write(positions, targets, lm_log_prob, scores, values)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Waits for the last searches."""
+        """Waits for the last searches, also those of the other ranks where all search together."""
         self._submit()
         with self._timed("wait"):
+            if isinstance(self.retriever, DistributedRetriever):
+                self.background.submit(self.retriever.serve)
             self.background.drain()
         if self.cache is not None:
             self.cache.sync()

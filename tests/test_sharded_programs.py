@@ -1,0 +1,73 @@
+"""evaluate.py on a datastore in shards, by one rank and by several: the figures of a datastore in
+one piece, and an index for each shard."""
+
+import json
+
+import numpy as np
+import pytest
+from small import SMALL
+
+from retrieval.datastore import Datastore
+
+HERE = (*SMALL, "--data.corpus", "words", "--knn.k", 16, "--knn.temperature", 3)
+
+
+def by(count: int) -> tuple:
+    """Flags for so many ranks."""
+    return ("--trainer.devices", count, "--trainer.strategy", "ddp" if count > 1 else "auto")
+
+
+@pytest.fixture
+def evaluate(workplace, run_program, tmp_path):
+    """Runs evaluate.py with a datastore of some name; returns its results and its scores."""
+
+    def run(name: str, *flags: object) -> tuple[dict, dict]:
+        files = ("--output", tmp_path / "results.json", "--token_scores", tmp_path / "scores.npz")
+        place = ("--knn.datastore", tmp_path / name, "--knnlm", *files)
+        run_program(workplace, "evaluate.py", *HERE, *place, *flags)
+        results = json.loads((tmp_path / "results.json").read_text())
+        return results, dict(np.load(tmp_path / "scores.npz"))
+
+    return run
+
+
+def check_same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
+    """Figures of the LM and of the mixture, as they are printed, and of each token."""
+    for ours, theirs in zip(*((r[0], r[0]["knn"]) for r in (found, expected)), strict=True):
+        assert f"{ours['ppl']:.2f}" == f"{theirs['ppl']:.2f}"
+        assert f"{ours['loss']:.4f}" == f"{theirs['loss']:.4f}"
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    for name in expected[1]:
+        np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_exact_search_by_ranks_is_that_of_a_datastore_in_one_piece(evaluate):
+    """Also where a rank has no token of its own: it searches its shards for the other."""
+    whole = evaluate("whole", "--knn.index", "flat")
+    assert "communication" not in whole[0]["knn"]
+    alone = evaluate("sharded", "--knn.index", "flat", "--knn.shards", 3)
+    check_same(alone, whole)
+    for flags in ((), ("--data.max_tokens", 100_000)):
+        found = evaluate("sharded", "--knn.index", "flat", *by(2), *flags)
+        check_same(found, whole)
+        communication = found[0]["knn"]["communication"]
+        assert communication["ranks"] == 2
+        assert communication["rounds"] >= 2
+        assert min(communication["bytes_sent"], communication["bytes_received"]) > 10_000
+
+
+def test_ranks_build_and_search_an_index_for_each_shard(evaluate, tmp_path):
+    """With lmbda tuned: one pass of searches over each of two splits."""
+    flags = ("--knn.index", "IVF8,SQ8", "--knn.nprobe", 2, "--knn.lmbda", "auto")
+    together = evaluate("sharded", *flags, "--knn.shards", 3, *by(2))
+    store = Datastore.open(tmp_path / "sharded")
+    name = "IVF8_SQ8-l2.faiss"
+    assert (store.path / f"{name}.trained").is_file()
+    assert not (store.path / name).exists()
+    shards = [store.shard(number).path / name for number in range(3)]
+    made = [path.stat().st_mtime_ns for path in shards]
+    alone = evaluate("sharded", *flags)
+    check_same(together, alone)
+    assert [path.stat().st_mtime_ns for path in shards] == made
+    assert alone[0]["knn"]["lmbda"] == together[0]["knn"]["lmbda"]
+    assert together[0]["knn"]["communication"]["rounds"] >= 2
