@@ -100,7 +100,9 @@ class ProgramCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(log_dir.parent, name="", version=log_dir.name)
         settings["default_root_dir"] = self.run_dir
         watching = WatchRanks(self.config.lost_after)
-        settings["callbacks"] = [watching, *(settings["callbacks"] or []), *callbacks]
+        chosen = settings["callbacks"] or []
+        chosen = chosen if isinstance(chosen, list) else [chosen]
+        settings["callbacks"] = [watching, *chosen, *callbacks]
         try:
             return Trainer(**settings)
         except (ValueError, MisconfigurationException) as error:
