@@ -101,10 +101,11 @@ def test_equals_search_of_the_whole(make_sharded, tmp_path, ranks, shards, kind,
                 assert (there.sum(axis=1) == min(k, N - len(MASKED))).all()
 
 
-def test_alone(make_sharded):
+@pytest.mark.parametrize("index", ["flat", "torch"])
+def test_alone(make_sharded, index):
     """Without other ranks it is the search of all shards."""
     store = make_sharded(3, "contiguous")
-    retriever = open_distributed(store, "flat", "l2", nprobe=1, rescore=True)
+    retriever = open_distributed(store, index, "l2", nprobe=1, rescore=True)
     retriever.connect()
     distances, rows = retriever.search(QUERIES, K)
     retriever.serve()
