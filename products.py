@@ -87,8 +87,10 @@ class Products:
             "dictionary": self.data.dictionary.fingerprint,
             "key_type": self.knn.key_type,
         }
-        if self.knn.key_type == "gnn":
-            expected["neighbors"] = self.model.neighbors
+        if self.knn.key_type == "gnn":  # they depend on all that the network was shown
+            shown = {**self.cli.config.neighbors.as_dict(), **self.model.neighbors}
+            del shown["datastores"]
+            expected["neighbors"] = shown
         return expected
 
     def made_from(self, split: str) -> dict[str, Any]:

@@ -415,8 +415,7 @@ def test_a_killed_rank_and_a_restart_with_other_ranks(workplace, run_program, tm
     os.kill(int(children[0]), signal.SIGKILL)
     assert process.wait(timeout=120) != 0
     assert not Datastore.is_complete(cut)
-    done = run_program(workplace, "evaluate.py", *flags, *ranks(3), "--knn.datastore", cut)
-    assert "rows are written; going on" in done.stdout
+    run_program(workplace, "evaluate.py", *flags, *ranks(3), "--knn.datastore", cut)
     assert files(cut) == files(tmp_path / "whole")
 
 
