@@ -2,6 +2,13 @@
 datastores."""
 
 import os
+
+# Two pytest workers with one thread each do not fight over the cores, and figures of one process
+# are then those of ranks, which have one thread each, to the last bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import multiprocessing
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,23 +23,53 @@ from small import ROOT, SMALL, write_corpus
 from retrieval.datastore import Datastore, DatastoreBuilder
 
 
+def as_program(cwd: Path, program: str, flags: list[str], output: Path) -> None:
+    """What a process does that is to run `python PROGRAM.py …` or `python -m MODULE …`."""
+    os.chdir(cwd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [program, *flags]
+    if program.endswith(".py"):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
 @pytest.fixture(scope="session")
-def run_program() -> Callable[..., subprocess.CompletedProcess]:
+def run_program(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
     """Runs `python PROGRAM.py …` or `python -m MODULE …` of the repository with a folder of its own
-    as working directory."""
+    as working directory.
+
+    Programs that start others are run just so; all else in a process that has imported the
+    libraries already, which takes longer than most of what the tests do with them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytorch_lightning", "torch_geometric", "evaluate", "train"])
+    output = tmp_path_factory.mktemp("output")
 
     def run(
         cwd: Path, program: str, *flags: object, status: int = 0
     ) -> subprocess.CompletedProcess:
-        what = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
-        done = subprocess.run(
-            [sys.executable, *what, *map(str, flags)],
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        flags = list(map(str, flags))
+        if program == "torch.distributed.run" or "--trainer.devices" in flags:
+            what = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
+            done = subprocess.run(
+                [sys.executable, *what, *flags],
+                cwd=cwd,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+        else:
+            process = context.Process(target=as_program, args=(cwd, program, flags, output))
+            process.start()
+            process.join(240)
+            if process.is_alive():
+                process.kill()
+                pytest.fail(f"{program} {' '.join(flags)}: still runs after 240 seconds")
+            said = [(output / name).read_text() for name in ("stdout", "stderr")]
+            done = subprocess.CompletedProcess([program, *flags], process.exitcode, *said)
         assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
         return done
 
