@@ -328,7 +328,8 @@ class Evaluation:
         mixture = Mixture(**mixed_by, similarity=self.similarity, keep_scores=keep_scores)
         lm_scores = ScoreTable()
         for block in islice(cache, *own_part()):
-            mixture.add(block.positions, block.lm_log_prob, block.scores, block.hits)
+            weighed = mixture.weigh(block.scores, block.hits)
+            mixture.add(block.positions, block.lm_log_prob, weighed)
             lm_scores.add(
                 position=block.positions.numpy(),
                 target=block.targets.numpy(),

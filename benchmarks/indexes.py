@@ -29,7 +29,7 @@ from errors import exit_with_one_sentence
 from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.index import IndexBuilding, auto_factory, open_retriever
 from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
-from retrieval.progress import Report, progress_bars
+from retrieval.progress import progress_bars
 from retrieval.retriever import Retriever
 
 FACTORIES = (

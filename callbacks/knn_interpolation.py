@@ -19,8 +19,8 @@ from retrieval.distributed import DistributedRetriever
 from retrieval.knn import exact_distances, neighbor_scores
 from retrieval.retriever import Metric, Retriever
 
-QUERIES_AT_ONCE = 4096
-MIXED_AT_ONCE = 256
+QUERIES_AT_ONCE = 8192
+MIXED_AT_ONCE = 128
 """Tokens whose neighbours are weighed at a time: what they are weighed by stays in the cache."""
 
 
@@ -67,6 +67,7 @@ class KNNInterpolation(Callback):
         # Missing neighbours that the last row stands for have a distance that nobody knows yet.
         self.rescores = distances == "exact" and not (known and missing == "left_out")
         self.missing = missing
+        self.ordered = cache is not None  # which gives the nearest few of them again
         self.rescoring = rescoring
         self.cache = cache
         self.new_mixture = partial(Mixture, lmbda, temperature, self.similarity, keep_scores)
@@ -134,7 +135,7 @@ class KNNInterpolation(Callback):
             return
         queries = keys.numpy()
         with self._timed("search"):
-            distances, rows = self.retriever.search(queries, self.k)
+            distances, rows = self.retriever.search(queries, self.k, ordered=self.ordered)
         if self.missing == "last_row":
             rows = np.where(rows < 0, len(self.datastore) - 1, rows)
         with self._timed("rescore"):
@@ -143,26 +144,28 @@ class KNNInterpolation(Callback):
             elif self.rescores:
                 distances = exact_distances(queries, rows, self.datastore, self.similarity)
         with self._timed("mix"):
+            weighed = []
             for first in range(0, len(rows), MIXED_AT_ONCE):
                 part = slice(first, first + MIXED_AT_ONCE)
-                self._mix(
-                    positions[part], targets[part], lm_log_prob[part], distances[part], rows[part]
-                )
+                columns = (positions, targets, lm_log_prob, distances, rows)
+                weighed.append(self._weigh(*(column[part] for column in columns)))
+            self.mixture.add(positions, lm_log_prob, torch.cat(weighed, dim=1))
 
-    def _mix(
+    def _weigh(
         self,
         positions: Tensor,
         targets: Tensor,
         lm_log_prob: Tensor,
         distances: np.ndarray,
         rows: np.ndarray,
-    ) -> None:
+    ) -> Tensor:
+        """What `Mixture.weigh` says of a few tokens; their neighbours go to the cache."""
         scores = neighbor_scores(distances, rows, self.similarity)
         values = self.datastore.values[rows]  # of the last row where missing: its score is -inf
-        hits = torch.from_numpy(values == targets.numpy()[:, None]) & ~scores.isneginf()
-        self.mixture.add(positions, lm_log_prob, scores, hits)
+        hits = torch.from_numpy(values == targets.numpy()[:, None].astype(values.dtype))
         if self.cache is not None:
             self.cache.write(positions, targets, lm_log_prob, scores, values)
+        return self.mixture.weigh(scores, hits)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches, also those of the other ranks where all search together."""

@@ -38,22 +38,34 @@ class Mixture:
             compute_groups=False,
         )
 
-    def add(self, positions: Tensor, lm_log_prob: Tensor, scores: Tensor, hits: Tensor) -> None:
+    def weigh(self, scores: Tensor, hits: Tensor) -> Tensor:
+        """What the neighbours of tokens say.
+
+        Args:
+            scores: fp32 `[n, k]`, -inf where missing.
+            hits: bool `[n, k]`, whether the neighbour's value is the target.
+
+        Returns:
+            fp32 `[3, n]`: log p_kNN of the target, score of the nearest neighbour and of the
+            farthest, -inf and inf where there are none.
+        """
+        nearest, farthest = scores.amax(dim=1), scores.amin(dim=1)
+        if farthest.isneginf().any():  # some are missing
+            farthest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1)
+        return torch.stack([knn_log_prob(scores, hits, self.temperature), nearest, farthest])
+
+    def add(self, positions: Tensor, lm_log_prob: Tensor, weighed: Tensor) -> None:
         """Adds tokens.
 
         Args:
             positions: int64 `[n]`, of the tokens in the split.
             lm_log_prob: fp32 `[n]`, the model's own.
-            scores: fp32 `[n, k]`, -inf where missing.
-            hits: bool `[n, k]`, whether the neighbour is there and its value is the target.
+            weighed: see `weigh`.
         """
-        knn = knn_log_prob(scores, hits, self.temperature)
+        knn, nearest, farthest = weighed
         mixed = interpolate(lm_log_prob, knn, self.lmbda)
         self.loss.update(mixed)
-        self.means["target_among_neighbors"].update(hits.any(dim=1).float())
-        missing = scores.isneginf()
-        nearest = scores.amax(dim=1)
-        farthest = scores.masked_fill(missing, torch.inf).amin(dim=1)
+        self.means["target_among_neighbors"].update((~knn.isneginf()).float())
         some = ~nearest.isneginf()  # of a token without neighbours there is no distance
         sign = -1 if self.similarity == "l2" else 1
         self.means["nearest_distance"].update(sign * nearest[some])

@@ -117,7 +117,9 @@ class DistributedRetriever:
         counts = {name: self.counts[name] for name in names}
         return {"ranks": self.ranks.size, **counts, **self.ranks.traffic}
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`.
 
         Raises:

@@ -113,20 +113,22 @@ class FaissRetriever:
         flat = isinstance(index, faiss.IndexFlat) and metric != "l2"  # see FlatRetriever
         self.exact = as_they_are or flat or isinstance(index, faiss.IndexIVFFlat)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
-        distances, ids = self._search(normalized(queries, self.metric), k)
+        distances, ids = self._search(normalized(queries, self.metric), k, ordered)
         if not self.counts_rows:
             return distances, self.datastore.rows_of(ids)
         return distances, np.where(np.isin(ids, self.datastore.masked), -1, ids)
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, queries: np.ndarray, k: int, ordered: bool) -> tuple[np.ndarray, np.ndarray]:
         if self.lists is None or not self.lists.pays(len(queries)):
             return self.index.search(queries, k)
         if isinstance(self.index, faiss.IndexPreTransform):
             for number in range(self.index.chain.size()):
                 queries = self.index.chain.at(number).apply(queries)
-        return self.lists.search(queries, k)
+        return self.lists.search(queries, k, ordered)
 
 
 def open_retriever(

@@ -28,8 +28,11 @@ def neighbor_scores(distances: np.ndarray, rows: np.ndarray, metric: Metric) -> 
     Returns:
         fp32 `[Q, k]`.
     """
-    scores = -distances if metric == "l2" else distances
-    return torch.from_numpy(np.where(rows < 0, -np.inf, scores).astype(np.float32, copy=False))
+    scores = -distances if metric == "l2" else distances.copy()
+    missing = rows < 0
+    if missing.any():
+        scores[missing] = -np.inf
+    return torch.from_numpy(scores)
 
 
 def exact_distances(
@@ -100,9 +103,14 @@ def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tens
     0.6667
     """
     best = scores.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
-    scaled = (scores - best) / temperature  # only differences matter, and these are exact
-    of_target = scaled.masked_fill(~hits, -torch.inf).logsumexp(dim=1)
-    return torch.where(of_target.isneginf(), of_target, of_target - scaled.logsumexp(dim=1))
+    scaled = (scores - best).div_(temperature)  # only differences matter, and these are exact
+    weights = scaled.exp()
+    total = weights.sum(dim=1)
+    of_target = weights.mul_(hits).sum(dim=1).log()
+    small = of_target < -80  # where the weights' digits are lost in fp32
+    if small.any():
+        of_target[small] = scaled[small].masked_fill(~hits[small], -torch.inf).logsumexp(dim=1)
+    return torch.where(of_target.isneginf(), of_target, of_target - total.log())
 
 
 def knn_distribution(

@@ -61,12 +61,15 @@ class ListSearch:
         """Whether so many queries share lists often enough."""
         return queries * self.ivf.nprobe >= QUERIES_A_LIST * self.ivf.nlist
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest of the lists that `nprobe` allows, nearest first; by as many threads as
-        faiss would take here.
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of the lists that `nprobe` allows; by as many threads as faiss would take
+        here.
 
         Args:
             queries: fp32 `[Q, d]`.
+            ordered: nearest first, the missing last; otherwise in any order.
 
         Returns:
             distances fp32 and ids int64 `[Q, k]`; -1 where missing.
@@ -80,7 +83,7 @@ class ListSearch:
             bytes_so_far = np.cumsum(4 * np.maximum(self.sizes[lists].sum(1), k))
             cuts = np.flatnonzero(np.diff(bytes_so_far // BUFFER_BYTES)) + 1
             for part in np.split(np.arange(len(queries)), cuts):
-                Visit(self, queries[part], lists[part], k).into(distances, ids, part)
+                Visit(self, queries[part], lists[part], k, ordered).into(distances, ids, part)
         return distances, ids
 
     def _coarse(self, queries: np.ndarray, probes: int) -> np.ndarray:
@@ -139,11 +142,20 @@ class Visit:
         queries: fp32 `[Q, d]`.
         lists: int64 `[Q, probes]`.
         k: neighbours to select.
+        ordered: nearest first.
     """
 
-    def __init__(self, search: ListSearch, queries: np.ndarray, lists: np.ndarray, k: int) -> None:
+    def __init__(
+        self,
+        search: ListSearch,
+        queries: np.ndarray,
+        lists: np.ndarray,
+        k: int,
+        ordered: bool = True,
+    ) -> None:
         self.search = search
         self.k = k
+        self.ordered = ordered
         found = search.sizes[lists].sum(1)
         self.order = np.argsort(found, kind="stable")
         self.lists = lists[self.order]
@@ -211,7 +223,7 @@ class Visit:
         return distances
 
     def _select(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and ids of the k nearest of a group, nearest first."""
+        """Distances and ids of the k nearest of a group."""
         group = slice(first, first + GROUP)
         n, width, begin = len(self.rows[group]), int(self.widths[first]), int(self.rows[first])
         values = self.buffer[begin : begin + n * width].reshape(n, width)
@@ -223,8 +235,11 @@ class Visit:
         counts = np.diff(np.searchsorted(chosen.ravel(), np.append(bounds, n * width)))
         shifts = self.search.ids_at[self.lists[group]].ravel() - bounds
         places = chosen.ravel() + np.repeat(shifts, counts)
-        distances, nearest = sort_rows(np.take(values, chosen))
-        ids = np.take(self.search.ids, np.take(places, nearest), mode="clip")
+        distances = np.take(values, chosen)
+        if self.ordered:
+            distances, nearest = sort_rows(distances)
+            places = np.take(places, nearest)
+        ids = np.take(self.search.ids, places, mode="clip").reshape(distances.shape)
         if self.found[first] < self.k:
             missing = np.isinf(distances)
             ids[missing], distances[missing] = -1, np.finfo(np.float32).max

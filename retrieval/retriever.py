@@ -28,12 +28,15 @@ class Retriever(Protocol):
     metric: Metric
     exact: bool
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest keys, nearest first.
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest keys.
 
         Args:
             queries: fp32 `[Q, d]`.
             k: how many.
+            ordered: nearest first, the missing last; otherwise in any order, which may be faster.
 
         Returns:
             distances fp32 `[Q, k]` and datastore rows int64 `[Q, k]`, -1 where missing.
@@ -69,7 +72,9 @@ class FlatRetriever:
         # By |q|^2 - 2 q.k + |k|^2, whose large terms cancel: a near key loses its last digits.
         self.exact = metric != "l2"
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
         queries = normalized(queries, self.metric)
         best = faiss.ResultHeap(len(queries), k, keep_max=self.metric != "l2")

@@ -21,7 +21,9 @@ class ShardedRetriever:
         self.metric = metric
         self.exact = all(retriever.exact for retriever in retrievers)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
         distances, rows = self.retrievers[0].search(queries, k)
         for retriever in self.retrievers[1:]:

@@ -65,7 +65,9 @@ class TorchRetriever:
         self.blas = ThreadpoolController().select(user_api="blas")
 
     @torch.inference_mode()
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`; queries that are not finite find nothing."""
         queries = normalized(queries, self.metric)
         limits = np.finfo(np.float32)

@@ -92,7 +92,7 @@ class Finds:
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows
 
-    def search(self, queries, k):
+    def search(self, queries, k, ordered=True):
         return np.full(self.rows.shape, 3.0, np.float32), self.rows
 
 
@@ -123,7 +123,8 @@ def test_what_is_retrieved_can_be_mixed_again(world, tmp_path):
     feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 0.0, cache=builder), scores, 7)
     again = Mixture(LMBDA, TEMPERATURE, "l2")
     for block in builder.finish():
-        again.add(block.positions, block.lm_log_prob, block.scores, block.hits)
+        weighed = again.weigh(block.scores, block.hits)
+        again.add(block.positions, block.lm_log_prob, weighed)
     searching = KNNInterpolation(store, FlatRetriever(store, "l2"), K, LMBDA, TEMPERATURE)
     expected = feed(searching, scores, 70).mixture
     assert again.loss.compute()["loss"] == pytest.approx(expected.loss.compute()["loss"])

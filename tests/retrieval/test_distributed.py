@@ -216,7 +216,7 @@ class Dies:
         self.retriever = retriever
         self.searches = 0
 
-    def search(self, queries, k):
+    def search(self, queries, k, ordered=True):
         self.searches += 1
         if self.rank == 1 and self.searches == 3:
             if self.how == "fails":

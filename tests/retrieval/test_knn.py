@@ -1,5 +1,6 @@
 """The kNN distribution and the mixture against brute force and closed forms."""
 
+import math
 
 import numpy as np
 import pytest
@@ -111,6 +112,16 @@ def test_mixture_where_probabilities_underflow():
     found = interpolate(args[0].float(), args[1].float(), args[2])
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("distance", [50.0, 90.0, 200.0, 5000.0])
+def test_a_vote_from_far_away_is_counted(distance):
+    """exp(-200) is no fp32 number; with one near neighbour p_kNN of two far ones is 2 exp(-d)."""
+    scores = torch.tensor([[-3.0, -3.0 - distance, -3.0 - distance, float("-inf")]])
+    hits = torch.tensor([[False, True, True, True]])
+    found = knn_log_prob(scores, hits)
+    torch.testing.assert_close(found, torch.tensor([math.log(2) - distance]), rtol=1e-6, atol=1e-6)
+    assert knn_log_prob(scores, torch.tensor([[False, False, False, True]])) == -torch.inf
 
 
 def test_mixture_of_nothing_is_impossible_not_undefined():

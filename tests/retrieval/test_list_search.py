@@ -58,6 +58,23 @@ def test_missing_neighbours_are_as_faiss_gives_them(tmp_path, metric):
     assert_same((distances, ids), (expected, expected_ids))
 
 
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+@pytest.mark.parametrize("k", [70, 900])
+def test_in_any_order_it_finds_the_same(tmp_path, metric, k):
+    search = ListSearch(opened(tmp_path, "IVF20,SQfp16", metric))
+    distances, ids = search.search(queries(), k, ordered=False)
+    assert (ids < 0).any() == (k == 900)
+    expected, expected_ids = search.search(queries(), k)
+    order = np.argsort(ids, axis=1, kind="stable")
+    right = np.argsort(expected_ids, axis=1, kind="stable")
+    assert np.array_equal(
+        np.take_along_axis(ids, order, 1), np.take_along_axis(expected_ids, right, 1)
+    )
+    assert np.array_equal(
+        np.take_along_axis(distances, order, 1), np.take_along_axis(expected, right, 1)
+    )
+
+
 def test_empty_lists_and_few_keys(tmp_path):
     keys = np.repeat(np.eye(DIM, dtype=np.float32), 40, axis=0)
     index = opened(tmp_path, "IVF30,Flat", keys=keys)
