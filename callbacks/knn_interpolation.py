@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.background import Background
+from callbacks.background import Background, take_threads
 from callbacks.mixture import Mixture
 from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import Datastore
@@ -168,7 +168,9 @@ class KNNInterpolation(Callback):
         return self.mixture.weigh(scores, hits)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Waits for the last searches, also those of the other ranks where all search together."""
+        """Waits for the last searches, which take the model's threads too, also those of the other
+        ranks where all search together."""
+        self.background.submit(take_threads, self.threads)
         self._submit()
         with self._timed("wait"):
             if isinstance(self.retriever, DistributedRetriever):
