@@ -74,7 +74,7 @@ class KNNInterpolation(Callback):
         self.mixture = self.new_mixture()
         self.waiting: list = []
         self.background = Background()
-        self.threads = 0
+        self.threads = torch.get_num_threads()
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
         waiting for them (`wait`)."""
