@@ -89,6 +89,8 @@ class Neighborhood(NamedTuple):
         chains: for s = 1 to layers - 1 int64 `[n_s, 3]`: the states s - 1 of the row to the left,
             of itself and of the row to the right, -1 at the chain's ends.
         centres: for s = 0 to layers - 1 int64 `[C]`, which state s each distinct neighbour has.
+        identities: for s = 1 to layers - 1 int64 `[n_s]`, numbers that only this state s of this
+            datastore has, in any batch.
     """
 
     neighbors: Tensor
@@ -96,12 +98,13 @@ class Neighborhood(NamedTuple):
     features: Tensor
     chains: list[Tensor]
     centres: list[Tensor]
+    identities: list[Tensor]
     values: Tensor | None = None
 
 
 def plan_chains(
     centres: np.ndarray, n_rows: int, left_context: int, right_context: int, updates: int
-) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Which states to compute so that every centre has been updated `updates` times.
 
     A state after s updates depends on its row and on how far its chain goes on to either side, as
@@ -111,7 +114,7 @@ def plan_chains(
         centres: int64 `[C]`, distinct ascending datastore rows.
 
     Returns:
-        `rows`, `chains` and `centres` of a `Neighborhood`.
+        `rows`, `chains`, `centres` and `identities` of a `Neighborhood`.
     """
     base = updates + 1
 
@@ -126,6 +129,7 @@ def plan_chains(
     )
     chains: list[np.ndarray] = []
     own = [np.arange(len(centres))]
+    identities: list[np.ndarray] = []
     for s in range(updates, 0, -1):
         rest, right = np.divmod(states, base)
         row, left = np.divmod(rest, base)
@@ -142,9 +146,10 @@ def plan_chains(
         if len(found) and found[0] < 0:
             found, index = found[1:], index - 1
         chains.insert(0, index)
+        identities.insert(0, states)
         own.insert(0, index[own[0], 1])
         states = found
-    return states // (base * base), chains, own
+    return states // (base * base), chains, own, identities
 
 
 def leaking(neighbors: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
@@ -212,7 +217,7 @@ class NeighborMemory:
         numbers = numbers.reshape(neighbors.shape)
         if len(centres) and centres[0] < 0:
             centres, numbers = centres[1:], numbers - 1
-        rows, chains, own = plan_chains(
+        rows, chains, own, identities = plan_chains(
             centres, len(self.features), self.left_context, self.right_context, self.layers - 1
         )
         features = self.features[rows]
@@ -224,6 +229,7 @@ class NeighborMemory:
             torch.from_numpy(features),
             [torch.from_numpy(chain) for chain in chains],
             [torch.from_numpy(index) for index in own],
+            [torch.from_numpy(states) for states in identities],
             None if self.values is None else torch.from_numpy(self.values[rows].astype(np.int64)),
         )
 

@@ -19,6 +19,7 @@ from models.adaptive import PlainSoftmax
 from models.hgt import HGT
 from models.language_model import LanguageModel, TokenScores
 from models.metrics import TokenLoss
+from models.neighbor_states import NeighborStates
 from models.transformer_lm import TransformerLM
 
 Part = Literal["adaptive_softmax", "embedding", "layers"]
@@ -130,6 +131,8 @@ class GNNLM(LanguageModel):
         """What features its neighbours had in training; saved with checkpoints."""
         self.code_decoder: nn.Module | None = None
         """From codes uint8 `[n, M]` to features `[n, width]`, where neighbours come as codes."""
+        self.known: NeighborStates | None = None
+        """States of neighbours that are computed once in a pass without training."""
         self.lm_loss = TokenLoss()
         """Of the LM alone, beside `test_loss`."""
         self.network = HGT(
@@ -287,11 +290,15 @@ class GNNLM(LanguageModel):
                 computed, features = self.lm(batch.tokens, wanted)
             hidden = computed if hidden is None else hidden
         neighborhood = batch.neighborhood
+        stored, values = neighborhood.features, neighborhood.values
+
+        def features_of(numbers: Tensor | slice) -> Tensor:
+            return self.neighbor_features(
+                stored[numbers], None if values is None else values[numbers]
+            )
+
         out = self.network.fast(
-            hidden,
-            self.neighbor_features(neighborhood.features, neighborhood.values),
-            neighborhood,
-            self.hparams.intra_context,
+            hidden, features_of, neighborhood, self.hparams.intra_context, self.known
         )
         if self.residual is not None:
             out = hidden + self.residual(out)
@@ -343,6 +350,26 @@ class GNNLM(LanguageModel):
         self.network.begin_as_identity(torch.cat(hidden))
         self.train()
 
+    def _remember(self) -> None:
+        """For a pass in which no weight changes."""
+        self.known = NeighborStates(self.hparams.layers - 1) if self.hparams.layers > 1 else None
+
+    def on_validation_epoch_start(self) -> None:
+        """Neighbours' states are of the weights as they are now."""
+        self._remember()
+
+    def on_predict_epoch_start(self) -> None:
+        """As for validation."""
+        self._remember()
+
+    def on_predict_epoch_end(self) -> None:
+        """Frees them."""
+        self.known = None
+
+    def on_test_epoch_end(self) -> None:
+        """Frees them."""
+        self.known = None
+
     def validation_step(self, batch, batch_idx: int) -> None:
         """Adds to the validation losses."""
         scores = self.score(batch)
@@ -351,6 +378,7 @@ class GNNLM(LanguageModel):
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/loss` and `val/ppl`, and the LM's alone as `val/lm_ppl`."""
+        self.known = None
         super().on_validation_epoch_end()
         self.log("val/lm_ppl", self.lm_loss.compute()["loss"].exp().float())
         self.lm_loss.reset()
@@ -363,6 +391,7 @@ class GNNLM(LanguageModel):
 
     def on_test_epoch_start(self) -> None:
         """Starts new sums."""
+        self._remember()
         super().on_test_epoch_start()
         self.lm_loss.reset()
 

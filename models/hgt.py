@@ -14,7 +14,7 @@ With d = width / heads, node type t and relation e, per head:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import softmax
+
+from models.neighbor_states import NeighborStates
 
 NODE_TYPES = ("token", "neighbor")
 RELATIONS = ("intra", "inter")
@@ -420,26 +422,85 @@ class HGT(nn.Module):
     def fast(
         self,
         tokens: Tensor,
-        features: Tensor,
+        features: Tensor | Callable[[Tensor | slice], Tensor],
         neighborhood,
         intra_context: int | None = None,
+        known: NeighborStates | None = None,
     ) -> Tensor:
         """What `forward` gives the tokens, for the graph of a `Neighborhood`.
 
         Args:
             tokens: features `[B, T, input_width]`; padding on the right.
-            features: `[n_0, input_width]`, decoded features of the neighbourhood's rows.
+            features: `[n_0, input_width]`, decoded features of the neighbourhood's rows, or what
+                gives those of some of them, from their numbers int64 `[n]` or a slice.
             neighborhood: a `datamodules.graphs.Neighborhood` made for this number of layers.
             intra_context: see `datamodules.graphs.hetero_graph`.
+            known: states of neighbours that need not be computed; those that are go there too.
+                Without gradients only.
 
         Returns:
             `[B, T, input_width]`.
         """
         tokens = self._adapted(tokens, "token")
-        states = self._adapted(features, "neighbor")
-        for number, layer in enumerate(self.layers):
-            centres = F.embedding(neighborhood.centres[number], states)
+        if not callable(features):
+            features = features.__getitem__
+        states = (
+            self._states(features, neighborhood)
+            if known is None
+            else self._unknown_states(features, neighborhood, known)
+        )
+        for layer, numbers, of_rows in zip(self.layers, neighborhood.centres, states, strict=False):
+            centres = F.embedding(numbers, of_rows)
             tokens = layer.update_tokens(tokens, centres, neighborhood.neighbors, intra_context)
-            if number < len(self.layers) - 1:
-                states = layer.update_neighbors(states, neighborhood.chains[number])
         return tokens if self.out is None else self.out(tokens)
+
+    def _states(
+        self, features: Callable[[Tensor | slice], Tensor], neighborhood
+    ) -> Iterator[Tensor]:
+        """States of neighbours after 0, 1, … updates, `[n_s, width]`."""
+        states = self._adapted(features(slice(None)), "neighbor")
+        yield states
+        for layer, chain in zip(self.layers[:-1], neighborhood.chains, strict=False):
+            states = layer.update_neighbors(states, chain)
+            yield states
+
+    def _unknown_states(
+        self, features: Callable[[Tensor | slice], Tensor], neighborhood, known: NeighborStates
+    ) -> Iterator[Tensor]:
+        """As `_states`; what no centre needs, directly or for a state that is not known, is left
+        undefined."""
+        levels = range(len(self.layers) - 1, 0, -1)
+        sizes = [len(neighborhood.rows), *map(len, neighborhood.chains)]
+        needed = _marked(neighborhood.centres[len(levels)], sizes[len(levels)])
+        plan = []
+        for level in levels:  # from the last update to the first
+            numbers = needed.nonzero()[:, 0]
+            identities = neighborhood.identities[level - 1][numbers]
+            found, slots = known.find(level, identities)
+            missing = numbers[~found], identities[~found]
+            below = _marked(neighborhood.chains[level - 1][missing[0]], sizes[level - 1])
+            plan.append((numbers[found], slots[found], *missing, below))
+            needed = below | _marked(neighborhood.centres[level - 1], sizes[level - 1])
+        numbers = needed.nonzero()[:, 0]
+        computed = self._adapted(features(numbers), "neighbor")
+        states = computed.new_empty(sizes[0], computed.shape[1])
+        states[numbers] = computed
+        yield states
+        for level, layer in zip(reversed(levels), self.layers, strict=False):
+            old, slots, new, identities, below = plan.pop()
+            chain = neighborhood.chains[level - 1][new]
+            among_below = (below.cumsum(0) - 1)[chain.clamp(min=0)].where(chain >= 0, -1)
+            computed = layer.update_neighbors(states[below], among_below)
+            states = computed.new_empty(sizes[level], computed.shape[1])
+            states[new] = computed
+            if len(old):
+                states[old] = known.take(level, slots)
+            known.keep(level, identities, computed)
+            yield states
+
+
+def _marked(numbers: Tensor, size: int) -> Tensor:
+    """bool `[size]`, True at some numbers, of which those below 0 are none."""
+    marks = numbers.new_zeros(size, dtype=torch.bool)
+    marks[numbers[numbers >= 0]] = True
+    return marks

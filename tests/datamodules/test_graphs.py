@@ -52,7 +52,7 @@ def test_graph_as_drawn(left, right, intra_context):
 
 def test_states_are_shared_where_chains_go_on_long_enough():
     centres = np.array([10, 11, 12, 30])
-    rows, chains, own = plan_chains(centres, 100, 2, 2, updates=2)
+    rows, chains, own, _ = plan_chains(centres, 100, 2, 2, updates=2)
     assert rows.tolist() == [*range(8, 15), *range(28, 33)]
     assert [len(chain) for chain in chains] == [8, 4]  # rows 9 to 13 and 29 to 31; the centres
     assert own[2].tolist() == [0, 1, 2, 3]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from datamodules.graphs import INTER, INTRA_NEIGHBOR, INTRA_TOKEN, NeighborMemory, hetero_graph
 from models import hgt
 from models.hgt import HGT, HGTLayer
+from models.neighbor_states import NeighborStates
 
 ROWS, WIDTH = 60, 8
 
@@ -73,6 +74,33 @@ def check_equal(layers, left, right, intra_context, width):
         zero = torch.zeros(())
         one, other = (zero if g is None else g for g in (one, other))
         torch.testing.assert_close(one, other.expand_as(one) if other.ndim == 0 else other)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("slots", [2, 1 << 20])
+def test_states_of_earlier_batches_serve_later_ones(monkeypatch, layers, slots):
+    torch.manual_seed(0)
+    network = HGT(WIDTH, 2 * WIDTH, layers, heads=2).double().eval()
+    features = np.random.default_rng(0).standard_normal((ROWS, WIDTH))
+    table = random_neighbors(60, 4, 3)
+    memory = NeighborMemory(table, features, 2, 1, layers)
+    known = NeighborStates(max(layers - 1, 1), max_bytes=slots * 8 * 2 * WIDTH * max(layers - 1, 1))
+    read = []
+
+    def rows_of(numbers):
+        read.append(len(hood.features[numbers]))
+        return hood.features[numbers]
+
+    with torch.no_grad():
+        for first in range(0, 60, 12):
+            hood = memory.neighborhood(np.arange(first, first + 12).reshape(2, 6))
+            x = torch.randn(2, 6, WIDTH, dtype=torch.float64)
+            found = network.fast(x, rows_of, hood, known=known)
+            torch.testing.assert_close(found, network.fast(x, hood.features, hood))
+    if layers > 1 and slots > 2:
+        assert read[-1] < len(hood.features)  # not all were needed again
+        centres = hood.identities[-1][hood.centres[-1]]
+        assert known.find(layers - 1, centres)[0].all()
 
 
 def test_layer_is_the_formula():
