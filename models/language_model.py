@@ -116,7 +116,9 @@ class LanguageModel(pl.LightningModule):
             checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient before it is clipped."""
+        """Logs the norm of the gradient before it is clipped, at updates whose figures are kept."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
 
