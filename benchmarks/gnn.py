@@ -118,9 +118,22 @@ def measure(
     return result
 
 
+def measure_if_it_fits(**settings) -> dict:
+    """See `measure`; nothing where this machine's memory is not enough."""
+    all_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (all_memory, all_memory))
+    try:
+        return measure(**settings)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        return {}
+
+
 def in_own_process(**settings) -> dict:
     """Measures in a fresh process, so that its peak of memory is its own."""
-    code = f"import json, benchmarks.gnn as b; print(json.dumps(b.measure(**{settings!r})))"
+    code = "import json, benchmarks.gnn as b; "
+    code += f"print(json.dumps(b.measure_if_it_fits(**{settings!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -157,9 +170,13 @@ def run(
                 settings |= {"follow": follow, "repeat": repeat, "threads": threads}
                 found = in_own_process(**settings)
                 rows.append(settings | found)
+                shape = [str(number) for number in (width, tokens, k)]
+                if not found:
+                    table.add_row(*shape, "", path, "too large", "for this", "machine")
+                    continue
                 rates = [found[s]["median"] for s in ("graph", "forward", "forward and backward")]
                 table.add_row(
-                    *map(str, (width, tokens, k)),
+                    *shape,
                     f"{found['distinct']:.0%}",
                     path,
                     *(f"{rate:,.0f}" for rate in rates),
