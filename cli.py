@@ -174,5 +174,6 @@ def quiet() -> None:
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*LeafSpec.*",
         ".*in eval mode at the start of training.*",
+        ".*sync_dist=True.*",  # torchmetrics has reduced what is logged of an epoch
     ):
         warnings.filterwarnings("ignore", message)

@@ -210,7 +210,8 @@ class LMDataModule(pl.LightningDataModule):
         context_window: how many of those only give context, at evaluation.
         max_tokens: most tokens in a batch, padding included.
         level: what a token is: a white-space separated `word`, a `char`(acter) or a `byte`.
-        threshold: words rarer than this in the training text become <unk>.
+        threshold: words rarer than this in the training text become <unk>; a dictionary that is
+            given stays as it is.
         dictionary: an existing dict.txt to use instead of the training text's own.
         drop_long_lines: leave out blocks longer than the model reads, as fairseq does, where they
             would be cut into pieces otherwise.
