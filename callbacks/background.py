@@ -23,7 +23,7 @@ class Background:
         if threads is not None:
             # These counts are a thread's own, but that of torch's matrix products is everyone's:
             # waited for, so that whoever sets it next has the last word.
-            self.pool.submit(take_threads, threads).result()
+            self.pool.submit(_take_threads, threads).result()
 
     def submit(self, task: Callable, *args) -> None:
         """Queues `task(*args)`; raises what an earlier task raised."""
@@ -37,7 +37,6 @@ class Background:
             self.tasks.popleft().result()
 
 
-def take_threads(threads: int) -> None:
-    """What torch and faiss take in the thread that calls this."""
+def _take_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)

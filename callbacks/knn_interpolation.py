@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import faiss
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.background import Background, take_threads
+from callbacks.background import Background
 from callbacks.mixture import Mixture
 from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import Datastore
@@ -20,6 +21,8 @@ from retrieval.knn import exact_distances, neighbor_scores
 from retrieval.retriever import Metric, Retriever
 
 QUERIES_AT_ONCE = 8192
+SHORT = 0.01
+"""Seconds that the model may wait without being held up."""
 MIXED_AT_ONCE = 128
 """Tokens whose neighbours are weighed at a time: what they are weighed by stays in the cache."""
 
@@ -74,24 +77,24 @@ class KNNInterpolation(Callback):
         self.mixture = self.new_mixture()
         self.waiting: list = []
         self.background = Background()
-        self.threads = torch.get_num_threads()
+        self.threads = self.share = self.searching = torch.get_num_threads()
+        """Of the model and the search together, of the search beside the model, and of the next
+        search, which takes all where the model has had to wait for the one before."""
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
         waiting for them (`wait`)."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes half of the model's threads for the search where both compute on the CPU, and
-        connects the ranks where all search together."""
+        """Where both compute on the CPU the search takes half of the model's threads, and connects
+        the ranks where all search together."""
         if isinstance(self.retriever, DistributedRetriever):
             self.retriever.connect()
         self.threads = torch.get_num_threads()
-        searching = self.threads
-        if pl_module.device.type == "cpu":
-            searching = max(self.threads // 2, 1)
-            torch.set_num_threads(max(self.threads - searching, 1))
-        self.background = Background(threads=searching)
-        if pl_module.device.type == "cpu":
-            torch.set_num_threads(max(self.threads - searching, 1))
+        on_cpu = pl_module.device.type == "cpu"
+        self.share = self.searching = max(self.threads // 2, 1) if on_cpu else self.threads
+        self.background = Background(threads=self.share)
+        if on_cpu:
+            torch.set_num_threads(max(self.threads - self.share, 1))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the threads back."""
@@ -118,8 +121,11 @@ class KNNInterpolation(Callback):
         if self.waiting:
             columns = [torch.cat(parts) for parts in zip(*self.waiting, strict=True)]
             self.waiting = []
+            before = self.seconds["wait"]
             with self._timed("wait"):
                 self.background.submit(self._retrieve, *columns)
+            behind = self.seconds["wait"] - before > SHORT
+            self.searching = self.threads if behind else self.share
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -134,6 +140,7 @@ class KNNInterpolation(Callback):
         if len(positions) == 0:
             return
         queries = keys.numpy()
+        faiss.omp_set_num_threads(self.searching)
         with self._timed("search"):
             distances, rows = self.retriever.search(queries, self.k, ordered=self.ordered)
         if self.missing == "last_row":
@@ -170,8 +177,8 @@ class KNNInterpolation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches, which take the model's threads too, also those of the other
         ranks where all search together."""
-        self.background.submit(take_threads, self.threads)
         self._submit()
+        self.searching = self.threads
         with self._timed("wait"):
             if isinstance(self.retriever, DistributedRetriever):
                 self.background.submit(self.retriever.serve)
