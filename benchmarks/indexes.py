@@ -215,7 +215,7 @@ def plot(rows: list[dict], path: Path) -> None:
             panel.plot(rates, [row["ppl"] for row in points], marker="o", label=index)
         panel.set(xscale="log", xlabel="queries a second", ylabel="perplexity of the mixture")
         panel.set_title(f"{size:,} keys")
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(path, format="png")
 
 
@@ -253,13 +253,15 @@ def run(
     whole = Datastore.open(memory)
     questions = Questions.read(Datastore.open(queries), scores, limit, seed)
     rows: list[dict] = []
+    console = Console()
+    console = Console(width=max(console.width, 120))  # a file has 80
     with TemporaryDirectory(dir=work_dir) as folder, progress_bars("indexes") as report:
         for size in sizes:
             if size > whole.n_keys:
                 continue
             part = first_keys(whole, size, Path(folder) / str(size))
             found = compare(part, questions, factories, nprobes, min(k, size), report)
-            Console().print(as_table(found))
+            console.print(as_table(found))
             rows += found
             shutil.rmtree(part.path)
     about = {"faiss": faiss.__version__, "threads": faiss.omp_get_max_threads()}
