@@ -20,7 +20,9 @@ from retrieval.distributed import DistributedRetriever
 from retrieval.knn import exact_distances, neighbor_scores
 from retrieval.retriever import Metric, Retriever
 
-QUERIES_AT_ONCE = 8192
+FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 8192
+"""Queries of the first search, so that it begins soon, and at most: lists that many queries visit
+are read once. Each search has twice as many as the one before."""
 SHORT = 0.01
 """Seconds that the model may wait without being held up."""
 MIXED_AT_ONCE = 128
@@ -76,6 +78,7 @@ class KNNInterpolation(Callback):
         self.new_mixture = partial(Mixture, lmbda, temperature, self.similarity, keep_scores)
         self.mixture = self.new_mixture()
         self.waiting: list = []
+        self.enough = FIRST_QUERIES
         self.background = Background()
         self.threads = self.share = self.searching = torch.get_num_threads()
         """Of the model and the search together, of the search beside the model, and of the next
@@ -103,7 +106,7 @@ class KNNInterpolation(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts new sums."""
         self.seconds.clear()
-        self.waiting = []
+        self.waiting, self.enough = [], FIRST_QUERIES
         self.mixture = self.new_mixture()
 
     def on_test_batch_end(
@@ -114,7 +117,8 @@ class KNNInterpolation(Callback):
         columns = (outputs.positions, outputs.targets, outputs.log_probs)
         columns += (outputs.keys.float(), others.float())
         self.waiting.append([column.cpu() for column in columns])
-        if sum(len(columns[0]) for columns in self.waiting) >= QUERIES_AT_ONCE:
+        if sum(len(columns[0]) for columns in self.waiting) >= self.enough:
+            self.enough = min(2 * self.enough, QUERIES_AT_ONCE)
             self._submit()
 
     def _submit(self) -> None:

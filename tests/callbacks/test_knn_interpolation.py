@@ -54,6 +54,7 @@ def feed(callback, scores, batch):
 
 @pytest.mark.parametrize(("batch", "queries_at_once"), [(70, 1024), (7, 20), (1, 1)])
 def test_equals_brute_force(world, batch, queries_at_once, monkeypatch):
+    monkeypatch.setattr(knn_interpolation, "FIRST_QUERIES", min(queries_at_once, 2048))
     monkeypatch.setattr(knn_interpolation, "QUERIES_AT_ONCE", queries_at_once)
     store, keys, values, scores = world
     callback = KNNInterpolation(
