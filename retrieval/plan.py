@@ -86,7 +86,7 @@ def notes(costs: Costs) -> list[str]:
         graph = re.sub(r"IVF(\d+)", r"IVF\1_HNSW32", costs.factory)
         found.append(f"the index takes long: --index {graph} to add, faiss on GPUs to train")
     if {"neighbour table", "codes"} & long:
-        found.append("tables and codes take long: one host makes them")
+        found.append("tables and codes take long: more hosts")
     if costs.search_parts["disk"] > sum(costs.search_parts.values()) / 2:
         found.append("searches wait for the disk: --distances index, more hosts, or more memory")
     if shape and not shape.fast_scan and not costs.shares_lists:

@@ -144,10 +144,12 @@ class Costs:
 
     @property
     def rescores(self) -> bool:
-        """Whether distances are computed again, from the stored keys of what was found."""
+        """Whether distances (l2) are computed again, from the stored keys of what was found."""
         shape = self.shape
-        if shape is None or self.wanted.distances == "index":
+        if self.wanted.distances == "index":
             return False
+        if shape is None:
+            return self.factory == "flat"  # see FlatRetriever
         as_they_are = shape.halves and self.wanted.dtype == "fp16" and not shape.transforms
         return not (shape.floats or as_they_are)
 
@@ -205,10 +207,10 @@ class Costs:
     @property
     def network_bytes(self) -> float:
         """What goes into a host for a query of any host, and as much out of it: vectors of others'
-        queries, and for its own at most k distances and rows from each of the others, with those to
-        stored keys beside them. A share 1 / hosts of all queries is its own."""
+        queries, and for its own at most k distances, rows and values from each of the others, with
+        distances to stored keys beside them. A share 1 / hosts of all queries is its own."""
         w = self.wanted
-        answer = w.k * (4 + self.row_bytes + 4 * self.rescores)
+        answer = w.k * (4 + self.row_bytes + self.value_bytes + 4 * self.rescores)
         return (w.hosts - 1) / w.hosts * (4 * w.dim + answer)
 
     # -- time of the stages -----------------------------------------------------------------------
@@ -274,20 +276,23 @@ class Costs:
 
     @property
     def _table_seconds(self) -> float:
-        """One host searches for every token, by the index's own distances."""
-        own = {"k": self.wanted.table_k, "hosts": 1, "index": self.factory, "distances": "index"}
-        return self.keys * Costs(replace(self.wanted, **own), self.constants).search_seconds
+        """A host searches all shards for its own tokens, by the index's own distances, and looks
+        for the lists in each shard anew."""
+        w = self.wanted
+        own = {"k": w.table_k, "hosts": 1, "index": self.factory, "distances": "index"}
+        whole = Costs(replace(w, **own), self.constants).search_parts
+        return self.rows * (sum(whole.values()) + (w.hosts - 1) * whole.get("lists", 0))
 
     @property
     def _codes_seconds(self) -> float:
-        """One host trains a codec on a sample and encodes all keys."""
+        """One host trains a codec on a sample of all keys; each encodes its own."""
         w, c = self.wanted, self.constants
         optimized = self.codec.startswith("OPQ")
         sample = min(CODEC_SAMPLE + HELD, self.keys)
         rounds = PQ_ROUNDS + OPQ_ROUNDS * optimized
-        assigning = (rounds * sample + self.keys) * 256 * w.dim * 2 / c.pq_gflops
-        rotating = self.keys * w.dim**2 * 2 * optimized / c.list_gflops
-        return (assigning + rotating) / (1e9 * w.cores) + w.hosts * self._reading_seconds
+        assigning = (rounds * sample + self.rows) * 256 * w.dim * 2 / c.pq_gflops
+        rotating = self.rows * w.dim**2 * 2 * optimized / c.list_gflops
+        return (assigning + rotating) / (1e9 * w.cores) + self._reading_seconds
 
     # -- time of a search -------------------------------------------------------------------------
 

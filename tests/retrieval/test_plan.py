@@ -112,11 +112,23 @@ def test_hosts_share_the_keys_and_send_queries():
     one, four = (planned(tokens=1e8, dim=256, hosts=hosts, memory="1TB") for hosts in (1, 4))
     assert one.network_bytes == 0
     assert not four.rescores
-    assert four.network_bytes == 3 / 4 * (4 * 256 + 1024 * 8)
+    assert four.network_bytes == 3 / 4 * (4 * 256 + 1024 * 10)  # fp32, 4 bytes, uint16
     assert four.bytes["keys"] == pytest.approx(one.bytes["keys"] / 4, rel=1e-6)
     assert four.queries_per_second > one.queries_per_second
     large = planned(tokens=1e10, hosts=4)  # rows beyond 2^31, and distances to stored keys
-    assert large.network_bytes == 3 / 4 * (4 * DIM + 1024 * 16)
+    assert large.network_bytes == 3 / 4 * (4 * DIM + 1024 * 18)
+
+
+def test_hosts_make_tables_and_codes_of_their_own_shards():
+    wanted = {"tokens": 1e8, "dim": 256, "index": "IVF16384,SQfp16", "memory": "1TB"}
+    one, two, four = (planned(**wanted, hosts=hosts, table_k=32) for hosts in (1, 2, 4))
+    searching = one.seconds["neighbour table"]
+    choosing = 3e8 * 2 * 16384 * 256 / (1e9 * one.constants.assign_gflops)  # in three more shards
+    assert four.seconds["neighbour table"] == pytest.approx((searching + choosing) / 4)
+    codes = [costs.seconds["codes"] for costs in (one, two, four)]
+    # Encoding is divided, training is not.
+    assert codes[0] - codes[1] == pytest.approx(2 * (codes[1] - codes[2]))
+    assert codes[2] > codes[0] / 4
 
 
 def test_an_index_larger_than_memory_waits_for_the_disk():
