@@ -131,6 +131,23 @@ def test_hosts_make_tables_and_codes_of_their_own_shards():
     assert codes[2] > codes[0] / 4
 
 
+@pytest.mark.parametrize(
+    ("index", "dtype", "rescores"),
+    [
+        ("flat", "fp16", True),
+        ("torch", "fp16", False),
+        ("IVF64,SQfp16", "fp16", False),
+        ("IVF64,SQfp16", "fp32", True),
+        ("IVF64,Flat", "fp32", False),
+        ("IVF64,SQ8", "fp16", True),
+    ],
+)
+def test_stored_keys_are_read_again_where_distances_are_not_exact(index, dtype, rescores):
+    wanted = {"tokens": 1e6, "index": index, "dtype": dtype}
+    assert ("stored keys" in planned(**wanted).search_parts) == rescores
+    assert "stored keys" not in planned(**wanted, distances="index").search_parts
+
+
 def test_an_index_larger_than_memory_waits_for_the_disk():
     little, enough = (
         planned(tokens=1e8, dim=512, index="IVF16384,SQfp16", memory=memory)
