@@ -6,7 +6,6 @@
 """
 
 import json
-import math
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -18,8 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 from pytorch_lightning.cli import LightningArgumentParser
-from rich.console import Console
-from rich.table import Table
 
 from callbacks.knn_interpolation import KNNInterpolation
 from callbacks.mixture import Mixture
@@ -32,6 +29,7 @@ from models.checkpoint import load_model, model_fingerprint
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
 from products import NeighborProducts, Products
+from results import figures, log_tuning, publish
 from retrieval.cache import RetrievalCache, RetrievalCacheBuilder
 from retrieval.datastore import Datastore
 from retrieval.distributed import DistributedRetriever, open_distributed
@@ -348,7 +346,7 @@ class Evaluation:
         cache, _ = self.retrieved("valid", datastore, folder)
         tuned = tune(cache)
         self.products.seconds["tuning"] = time.perf_counter() - start
-        self.log_tuning(tuned)
+        log_tuning(tuned, self.trainer.loggers)
         self.trainer.strategy.barrier()
         if not kept and self.trainer.is_global_zero:
             shutil.rmtree(folder)
@@ -413,53 +411,13 @@ class Evaluation:
         if self.cli.config.token_scores:
             save_scores(Path(self.cli.config.token_scores), *tables)
 
-    # -- what the user sees ----------------------------------------------------------------------
-
-    def log_tuning(self, tuned: Tuning) -> None:
-        """The tuning as two curves: validation perplexity over lmbda (in per cent) at the best
-        temperature, and over log2 of the temperature (in quarters) at the best lmbda."""
-        row = int(tuned.losses.min(axis=1).argmin())
-        column = int(tuned.losses[row].argmin())
-        for lmbda, loss in zip(tuned.lmbdas, tuned.losses[row], strict=True):
-            self.log({"tuning/valid_ppl_over_lmbda_percent": math.exp(loss)}, round(100 * lmbda))
-        for temperature, loss in zip(tuned.temperatures, tuned.losses[:, column], strict=True):
-            step = round(4 * math.log2(temperature)) + 200
-            self.log({"tuning/valid_ppl_over_4_log2_temperature_plus_200": math.exp(loss)}, step)
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        """To TensorBoard, or whatever logger the trainer has."""
-        for logger in self.trainer.loggers:
-            logger.log_metrics(figures, step)
-
     def publish(self, results: dict[str, Any]) -> None:
         """Writes results.json, logs the figures and prints a table."""
         if not self.trainer.is_global_zero:
             return
         results |= {"checkpoint": str(self.cli.ckpt_path), "stage_seconds": self.seconds}
         output = Path(self.cli.config.output or self.cli.run_dir / "results.json")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
-        split, gnn, knn = results["split"], results.get("gnn"), results.get("knn")
-        logged = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
-        table = Table("", "perplexity", "nats / token", "tokens / s", title=f"{split} split")
-        rows = [("LM", results)]
-        if gnn:
-            logged |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
-            rows += [("GNN-LM", gnn)]
-        if knn:
-            names = ("loss", "ppl", "lmbda", "temperature", "nearest_distance")
-            names += ("kth_distance", "target_among_neighbors")
-            logged |= {f"{split}/knn/{name}": knn[name] for name in names}
-            name = "GNN-LM + kNN" if gnn else "kNN-LM"
-            rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
-        self.log(logged, self.model.updates)
-        for logger in self.trainer.loggers:
-            logger.finalize("success")
-        for name, r in rows:
-            table.add_row(
-                name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}"
-            )
-        Console().print(table, f"results: {output}")
+        publish(results, output, self.model.updates, self.trainer.loggers)
 
 
 def own_part() -> tuple[int, None, int]:
@@ -467,13 +425,6 @@ def own_part() -> tuple[int, None, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, None, 1
     return dist.get_rank(), None, dist.get_world_size()
-
-
-def figures(loss: float, tokens: int, seconds: float) -> dict[str, float]:
-    """The figures that every way of predicting is reported by."""
-    ppl = math.exp(loss) if loss < 700 else math.inf
-    rate = tokens / seconds if seconds else math.inf
-    return {"loss": loss, "ppl": ppl, "seconds": seconds, "tokens_per_second": rate}
 
 
 @exit_with_one_sentence

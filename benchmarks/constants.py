@@ -29,18 +29,13 @@ from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.index import make_index, read_index
 from retrieval.knn import exact_distances, knn_log_prob, neighbor_scores
 from retrieval.list_search import ListSearch
-from retrieval.plan import (
-    HNSW_DISTANCES,
-    MODEL_CONTEXT,
-    Constants,
-    Plan,
-    Wanted,
-    entering,
-    flops_of_token,
-)
+from retrieval.plan_costs import HNSW_DISTANCES, Costs, entering, flops_of_token
+from retrieval.plan_settings import Constants, Wanted
 from retrieval.selection import k_smallest
 
 DIM, K, LISTS, SCANNED = 128, 1024, 1024, 5800
+MODEL_CONTEXT = 512
+"""Length of the rows on which the model's speed is measured."""
 MEBIBYTE = 1 << 20
 
 
@@ -150,7 +145,7 @@ def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
     beyond, known = {}, replace(constants, scatter_ns=0, sort_ns=0, imbalance=1)
     for k in (16, K):
         seconds = quickest(lambda k=k: search.search(queries, k), 2) / len(queries)
-        parts = Plan(replace(wanted, k=k), known).search_parts
+        parts = Costs(replace(wanted, k=k), known).search_parts
         beyond[k] = 1e9 * max(seconds - sum(parts.values()), 0)
     return {
         "scatter_ns": beyond[16] * LISTS / 4 / (len(keys) * wanted.nprobe),

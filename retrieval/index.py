@@ -76,6 +76,11 @@ def auto_factory(n_keys: int, dim: int, memory_bytes: int | None = None) -> str:
     return f"RR{dim},IVF{lists},RaBitQfs"
 
 
+def sample_size(lists: int, n_keys: int) -> int:
+    """Keys that an index with so many inverted lists is trained on, at most all there are."""
+    return min(max(lists * POINTS_PER_CENTROID, SAMPLE_AT_LEAST), n_keys)
+
+
 def index_path(datastore: Datastore, factory: str, metric: Metric) -> Path:
     """Where the index of a factory string lies."""
     return datastore.path / f"{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}-{metric}.faiss"
@@ -481,7 +486,7 @@ class IndexBuilding:
 
     def _train(self, index: faiss.Index, lists: int) -> None:
         """Trains on a seeded random sample, read in file order."""
-        size = min(max(lists * POINTS_PER_CENTROID, SAMPLE_AT_LEAST), self.datastore.n_keys)
+        size = sample_size(lists, self.datastore.n_keys)
         if lists > size:
             raise InputError(
                 f"--knn.index {self.factory} has {lists} lists but the datastore only {size} keys; "

@@ -12,7 +12,9 @@ from retrieval.codec import build_codes
 from retrieval.datastore import DatastoreBuilder
 from retrieval.index import IndexBuilding, open_retriever
 from retrieval.neighbors import NeighborSearch
-from retrieval.plan import Constants, Plan, Wanted, amount, main
+from retrieval.plan import advice, main
+from retrieval.plan_costs import Costs
+from retrieval.plan_settings import Constants, Wanted, amount
 
 DIM, VOCAB = 64, 20_000
 
@@ -33,9 +35,9 @@ def new_store(tmp_path):
     return make
 
 
-def planned(**wanted) -> Plan:
+def planned(**wanted) -> Costs:
     defaults = {"dim": DIM, "vocab": VOCAB, "cores": 1, "tokens_per_second": 1e4}
-    return Plan(Wanted(**{**defaults, **wanted}), Constants())
+    return Costs(Wanted(**{**defaults, **wanted}), Constants())
 
 
 @pytest.mark.parametrize("rows", [20_000, 160_000])
@@ -76,45 +78,74 @@ def test_bytes_of_tables_codes_and_caches(new_store, tmp_path):
 
 def test_large_indexes_need_room_for_their_parts():
     small, large = planned(tokens=1e6), planned(tokens=1e9, index="IVF65536,SQfp16")
-    assert small.room["stays"] == small.room["at the most"]
+    assert small.disk_needs["stays"] == small.disk_needs["at the most"]
     index = large.bytes["index"]
-    assert large.room["at the most"] == pytest.approx(large.room["stays"] + index)
+    assert large.disk_needs["at the most"] == pytest.approx(large.disk_needs["stays"] + index)
 
 
 def test_everything_fits_where_there_is_room():
-    plan = planned(tokens=1e6)
-    assert plan.factory == "IVF2048,SQfp16"
-    assert plan.advice() == []
-    assert all(0 < seconds < math.inf for seconds in plan.seconds.values())
+    costs = planned(tokens=1e6)
+    assert costs.factory == "IVF2048,SQfp16"
+    assert advice(costs) == []
+    assert all(0 < seconds < math.inf for seconds in costs.seconds.values())
 
 
 def test_changes_end_what_does_not_fit():
-    plan = planned(tokens=1e9, dim=1024, memory="64GB", disk="2TB", index="IVF65536,SQfp16")
-    advice = {short["what"]: short for short in plan.advice()}
-    assert set(advice) == {"disk", "memory for search"}
-    assert all(short["needed"] > short["there"] for short in advice.values())
-    assert advice["disk"]["change"] == ["--hosts 4"]  # 6.2 TB while parts are merged
-    assert "--hosts 64" in advice["memory for search"]["change"]
+    costs = planned(tokens=1e9, dim=1024, memory="64GB", disk="2TB", index="IVF65536,SQfp16")
+    found = {short["what"]: short for short in advice(costs)}
+    assert set(found) == {"disk", "memory for search"}
+    assert all(short["needed"] > short["there"] for short in found.values())
+    assert found["disk"]["change"] == ["--hosts 4"]  # 6.2 TB while parts are merged
+    assert "--hosts 64" in found["memory for search"]["change"]
     one_bit = "--index RR1024,IVF65536,RaBitQfs"
-    assert one_bit not in advice["memory for search"]["change"]  # 144 GB
+    assert one_bit not in found["memory for search"]["change"]  # 144 GB
 
 
 def test_training_needs_memory_for_its_sample():
-    plan = planned(tokens=1e10, dim=1024, memory="64GB", hosts=64)
-    short = next(s for s in plan.advice() if s["what"] == "memory for index training")
-    assert plan.shape.lists == 262144
+    costs = planned(tokens=1e10, dim=1024, memory="64GB", hosts=64)
+    short = next(s for s in advice(costs) if s["what"] == "memory for index training")
+    assert costs.shape.lists == 262144
     assert "--index RR1024,IVF131072,RaBitQfs" in short["change"]
 
 
 def test_hosts_share_the_keys_and_send_queries():
     one, four = (planned(tokens=1e8, dim=256, hosts=hosts, memory="1TB") for hosts in (1, 4))
     assert one.network_bytes == 0
-    assert four.exact
-    assert four.network_bytes == 3 / 4 * (4 * 256 + 1024 * 8)
+    assert not four.rescores
+    assert four.network_bytes == 3 / 4 * (4 * 256 + 1024 * 10)  # fp32, 4 bytes, uint16
     assert four.bytes["keys"] == pytest.approx(one.bytes["keys"] / 4, rel=1e-6)
     assert four.queries_per_second > one.queries_per_second
     large = planned(tokens=1e10, hosts=4)  # rows beyond 2^31, and distances to stored keys
-    assert large.network_bytes == 3 / 4 * (4 * DIM + 1024 * 16)
+    assert large.network_bytes == 3 / 4 * (4 * DIM + 1024 * 18)
+
+
+def test_hosts_make_tables_and_codes_of_their_own_shards():
+    wanted = {"tokens": 1e8, "dim": 256, "index": "IVF16384,SQfp16", "memory": "1TB"}
+    one, two, four = (planned(**wanted, hosts=hosts, table_k=32) for hosts in (1, 2, 4))
+    searching = one.seconds["neighbour table"]
+    choosing = 3e8 * 2 * 16384 * 256 / (1e9 * one.constants.assign_gflops)  # in three more shards
+    assert four.seconds["neighbour table"] == pytest.approx((searching + choosing) / 4)
+    codes = [costs.seconds["codes"] for costs in (one, two, four)]
+    # Encoding is divided, training is not.
+    assert codes[0] - codes[1] == pytest.approx(2 * (codes[1] - codes[2]))
+    assert codes[2] > codes[0] / 4
+
+
+@pytest.mark.parametrize(
+    ("index", "dtype", "rescores"),
+    [
+        ("flat", "fp16", True),
+        ("torch", "fp16", False),
+        ("IVF64,SQfp16", "fp16", False),
+        ("IVF64,SQfp16", "fp32", True),
+        ("IVF64,Flat", "fp32", False),
+        ("IVF64,SQ8", "fp16", True),
+    ],
+)
+def test_stored_keys_are_read_again_where_distances_are_not_exact(index, dtype, rescores):
+    wanted = {"tokens": 1e6, "index": index, "dtype": dtype}
+    assert ("stored keys" in planned(**wanted).search_parts) == rescores
+    assert "stored keys" not in planned(**wanted, distances="index").search_parts
 
 
 def test_an_index_larger_than_memory_waits_for_the_disk():
