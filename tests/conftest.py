@@ -23,6 +23,10 @@ from small import ROOT, SMALL, write_corpus
 from retrieval.datastore import Datastore, DatastoreBuilder
 
 
+LIBRARIES = ["faiss", "jsonargparse", "pytorch_lightning.cli", "tensorboard", "torch_geometric.nn"]
+"""What takes long to import of what the programs import."""
+
+
 def as_program(cwd: Path, program: str, flags: list[str], output: Path) -> None:
     """What a process does that is to run `python PROGRAM.py …` or `python -m MODULE …`."""
     os.chdir(cwd)
@@ -44,7 +48,7 @@ def run_program(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
     libraries already, which takes longer than most of what the tests do with them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytorch_lightning", "torch_geometric", "evaluate", "train"])
+    context.set_forkserver_preload(LIBRARIES)
     output = tmp_path_factory.mktemp("output")
 
     def run(
