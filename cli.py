@@ -166,7 +166,8 @@ def check_row_length(tokens_per_sample: int, max_target_positions: int) -> None:
 
 def quiet() -> None:
     """Silences advice of libraries that does not concern the user of these programs."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*Couldn't infer the batch indices.*",
