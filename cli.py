@@ -136,7 +136,9 @@ class WatchRanks(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Lightning ends its processes after an interrupt, which is no loss."""
+        """The others need not have met an exception: what is saved because of it is saved without
+        waiting for them. And Lightning ends its processes after an interrupt, which is no loss."""
+        trainer.strategy.barrier = lambda name=None: None
         if isinstance(exception, KeyboardInterrupt):
             rank_watch.leave("stop")
 

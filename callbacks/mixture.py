@@ -72,7 +72,9 @@ class Mixture:
         self.means["kth_distance"].update(sign * farthest[some])
         if self.table is not None:
             self.table.add(
-                position=np.asarray(positions), knn_log_prob=knn.numpy(), log_prob=mixed.numpy()
+                position=np.asarray(positions),
+                knn_log_prob=knn.numpy(),
+                log_prob=mixed.float().numpy(),
             )
 
     def to(self, device: torch.device) -> None:
