@@ -63,7 +63,9 @@ class Mixture:
             weighed: see `weigh`.
         """
         knn, nearest, farthest = weighed
-        mixed = interpolate(lm_log_prob, knn, self.lmbda)
+        # torch computes single numbers and vectors of them by functions that differ in the last digit:
+        # in fp32 the figure of a token would depend on how many come with it.
+        mixed = interpolate(lm_log_prob.double(), knn.double(), self.lmbda)
         self.loss.update(mixed)
         self.means["target_among_neighbors"].update((~knn.isneginf()).float())
         some = ~nearest.isneginf()  # of a token without neighbours there is no distance

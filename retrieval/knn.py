@@ -132,14 +132,10 @@ def knn_distribution(
 def interpolate(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float | Tensor) -> Tensor:
     """log(lmbda p_kNN + (1 - lmbda) p_LM), in log space; the arguments broadcast.
 
-    Where p_kNN = 0 this is (1 - lmbda) p_LM. In float64, since torch computes single numbers and
-    whole vectors of them by functions that differ in their last digit: in fp32 a token's figure
-    would depend on how many tokens come with it.
-
-    Returns:
-        float64.
+    Where p_kNN = 0 this is (1 - lmbda) p_LM.
     """
     lmbda = torch.as_tensor(lmbda, dtype=torch.float64)
     return torch.logaddexp(
-        lm_log_prob.double() + torch.log1p(-lmbda), knn_log_prob.double() + lmbda.log()
+        lm_log_prob + torch.log1p(-lmbda).to(lm_log_prob),
+        knn_log_prob + lmbda.log().to(knn_log_prob),
     )

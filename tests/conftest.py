@@ -22,7 +22,6 @@ from small import ROOT, SMALL, write_corpus
 
 from retrieval.datastore import Datastore, DatastoreBuilder
 
-
 LIBRARIES = ["faiss", "jsonargparse", "pytorch_lightning.cli", "tensorboard", "torch_geometric.nn"]
 """What takes long to import of what the programs import."""
 

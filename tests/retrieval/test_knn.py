@@ -54,7 +54,7 @@ def test_mixture_sums_to_one_over_the_vocabulary(retrieved, lmbda):
     total = torch.zeros(40)
     for word in range(VOCAB):
         p_knn = knn_log_prob(scores, values == word)
-        total += interpolate(p_lm[:, word].log(), p_knn, lmbda).exp().float()
+        total += interpolate(p_lm[:, word].log(), p_knn, lmbda).exp()
     torch.testing.assert_close(total[:-1], torch.ones(39))
     torch.testing.assert_close(total[-1], torch.tensor(1 - lmbda))
 
@@ -62,9 +62,9 @@ def test_mixture_sums_to_one_over_the_vocabulary(retrieved, lmbda):
 def test_mixture_equals_its_closed_form():
     lm, knn = torch.tensor([0.2, 0.5, 1e-30]), torch.tensor([0.7, 0.0, 1.0])
     mixed = interpolate(lm.log(), knn.log(), 0.25)
-    torch.testing.assert_close(mixed.exp().float(), 0.25 * knn + 0.75 * lm)
-    for lmbda, alone in ((0.0, lm), (1.0, knn)):
-        assert torch.equal(interpolate(lm.log(), knn.log(), lmbda), alone.log().double())
+    torch.testing.assert_close(mixed.exp(), 0.25 * knn + 0.75 * lm)
+    torch.testing.assert_close(interpolate(lm.log(), knn.log(), 0.0), lm.log())
+    torch.testing.assert_close(interpolate(lm.log(), knn.log(), 1.0), knn.log())
 
 
 def test_scores_follow_the_metric():
@@ -109,6 +109,9 @@ def test_mixture_where_probabilities_underflow():
     expected = knn + np.log(lmbda + (1 - lmbda) * np.exp(lm - knn))
     args = [torch.from_numpy(a) for a in (lm, knn, lmbda)]
     torch.testing.assert_close(interpolate(*args), torch.from_numpy(expected))
+    found = interpolate(args[0].float(), args[1].float(), args[2])
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("distance", [50.0, 90.0, 200.0, 5000.0])
@@ -125,7 +128,7 @@ def test_mixture_of_nothing_is_impossible_not_undefined():
     never = torch.tensor([-torch.inf, -torch.inf, -1.0])
     other = torch.tensor([-torch.inf, -2.0, -torch.inf])
     for lmbda, expected in ((0.0, never), (1.0, other)):
-        assert torch.equal(interpolate(never, other, lmbda), expected.double())
+        assert torch.equal(interpolate(never, other, lmbda), expected)
 
 
 def test_missing_neighbours_change_nothing(retrieved):
