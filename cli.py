@@ -33,6 +33,9 @@ class ProgramCLI(LightningCLI):
 
     The data module is made at once; the trainer by `make_trainer`, as often as a program has
     stages.
+
+    Attributes:
+        device: this process's, once there has been a trainer.
     """
 
     def __init__(self) -> None:
@@ -104,10 +107,12 @@ class ProgramCLI(LightningCLI):
         chosen = chosen if isinstance(chosen, list) else [chosen]
         settings["callbacks"] = [watching, *chosen, *callbacks]
         try:
-            return Trainer(**settings)
+            trainer = Trainer(**settings)
         except (ValueError, MisconfigurationException) as error:
             reason = " ".join(str(error).split()).split(". ")[0]
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
+        self.device = trainer.strategy.root_device
+        return trainer
 
 
 class WatchRanks(Callback):

@@ -124,8 +124,7 @@ class Evaluation:
         self.model: LanguageModel = cli.model
         self.neighbors: NeighborProducts | None = None
         # Made before any work, to refuse what it cannot do.
-        trainer = cli.make_trainer([], cli.run_dir / "evaluate")
-        self.device = trainer.strategy.root_device
+        cli.make_trainer([], cli.run_dir / "evaluate")
         self.check_dictionary()
         if cli.config.split is not None:
             self.data.stream(cli.config.split)
@@ -293,7 +292,7 @@ class Evaluation:
     def open_search(self, datastore: Datastore) -> Retriever:
         """What `--knn.index` names; of a datastore in shards, each rank searches some for all."""
         knn = self.knn
-        index = (datastore, knn.index, knn.metric, knn.nprobe, self.device)
+        index = (datastore, knn.index, knn.metric, knn.nprobe, self.cli.device)
         if not lies_in_shards(datastore, knn.index, knn.metric):
             return open_retriever(*index)
         # Distances between other keys, or by another measure, are computed by whoever asks.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
 from pytorch_lightning import Callback
 
 from callbacks.datastore_writer import DatastoreWriter
@@ -89,7 +88,8 @@ class Products:
         }
         if self.knn.key_type == "gnn":  # they depend on all that the network was shown
             shown = {**self.cli.config.neighbors.as_dict(), **self.model.neighbors}
-            del shown["datastores"]
+            for place in ("datastores", "shards", "placement"):
+                del shown[place]
             expected["neighbors"] = shown
         return expected
 
@@ -327,9 +327,10 @@ class NeighborProducts:
             settings.nprobe,
             settings.k,
             window,
+            device=self.cli.device,
         )
         table = writer.build()
-        if writer.seconds is not None:
+        if writer.seconds:
             self.seconds[f"neighbors_{split}"] = writer.seconds
         return table
 
@@ -355,10 +356,9 @@ class NeighborProducts:
         return codes.codes
 
     def _codes(self, memory: Datastore) -> Codes:
-        """The keys of the memory, quantised; of several processes one makes them."""
-        lock = FileLock(memory.path / "codes.lock")
-        with lock, progress_bars(f"codes {self.codec}") as report:
-            making, start = not has_codes(memory, self.codec), time.perf_counter()
+        """The keys of the memory, quantised."""
+        making, start = not has_codes(memory, self.codec), time.perf_counter()
+        with progress_bars(f"codes {self.codec}") as report:
             codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
         if making:
             self.seconds["codes"] = time.perf_counter() - start

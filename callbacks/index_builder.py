@@ -1,16 +1,16 @@
 """`IndexBuilder`: builds the index when a datastore has been written, or on its own."""
 
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from retrieval.datastore import Datastore
 from retrieval.index import NOT_BUILT, IndexBuilding, is_path, lies_in_shards, resolve
 from retrieval.progress import progress_bars
 from retrieval.retriever import Metric
+from retrieval.shards import share_out
 
 
 class IndexBuilder(Callback):
@@ -45,22 +45,24 @@ class IndexBuilder(Callback):
             return
         whole = IndexBuilding(datastore, factory, self.metric, self.seed)
         if not lies_in_shards(datastore, factory, self.metric):
-            self._build(whole, f"index {factory}")
+            with FileLock(f"{whole.path}.lock"):
+                self._build(whole, f"index {factory}")
             return
         with FileLock(f"{whole.path}.lock"), progress_bars(f"index {factory}") as report:
             trained = whole.train(report)
         self.seconds += Counter(whole.seconds)
-        for wait in (0, -1):  # for a shard that another process is at, once there is no other
-            for number in range(datastore.n_shards):
-                shard = datastore.shard(number)
-                building = IndexBuilding(shard, factory, self.metric, self.seed, trained)
-                with suppress(Timeout):
-                    self._build(building, f"index {factory}, shard {number}", wait)
+        shards = [
+            IndexBuilding(shard, factory, self.metric, self.seed, trained)
+            for shard in datastore.shards()
+        ]
+        share_out(
+            [FileLock(f"{shard.path}.lock") for shard in shards],
+            lambda number: self._build(shards[number], f"index {factory}, shard {number}"),
+        )
 
-    def _build(self, building: IndexBuilding, title: str, wait: float = -1) -> None:
-        with FileLock(f"{building.path}.lock", timeout=wait):
-            if building.is_complete():
-                return
-            with progress_bars(title) as report:
-                building.run(report)
+    def _build(self, building: IndexBuilding, title: str) -> None:
+        if building.is_complete():
+            return
+        with progress_bars(title) as report:
+            building.run(report)
         self.seconds += Counter(building.seconds)

@@ -63,7 +63,7 @@ class Mixture:
             weighed: see `weigh`.
         """
         knn, nearest, farthest = weighed
-        # torch computes single numbers and vectors of them by functions that differ in the last digit:
+        # torch computes single numbers and vectors by functions that differ in the last digit:
         # in fp32 the figure of a token would depend on how many come with it.
         mixed = interpolate(lm_log_prob.double(), knn.double(), self.lmbda)
         self.loss.update(mixed)

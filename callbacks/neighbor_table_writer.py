@@ -2,8 +2,10 @@
 been written, or on its own."""
 
 import time
+from functools import cache
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -11,7 +13,8 @@ from retrieval.datastore import Datastore
 from retrieval.index import is_path, open_retriever, resolve
 from retrieval.neighbors import NeighborSearch, NeighborTable, find_table
 from retrieval.progress import progress_bars
-from retrieval.retriever import Metric
+from retrieval.retriever import Metric, Retriever
+from retrieval.shards import share_out
 
 
 class NeighborTableWriter(Callback):
@@ -27,6 +30,7 @@ class NeighborTableWriter(Callback):
         exclude_window: of a split that searches itself, leave out the rows less than this many
             tokens away.
         keep_distances: keep them beside the rows.
+        device: where the index `torch` computes.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class NeighborTableWriter(Callback):
         k: int,
         exclude_window: int = 0,
         keep_distances: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.queries = queries
         self.memory = memory
@@ -48,8 +53,9 @@ class NeighborTableWriter(Callback):
         self.k = k
         self.exclude_window = exclude_window
         self.keep_distances = keep_distances
-        self.seconds: float | None = None
-        """Time of the search; None when nothing was searched."""
+        self.device = device
+        self.seconds = 0.0
+        """Time of the search; 0 when nothing was searched."""
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the datastore's writer has published it."""
@@ -57,7 +63,8 @@ class NeighborTableWriter(Callback):
 
     def build(self) -> NeighborTable:
         """Makes the table now, with a progress bar; of several processes one searches and the
-        others wait for it.
+        others wait for it. Of a split in shards each gets its own, from whichever process comes to
+        it first.
 
         Returns:
             the smallest table that has k neighbours or more.
@@ -65,31 +72,36 @@ class NeighborTableWriter(Callback):
         queries, memory = Datastore.open(self.queries), Datastore.open(self.memory)
         name = resolve(memory, self.index)
         name = Path(name).name if is_path(name) else name
-        with FileLock(queries.path / f"neighbors-k{self.k}.lock"):
-            table = find_table(
-                queries,
-                memory,
-                self.metric,
-                name,
-                self.nprobe,
-                self.k,
-                self.exclude_window,
-                self.keep_distances,
-            )
-            if table is not None:
-                return table
-            search = NeighborSearch(
-                queries,
-                memory,
-                open_retriever(memory, self.index, self.metric, self.nprobe),
-                name,
-                self.nprobe,
-                self.k,
-                self.exclude_window,
-                self.keep_distances,
-            )
-            start = time.perf_counter()
-            with progress_bars(f"neighbours k={self.k}") as report:
-                table = search.run(report)
-        self.seconds = time.perf_counter() - start
-        return table
+        made_by = (memory, self.metric, name, self.nprobe, self.k, self.exclude_window)
+        parts = queries.shards() or [queries]
+
+        @cache
+        def retriever() -> Retriever:
+            return open_retriever(memory, self.index, self.metric, self.nprobe, self.device)
+
+        def work(number: int) -> None:
+            if find_table(parts[number], *made_by, self.keep_distances) is None:
+                shard = f", shard {number}" if len(parts) > 1 else ""
+                what = (parts[number], memory, retriever(), name)
+                self._search(*what, f"neighbours k={self.k}{shard}")
+
+        share_out([FileLock(part.path / f"neighbors-k{self.k}.lock") for part in parts], work)
+        return find_table(queries, *made_by, self.keep_distances)
+
+    def _search(
+        self, queries: Datastore, memory: Datastore, retriever: Retriever, name: str, title: str
+    ) -> None:
+        start = time.perf_counter()
+        search = NeighborSearch(
+            queries,
+            memory,
+            retriever,
+            name,
+            self.nprobe,
+            self.k,
+            self.exclude_window,
+            self.keep_distances,
+        )
+        with progress_bars(title) as report:
+            search.run(report)
+        self.seconds += time.perf_counter() - start

@@ -2,8 +2,9 @@
 et al., ICLR 2022, section 2.3), which reads hundreds of them for every token.
 
 `codes-<codec>.npy` [N, M] uint8 lies beside the keys, with the trained faiss codec as
-`codes-<codec>.faiss` and `codes-<codec>.json` as the manifest. What decodes them without faiss is
-`Codes.decoder_arrays`.
+`codes-<codec>.faiss` and `codes-<codec>.json` as the manifest. Of a datastore in shards each shard
+has the codes of its own rows and a manifest, and the codec lies with one in the directory of the
+whole. What decodes them without faiss is `Codes.decoder_arrays`.
 """
 
 import json
@@ -11,13 +12,15 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+from filelock import FileLock
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
@@ -28,9 +31,11 @@ from retrieval.datastore import BLOCK_BYTES, Datastore
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.progress import Report
 from retrieval.retriever import faiss_reason
+from retrieval.shards import ShardedArray, share_out
 
 KIND, VERSION = "set of feature codes", 1
 FIELDS = ("complete", "rows", "dim", "code_size", "datastore")
+LOCK = ".codes.lock"
 SAMPLE, HELD = 65536, 8192
 """Keys to train on, and to measure the error on; where there are fewer, in the same proportion."""
 IMPORTED = "imported"
@@ -196,7 +201,7 @@ class Codes:
     """The opened codes of a datastore.
 
     Attributes:
-        path: their manifest.
+        path: their manifest, that of the whole where there are shards.
         manifest: what that says.
         codes: uint8 `[N, code_size]`, memory-mapped; zeros where the datastore has no key.
         codec: decodes them.
@@ -204,7 +209,7 @@ class Codes:
 
     path: Path
     manifest: dict[str, Any]
-    codes: np.ndarray
+    codes: np.ndarray | ShardedArray
     codec: FeatureCodec
 
     def decoder_arrays(self) -> dict[str, np.ndarray]:
@@ -218,9 +223,10 @@ def codes_path(datastore: Datastore, factory: str) -> Path:
 
 
 def has_codes(datastore: Datastore, factory: str) -> bool:
-    """Whether complete codes of a factory string are there."""
+    """Whether complete codes of a factory string are there, of all shards where there are any."""
     path = codes_path(datastore, factory)
-    return path.exists() and read_manifest(path, KIND, VERSION, FIELDS)["complete"]
+    complete = path.exists() and read_manifest(path, KIND, VERSION, FIELDS)["complete"]
+    return complete and all(has_codes(shard, factory) for shard in datastore.shards())
 
 
 def open_codes(datastore: Datastore, factory: str) -> Codes:
@@ -240,16 +246,36 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
     if not manifest["complete"]:
         raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
     shape, dtype = (manifest["rows"], manifest["code_size"]), np.dtype(np.uint8)
+    shards = datastore.shards()
+    codec_path = path.with_suffix(".faiss")
     if "raw" in manifest:
         codes = open_raw(path, manifest["raw"]["codes"], shape, dtype)
         codec_path = path.parent / manifest["raw"]["codec"]["path"]
+    elif shards:
+        parts = [_open_part(shard, factory, manifest) for shard in shards]
+        codes = ShardedArray(parts, shards[0].part.placement)
     else:
         codes = open_array(path.with_suffix(".npy"), shape, dtype)
-        codec_path = path.with_suffix(".faiss")
     codec = FeatureCodec.read(codec_path)
     found = {"dim": codec.dim, "code_size": codec.code_size}
     refuse_mismatch(codec_path, found, {key: manifest[key] for key in found})
     return Codes(path, manifest, codes, codec)
+
+
+def _open_part(shard: Datastore, factory: str, whole: Mapping[str, Any]) -> np.ndarray:
+    """The codes of one shard, which must be by the codec of the whole."""
+    path = codes_path(shard, factory)
+    manifest = read_manifest(path, KIND, VERSION, FIELDS)
+    if not manifest["complete"]:
+        raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
+    refuse_mismatch(path, manifest, _identity_of_part(shard, whole))
+    shape = (len(shard), whole["code_size"])
+    return open_array(path.with_suffix(".npy"), shape, np.dtype(np.uint8))
+
+
+def _identity_of_part(shard: Datastore, whole: Mapping[str, Any]) -> dict[str, Any]:
+    common = {name: whole.get(name) for name in ("factory", "seed", "codec", "code_size")}
+    return {**common, **_source(shard)}
 
 
 def build_codes(
@@ -259,7 +285,9 @@ def build_codes(
     report: Report = lambda *_: None,
 ) -> Codes:
     """Trains a codec on a sample of the keys and encodes them all; goes on where a killed run
-    stopped, and only opens what is complete.
+    stopped, and only opens what is complete. Of several processes one encodes and the others wait
+    for it; a datastore in shards is encoded shard by shard, each by whichever process comes to it
+    first.
 
     Args:
         datastore: whose keys to encode.
@@ -272,38 +300,79 @@ def build_codes(
             something else, or the disk has no room.
     """
     path = codes_path(datastore, factory)
+    shards = datastore.shards()
+    with FileLock(datastore.path / LOCK):
+        fields, codec = _ensure_codec(datastore, factory, seed, report)
+        if not shards:
+            _encode(datastore, path, fields, codec, report)
+        elif not path.exists():
+            write_manifest(path, KIND, VERSION, {**fields, "complete": True})
+    paths = [codes_path(shard, factory) for shard in shards]
+
+    def encode(number: int) -> None:
+        shard, path = shards[number], paths[number]
+        identity = _identity_of_part(shard, fields)
+        if path.exists():
+            refuse_mismatch(path, read_manifest(path, KIND, VERSION, FIELDS), identity)
+        _encode(shard, path, identity, codec, report, f", shard {number}")
+
+    share_out([FileLock(shard.path / LOCK) for shard in shards], encode)
+    return open_codes(datastore, factory)
+
+
+def _ensure_codec(
+    datastore: Datastore, factory: str, seed: int, report: Report
+) -> tuple[dict[str, Any], FeatureCodec]:
+    """Fields of the manifest, and the codec; trained unless it is there already."""
+    path = codes_path(datastore, factory)
+    codec_path = path.with_suffix(".faiss")
     identity = {"factory": factory, "seed": seed, **_source(datastore)}
     if path.exists():
         fields = read_manifest(path, KIND, VERSION, FIELDS)
         refuse_mismatch(path, fields, identity)
-        codec = FeatureCodec.read(path.with_suffix(".faiss"))
-    else:
-        report("training", 0, 1)
-        codec, quality = _trained(datastore, factory, seed)
-        report("training", 1, 1)
-        codec.write(path.with_suffix(".faiss"))
-        fields = {**identity, **asdict(quality)}
+        return fields, FeatureCodec.read(codec_path)
+    report("training", 0, 1)
+    codec, quality = _trained(datastore, factory, seed)
+    report("training", 1, 1)
+    codec.write(codec_path)
+    digest = blake2b(codec_path.read_bytes(), digest_size=8).hexdigest()
+    return {**identity, **asdict(quality), "codec": digest}, codec
+
+
+def _encode(
+    datastore: Datastore,
+    path: Path,
+    fields: Mapping[str, Any],
+    codec: FeatureCodec,
+    report: Report,
+    which: str = "",
+) -> None:
+    """Encodes the keys of a datastore, or of a shard.
+
+    Args:
+        path: of the manifest.
+        fields: of it.
+        which: what the report adds to the stage.
+    """
 
     def encode(first: int, last: int) -> tuple[np.ndarray]:
         rows = np.arange(first, last)
         rows = rows[~np.isin(rows, datastore.masked)]
         codes = np.zeros((last - first, codec.code_size), dtype=np.uint8)
         if len(rows):
-            codes[rows - first] = codec.encode(datastore.read(rows))
+            codes[rows - first] = codec.encode(datastore.read(datastore.in_whole(rows)))
         return (codes,)
 
-    shape = (len(datastore), codec.code_size)
     fill_rows(
         path,
         KIND,
         VERSION,
         fields,
-        {path.with_suffix(".npy").name: (np.dtype(np.uint8), shape)},
+        {path.with_suffix(".npy").name: (np.dtype(np.uint8), (len(datastore), codec.code_size))},
         max(BLOCK_BYTES // (4 * datastore.dim), 1),
         encode,
-        lambda done, total: report("encoding", done, total),
+        lambda done, total: report(f"encoding{which}", done, total),
     )
-    return open_codes(datastore, factory)
 
 
 def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:

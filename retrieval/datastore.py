@@ -104,14 +104,13 @@ class Datastore:
 
     @classmethod
     def _open_sharded(cls, path: Path, manifest: dict[str, Any]) -> "Datastore":
-        numbers = range(len(manifest["shards"]))
-        shards = [cls._open_shard(path, manifest, number) for number in numbers]
-        placement = shards[0].part.placement
+        shards = [cls._open_shard(path, manifest, n) for n in range(len(manifest["shards"]))]
+        placement = placement_of(manifest)
         keys, values = (
             ShardedArray([getattr(shard, name) for shard in shards], placement)
             for name in ("keys", "values")
         )
-        masked = [placement.rows_of(number, shards[number].masked) for number in numbers]
+        masked = [shard.in_whole(shard.masked) for shard in shards]
         return cls(path, manifest, keys, values, np.sort(np.concatenate(masked)))
 
     @classmethod
@@ -133,6 +132,10 @@ class Datastore:
     def shard(self, number: int) -> "Datastore":
         """One of the shards alone, as part of the whole, see `part`."""
         return self.open(self.path, number)
+
+    def shards(self) -> list["Datastore"]:
+        """All of them, each as part of the whole; none where it has none."""
+        return [self.shard(number) for number in range(len(self.manifest.get("shards", ())))]
 
     @property
     def n_shards(self) -> int:
@@ -182,6 +185,10 @@ class Datastore:
                 self.masked - np.arange(len(self.masked)), key_numbers, side="right"
             )
             rows = np.where(key_numbers < 0, -1, key_numbers + before)
+        return self.in_whole(rows)
+
+    def in_whole(self, rows: np.ndarray) -> np.ndarray:
+        """From its own rows, int64, to what `read` knows them by."""
         return rows if self.part is None else self.part.placement.rows_of(self.part.number, rows)
 
     def read(self, rows: np.ndarray) -> np.ndarray:

@@ -3,13 +3,14 @@ al., ICLR 2022, section 2.2) makes its graphs of.
 
 `neighbors-k<k>.npy` [N, k] lies in the directory of the split's own datastore, whose row i is the
 query of token i, with `neighbors-k<k>.json` as its manifest. Until the table is complete the
-manifest also says up to which row it is filled, and a killed run goes on from there.
+manifest also says up to which row it is filled, and a killed run goes on from there. Of a split
+whose datastore lies in shards each shard has a table of its own tokens.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -25,6 +26,7 @@ from retrieval.index import NOT_BUILT
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.progress import Report, progress_bars
 from retrieval.retriever import Metric, Retriever
+from retrieval.shards import Placement, ShardedArray
 
 KIND, VERSION = "neighbour table", 1
 FIELDS = ("complete", "rows", "k", "dtype", "distances")
@@ -80,8 +82,8 @@ class NeighborTable:
 
     path: Path
     manifest: dict[str, Any]
-    rows: np.ndarray
-    distances: np.ndarray | None
+    rows: np.ndarray | ShardedArray
+    distances: np.ndarray | ShardedArray | None
 
     @classmethod
     def open(cls, path: Path | str) -> "NeighborTable":
@@ -107,7 +109,20 @@ class NeighborTable:
             distances = open_array(_distances_of(path), shape, np.dtype(np.float32))
         return cls(path, manifest, rows, distances)
 
-    def nearest(self, k: int) -> np.ndarray:
+    @classmethod
+    def join(cls, tables: Sequence["NeighborTable"], placement: Placement) -> "NeighborTable":
+        """The tables of the shards of a split as one, as wide as the narrowest; its path and
+        manifest are those of the first."""
+        k = min(table.manifest["k"] for table in tables)
+        first = tables[0]
+        rows = ShardedArray([table.rows for table in tables], placement).narrowed(k)
+        distances = None
+        if all(table.distances is not None for table in tables):
+            distances = ShardedArray([table.distances for table in tables], placement).narrowed(k)
+        manifest = {**first.manifest, "rows": placement.rows, "k": k}
+        return cls(first.path, manifest, rows, distances)
+
+    def nearest(self, k: int) -> np.ndarray | ShardedArray:
         """The k nearest of every token, a view `[N, k]` of `rows`.
 
         Raises:
@@ -116,7 +131,7 @@ class NeighborTable:
         found = self.manifest["k"]
         if k > found:
             raise InputError(f"{self.path}: has {found} neighbours a token; {k} are expected here")
-        return self.rows[:, :k]
+        return self.rows.narrowed(k) if isinstance(self.rows, ShardedArray) else self.rows[:, :k]
 
 
 def _distances_of(manifest: Path) -> Path:
@@ -173,7 +188,7 @@ def find_table(
     distances: bool = False,
 ) -> NeighborTable | None:
     """The smallest complete table made in this way that has at least k neighbours; None where
-    there is none.
+    there is none. Of a split in shards there is one where all of them have one.
 
     Args:
         queries, memory, index_name, nprobe, k, exclude_window: see `NeighborSearch`.
@@ -183,6 +198,11 @@ def find_table(
     Raises:
         InputError: a manifest cannot be read, or its files are not what it says.
     """
+    made_by = (memory, metric, index_name, nprobe, k, exclude_window, distances)
+    shards = queries.shards()
+    if shards:
+        tables = [find_table(shard, *made_by) for shard in shards]
+        return None if None in tables else NeighborTable.join(tables, shards[0].part.placement)
     identity = _identity(queries, memory, metric, index_name, nprobe, exclude_window)
     fitting = {}
     for path in sorted(queries.path.glob("neighbors-k*.json")):
@@ -197,8 +217,8 @@ class NeighborSearch:
     """Makes one neighbour table: searches for every token, and keeps what is done.
 
     Args:
-        queries: the split's own datastore; row i is the query of token i, rows without a key get
-            no neighbours.
+        queries: the split's own datastore, or one shard of it; row i is the query of token i, rows
+            without a key get no neighbours.
         memory: where to search.
         retriever: searches it.
         index_name: `flat` or what the retriever's index is called, part of the table's identity.
@@ -224,9 +244,10 @@ class NeighborSearch:
         keep_distances: bool = False,
     ) -> None:
         refuse_mismatch(queries.path, {"dim": queries.dim}, {"dim": memory.dim})
-        if exclude_window > 0 and len(queries) != len(memory):
+        tokens = len(queries) if queries.part is None else queries.part.placement.rows
+        if exclude_window > 0 and tokens != len(memory):
             raise InputError(
-                f"{queries.path}: has {len(queries)} rows and {memory.path} {len(memory)}; "
+                f"{queries.path}: has {tokens} rows and {memory.path} {len(memory)}; "
                 f"expected the same split where a window of {exclude_window} tokens is excluded"
             )
         self.queries = queries
@@ -279,7 +300,8 @@ class NeighborSearch:
         rows = np.full((last - first, self.k), -1, dtype=np.int64)
         distances = np.full((last - first, self.k), self._farthest, dtype=np.float32)
         if len(positions):
-            found = self._search(self.queries.read(positions), positions)
+            tokens = self.queries.in_whole(positions)
+            found = self._search(self.queries.read(tokens), tokens)
             rows[positions - first], distances[positions - first] = found
         return (rows, distances) if self.keep_distances else (rows,)
 

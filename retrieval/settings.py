@@ -112,6 +112,9 @@ class NeighborSettings:
         exclude_window: in training, neighbours nearer than this to the token or to one that it can
             be seen by are left out; by default all that could show it.
         dtype: of the stored keys.
+        shards: directories that new datastores are dealt into, with their tables and codes;
+            one that is there is used as it is.
+        placement: of their rows, see `KNNSettings`.
         datastores: their folder; by default datastores/<corpus>.
     """
 
@@ -127,11 +130,13 @@ class NeighborSettings:
     token_features: Literal["stored", "online"] | None = None
     exclude_window: int | None = None
     dtype: Literal["fp16", "fp32"] = "fp16"
+    shards: int = 1
+    placement: Literal["contiguous", "round_robin"] = "contiguous"
     datastores: str | None = None
 
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""
-        for name in ("k", "nprobe"):
+        for name in ("k", "nprobe", "shards"):
             if getattr(self, name) < 1:
                 value = getattr(self, name)
                 raise InputError(f"--neighbors.{name} is {value}; expected at least 1")
@@ -150,6 +155,8 @@ class NeighborSettings:
             metric=self.metric,
             key_type=self.key_type,
             dtype=self.dtype,
+            shards=self.shards,
+            placement=self.placement,
         )
 
     def codec_for(self, dim: int) -> str:

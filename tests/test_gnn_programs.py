@@ -108,6 +108,22 @@ def test_neighbors_of_the_lm_weighed_by_the_graph_network(evaluated_with_knn, fo
     assert not np.allclose(columns["knn_log_prob"], found_by_lm[1]["knn_log_prob"])
 
 
+def test_shards_and_ranks_change_no_figure(trained, run_program):
+    """Two ranks make what is missing, shard by shard; one finds it again."""
+    ckpt = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt")
+    store = ("--neighbors.datastores", "shards", "--neighbors.shards", 3)
+    ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    found = {}
+    for name, flags in (("whole", ()), ("two", (*store, *ranks)), ("one", store)):
+        scores = ("--output", f"{name}.json", "--token_scores", f"{name}.npz")
+        run_program(trained, "evaluate.py", *DATA, *ckpt, *scores, *flags)
+        found[name] = np.load(trained / f"{name}.npz")["gnn_log_prob"]
+    for name in ("two", "one"):
+        np.testing.assert_array_equal(found[name], found["whole"])
+    assert read(trained, "one.json")["stage_seconds"] == {}
+    assert len(list((trained / "shards/test").glob("shard-*/neighbors-k4.npy"))) == 3
+
+
 def test_a_second_stage_begins_with_the_first(trained, run_program):
     start = ("--model.start_from", "runs/words-gnn_lm/checkpoints/best.ckpt")
     stage = ("--trainer.default_root_dir", "runs/stage2", "--neighbors.k", 2)

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from small import ROOT, SMALL
 
+from callbacks.neighbor_table_writer import NeighborTableWriter
 from datamodules.graphs import NeighborMemory
 from errors import InputError
-from retrieval.codec import build_codes
+from retrieval.codec import build_codes, has_codes, open_codes
 from retrieval.datastore import Datastore, main
 from retrieval.index import IndexBuilding, open_retriever
 from retrieval.maintenance import deal_again, put_together
-from retrieval.neighbors import NeighborSearch
+from retrieval.neighbors import find_table
 from retrieval.retriever import FlatRetriever
 from retrieval.settings import KNNSettings
 from retrieval.sharded_builder import new_datastore
@@ -157,23 +158,70 @@ def test_nothing_but_the_place_differs(whole, sharded):
         np.testing.assert_array_equal(found[0], found[1])
 
 
-def test_what_is_made_of_it_is_the_same(whole, sharded):
-    """Codes, neighbour tables, and what a graph network reads of them."""
-    codes = [build_codes(store, "PQ4x4").codes for store in (whole, sharded)]
-    np.testing.assert_array_equal(*codes)
+def test_what_a_graph_network_reads_of_it_is_the_same(whole, sharded):
+    """Codes and neighbour tables, which lie in the shards, and batches of them."""
+    codes = [build_codes(store, "PQ4x4") for store in (whole, sharded)]
+    np.testing.assert_array_equal(*(made.codes for made in codes))
     tables, features = [], []
-    for store in (whole, sharded):
-        retriever = FlatRetriever(store, "l2")
-        tables.append(NeighborSearch(store, store, retriever, "flat", 1, 4, 3).run().rows)
+    for store, made in zip((whole, sharded), codes, strict=True):
+        settings = {"exclude_window": 3, "keep_distances": True}
+        writer = NeighborTableWriter(store.path, store.path, "flat", "l2", 1, 6, **settings)
+        tables.append(writer.build())
+        assert find_table(store, store, "l2", "flat", 1, 4, 3).nearest(4).shape == (300, 4)
         memory = NeighborMemory(
-            tables[-1], store.keys, 2, 2, 3, token_features=store.keys, values=store.values
+            tables[-1].nearest(4), made.codes, 2, 2, 3, None, store.keys, store.values
         )
         positions = np.array([[80, 81, 82, -1], [150, 151, -1, -1]])
         near = memory.neighborhood(positions)
         features.append([near.rows, near.features, near.values, memory.features_of(positions)])
-    np.testing.assert_array_equal(*tables)
+    for name in ("rows", "distances"):
+        np.testing.assert_array_equal(*(getattr(table, name) for table in tables))
     for ours, theirs in zip(*features, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    assert not list(sharded.path.glob("neighbors*.np*")) + list(sharded.path.glob("codes*.npy"))
+    for shard in sharded.shards():
+        for name in ("neighbors-k6.npy", "codes-PQ4x4.npy"):
+            assert len(np.load(shard.path / name)) == len(shard)
+
+
+def test_tables_and_codes_of_shards_that_are_there_are_kept(whole, sharded, monkeypatch):
+    writer = NeighborTableWriter(sharded.path, sharded.path, "flat", "l2", 1, 5)
+    last = sharded.shards()[-1].path
+    real = Datastore.read
+
+    def interrupted(store, rows):
+        if store.path == last:
+            raise KeyboardInterrupt
+        return real(store, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Datastore, "read", interrupted)
+        for work in (writer.build, lambda: build_codes(sharded, "SQ8")):
+            with pytest.raises(KeyboardInterrupt):
+                work()
+    assert find_table(sharded, sharded, "l2", "flat", 1, 5) is None
+    assert not has_codes(sharded, "SQ8")
+    with pytest.raises(InputError, match=r"codes-SQ8.json: is unfinished"):
+        open_codes(sharded, "SQ8")
+    made = {p: p.stat().st_mtime_ns for p in sharded.path.rglob("*.npy") if p.parent != last}
+    np.testing.assert_array_equal(
+        build_codes(sharded, "SQ8").codes, build_codes(whole, "SQ8").codes
+    )
+    assert len(writer.build().rows) == 300
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert has_codes(sharded, "SQ8")
+
+
+def test_codes_of_shards_by_different_codecs_are_refused(sharded):
+    path = build_codes(sharded, "SQ8").path
+    for suffix in (".json", ".faiss"):  # lost, and trained again on another sample
+        path.with_suffix(suffix).unlink()
+    with pytest.raises(InputError, match="its seed is 1, but 2 is expected"):
+        build_codes(sharded, "SQ8", seed=2)
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "seed": 1}))
+    with pytest.raises(InputError, match=r"shard-00000-of-0000\d/codes-SQ8.json: its codec is"):
+        open_codes(sharded, "SQ8")
 
 
 def test_a_shard_is_a_datastore_and_a_part(sharded):
