@@ -31,7 +31,7 @@ from models.language_model import LanguageModel
 from products import NeighborProducts, Products
 from results import figures, log_tuning, publish
 from retrieval.cache import RetrievalCache, RetrievalCacheBuilder
-from retrieval.datastore import Datastore
+from retrieval.datastore import Datastore, fingerprint_of
 from retrieval.distributed import DistributedRetriever, open_distributed
 from retrieval.index import is_path, lies_in_shards, open_retriever, resolve
 from retrieval.retriever import Retriever
@@ -172,12 +172,15 @@ class Evaluation:
 
     def check_search(self, split: str) -> None:
         """Everything about the search that can be wrong, before any long work."""
+        if self.knn.shard is not None:
+            self.check_search_by_hosts()
         existing = self.products.open_fitting_datastore("train")
         where = self.products.datastore_path("train")
         if existing is None:
             stored, n_keys = self.data.fingerprint("train"), len(self.data.stream("train").tokens)
         else:
-            stored, n_keys = existing.manifest["made_from"].get("corpus"), existing.n_keys
+            stored = existing.manifest["made_from"].get("corpus")
+            n_keys = existing.whole["rows"] - existing.whole["masked"]
         for predicted in {split, "valid"} if self.knn.lmbda == "auto" else {split}:
             if stored == self.data.fingerprint(predicted):
                 raise InputError(
@@ -194,6 +197,25 @@ class Evaluation:
             open_retriever(existing, self.knn.index, self.knn.metric, self.knn.nprobe)
         else:
             self.products.check_index()
+
+    def check_search_by_hosts(self) -> None:
+        """What hosts that have one shard each can do."""
+        knn, hosts = self.knn, self.cli.config.trainer.num_nodes
+        given = f"--knn.shard {knn.shard} of {knn.shards}: this host has that shard alone"
+        if hosts < knn.shards:
+            raise InputError(
+                f"{given}, but --trainer.num_nodes is {hosts}; expected a host for every shard, or "
+                "all of them assembled (python -m retrieval.datastore assemble)"
+            )
+        needs_all = {
+            "--knn.missing last_row": knn.missing == "last_row",
+            f"--knn.rescore_key_type {knn.rescore_key_type}": knn.rescore_key_type is not None,
+            f"--knn.similarity {self.similarity}": self.similarity != knn.metric,
+            f"--knn.index {knn.index}": is_path(knn.index),
+        }
+        for flag, is_given in needs_all.items():
+            if is_given:
+                raise InputError(f"{given}, but {flag} needs them all; expected another value")
 
     def give_neighbors(self, *splits: str) -> None:
         """Makes what a GNN-LM reads besides the text of some splits."""
@@ -281,7 +303,7 @@ class Evaluation:
             **mixed_by,
             "tuned": tuned is not None,
             "datastore": str(datastore.path),
-            "datastore_rows": len(datastore),
+            "datastore_rows": datastore.whole["rows"],
             **mixture.statistics(),
             **how,
         }
@@ -293,7 +315,7 @@ class Evaluation:
         """What `--knn.index` names; of a datastore in shards, each rank searches some for all."""
         knn = self.knn
         index = (datastore, knn.index, knn.metric, knn.nprobe, self.cli.device)
-        if not lies_in_shards(datastore, knn.index, knn.metric):
+        if datastore.part is None and not lies_in_shards(datastore, knn.index, knn.metric):
             return open_retriever(*index)
         # Distances between other keys, or by another measure, are computed by whoever asks.
         own = knn.rescore_key_type is None and self.similarity == knn.metric
@@ -381,6 +403,11 @@ class Evaluation:
         if self.trainer.is_global_zero:
             builder.finish(results)
         self.trainer.strategy.barrier()
+        if not RetrievalCache.is_complete(path):
+            raise InputError(
+                f"{path}: rank 0 has finished it, but not as this host sees it; expected a folder "
+                "that all hosts share, or no --knn.lmbda auto and no --knn.cache"
+            )
         return RetrievalCache.open(path), self.pass_seconds
 
     def retrieved_from(self, split: str, datastore: Datastore) -> dict[str, Any]:
@@ -390,7 +417,7 @@ class Evaluation:
             **self.products.made_from(split),
             "model": model_fingerprint(self.model),
             "neighbors": asdict(self.neighbors.settings) if self.neighbors else None,
-            "datastore": datastore.fingerprint,
+            "datastore": fingerprint_of(datastore.whole),
             "index": [index, Path(index).stat().st_size] if is_path(index) else index,
             "seed": self.cli.config.seed_everything,
             "nprobe": knn.nprobe,

@@ -121,7 +121,7 @@ class Products:
             return self.open_raw_datastore(path)
         if not Datastore.is_complete(path):
             return None
-        datastore = Datastore.open(path)
+        datastore = self._open(split)
         made_from = datastore.manifest["made_from"]
         if "model" not in made_from:  # the original program's, or a copy of it
             return self.check_raw(datastore)
@@ -196,16 +196,22 @@ class Products:
         trainer.predict(self.model, loader, return_predictions=False)
         stage = "datastore" if split == "train" else f"datastore_{split}"
         self.seconds[stage] = throughput.seconds
-        return Datastore.open(self.datastore_path(split))
+        return self._open(split)
+
+    def _open(self, split: str) -> Datastore:
+        """With `--knn.shard`, the shard as part of the whole."""
+        return Datastore.open(self.whole_path(split), self.knn.shard)
 
     def ensure_datastore_and_index(self, split: str) -> Datastore:
         """Makes what is missing of a datastore and its index."""
         existing = self.open_fitting_datastore(split)
+        taken_over = existing is not None and is_raw(self.whole_path(split))
         builder = IndexBuilder(
-            self.datastore_path(split) if existing is None else existing.path,
+            existing.path if taken_over else self.whole_path(split),
             self.knn.index,
             self.knn.metric,
             self.cli.config.seed_everything,
+            self.knn.shard,
         )
         datastore = self.ensure_datastore(split, builder)
         builder.build()

@@ -125,7 +125,8 @@ def expected_bytes(
     """
     if store.manifest["placement"] == "round_robin":
         k = local_k(k, 1 / ranks, TOLERANCE / ranks)
-    neighbor = np.min_scalar_type(-len(store)).itemsize + (4 if exact else 8)
+    value = store.values.dtype.itemsize
+    neighbor = np.min_scalar_type(-len(store)).itemsize + value + (4 if exact else 8)
     each = HEADER_BYTES * (2 * rounds - 1) + queries / ranks * (4 * store.dim + k * neighbor)
     return (ranks - 1) * each
 

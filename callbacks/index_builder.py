@@ -21,13 +21,23 @@ class IndexBuilder(Callback):
         index: `auto`, `flat` or `torch` (nothing to build) or a faiss factory string.
         metric: how keys are compared.
         seed: of the training sample.
+        shard: index this one alone, by a quantiser trained on its keys unless one lies beside the
+            manifest of the whole.
     """
 
-    def __init__(self, datastore: Path, index: str, metric: Metric, seed: int = 1) -> None:
+    def __init__(
+        self,
+        datastore: Path,
+        index: str,
+        metric: Metric,
+        seed: int = 1,
+        shard: int | None = None,
+    ) -> None:
         self.datastore = datastore
         self.index = index
         self.metric = metric
         self.seed = seed
+        self.shard = shard
         self.seconds: Counter[str] = Counter()
         """Time spent in `train` and `add`; empty when nothing was built."""
 
@@ -39,12 +49,12 @@ class IndexBuilder(Callback):
         """Builds the index now, with a progress bar; of several processes one builds and the
         others wait for it. Of a datastore in shards each gets its own, from whichever process
         comes to it first."""
-        datastore = Datastore.open(self.datastore)
+        datastore = Datastore.open(self.datastore, self.shard)
         factory = resolve(datastore, self.index)
         if factory in NOT_BUILT or is_path(factory):
             return
         whole = IndexBuilding(datastore, factory, self.metric, self.seed)
-        if not lies_in_shards(datastore, factory, self.metric):
+        if self.shard is None and not lies_in_shards(datastore, factory, self.metric):
             with FileLock(f"{whole.path}.lock"):
                 self._build(whole, f"index {factory}")
             return
@@ -53,11 +63,13 @@ class IndexBuilder(Callback):
         self.seconds += Counter(whole.seconds)
         shards = [
             IndexBuilding(shard, factory, self.metric, self.seed, trained)
-            for shard in datastore.shards()
+            for shard in datastore.shards() or [datastore]
         ]
         share_out(
             [FileLock(f"{shard.path}.lock") for shard in shards],
-            lambda number: self._build(shards[number], f"index {factory}, shard {number}"),
+            lambda i: self._build(
+                shards[i], f"index {factory}, shard {shards[i].datastore.part.number}"
+            ),
         )
 
     def _build(self, building: IndexBuilding, title: str) -> None:

@@ -145,10 +145,14 @@ class KNNInterpolation(Callback):
             return
         queries = keys.numpy()
         faiss.omp_set_num_threads(self.searching)
+        values = None
         with self._timed("search"):
-            distances, rows = self.retriever.search(queries, self.k, ordered=self.ordered)
+            if isinstance(self.retriever, DistributedRetriever):
+                distances, rows, values = self.retriever.find(queries, self.k)
+            else:
+                distances, rows = self.retriever.search(queries, self.k, ordered=self.ordered)
         if self.missing == "last_row":
-            rows = np.where(rows < 0, len(self.datastore) - 1, rows)
+            rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), None
         with self._timed("rescore"):
             if self.rescoring is not None:
                 distances = exact_distances(others.numpy(), rows, self.rescoring, self.similarity)
@@ -159,7 +163,8 @@ class KNNInterpolation(Callback):
             for first in range(0, len(rows), MIXED_AT_ONCE):
                 part = slice(first, first + MIXED_AT_ONCE)
                 columns = (positions, targets, lm_log_prob, distances, rows)
-                weighed.append(self._weigh(*(column[part] for column in columns)))
+                here = self.datastore.values_of(rows[part]) if values is None else values[part]
+                weighed.append(self._weigh(*(column[part] for column in columns), here))
             self.mixture.add(positions, lm_log_prob, torch.cat(weighed, dim=1))
 
     def _weigh(
@@ -169,10 +174,10 @@ class KNNInterpolation(Callback):
         lm_log_prob: Tensor,
         distances: np.ndarray,
         rows: np.ndarray,
+        values: np.ndarray,
     ) -> Tensor:
         """What `Mixture.weigh` says of a few tokens; their neighbours go to the cache."""
-        scores = neighbor_scores(distances, rows, self.similarity)
-        values = self.datastore.values[rows]  # of the last row where missing: its score is -inf
+        scores = neighbor_scores(distances, rows, self.similarity)  # -inf where missing
         hits = torch.from_numpy(values == targets.numpy()[:, None].astype(values.dtype))
         if self.cache is not None:
             self.cache.write(positions, targets, lm_log_prob, scores, values)

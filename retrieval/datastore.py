@@ -42,10 +42,12 @@ BLOCK_BYTES = 64 << 20
 
 
 class Part(NamedTuple):
-    """Which part of a whole a shard is."""
+    """Which part a shard is, and of what: the whole's directory and manifest."""
 
     placement: Placement
     number: int
+    path: Path
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Datastore:
         keys: `[N, d]`.
         values: `[N]`.
         masked: int64, the ascending numbers of the rows without a key.
-        part: of a shard that was opened as part of a whole. `rows_of`, `sample` and `read` then go
-            by rows of the whole; what else counts rows, the arrays too, goes by the shard's own.
+        part: of a shard that was opened as part of a whole. `rows_of`, `sample`, `read` and
+            `values_of` then go by rows of the whole; what else counts rows, the arrays too, goes by
+            the shard's own.
     """
 
     path: Path
@@ -127,10 +130,12 @@ class Datastore:
         placement = placement_of(manifest)
         check_shard(opened.path, opened.manifest, manifest, placement.described(number))
         fields = (opened.path, opened.manifest, opened.keys, opened.values, opened.masked)
-        return cls(*fields, Part(placement, number))
+        return cls(*fields, Part(placement, number, path, manifest))
 
     def shard(self, number: int) -> "Datastore":
-        """One of the shards alone, as part of the whole, see `part`."""
+        """One of the shards alone, as part of the whole, see `part`; of a shard itself."""
+        if self.part is not None and self.part.number == number:
+            return self
         return self.open(self.path, number)
 
     def shards(self) -> list["Datastore"]:
@@ -172,6 +177,11 @@ class Datastore:
         """Rows that hold a key."""
         return len(self.keys) - len(self.masked)
 
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The manifest of what this is a part of; its own where it is no part."""
+        return self.manifest if self.part is None else self.part.manifest
+
     @cached_property
     def fingerprint(self) -> str:
         """Identifies what the datastore was made from, and so its content."""
@@ -194,6 +204,10 @@ class Datastore:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Keys of ascending row numbers, fp32 `[len(rows), d]`."""
         return self.keys[self.places_of(rows)].astype(np.float32)
+
+    def values_of(self, rows: np.ndarray) -> np.ndarray:
+        """Values of rows int64 of any shape; any value where missing, -1."""
+        return self.values[self.places_of(np.where(rows < 0, self.in_whole(np.int64(0)), rows))]
 
     def places_of(self, rows: np.ndarray) -> np.ndarray:
         """From rows, those of the whole where this is part of one, to places in the arrays.

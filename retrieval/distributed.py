@@ -10,16 +10,16 @@ still lack a neighbour is asked again for k of each rank: what is found does not
 lie.
 
 Queries travel in fp32: rounded to halves, as keys may be, they would find others. Rows travel as
-those of the whole, without values, which whoever asks looks up in the datastore of all shards.
-Where distances to stored keys are wanted, each rank computes those to its own and sends them beside
-those of its index, by which the nearest are chosen as in one index of the whole: keys do not
-travel.
+those of the whole, with their values. Where distances to stored keys are wanted, each rank computes
+those to its own and sends them beside those of its index, by which the nearest are chosen as in one
+index of the whole: keys do not travel. So no host needs more of a datastore than its shards.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,14 @@ import torch
 import torch.distributed as dist
 from torch.distributions import Binomial
 
+from errors import InputError
 from retrieval.datastore import Datastore, placement_of
 from retrieval.index import open_shards
 from retrieval.knn import exact_distances
 from retrieval.ranks import Ranks
-from retrieval.retriever import Metric, Retriever
-from retrieval.sharded_retriever import nearest_of
+from retrieval.retriever import Metric
+from retrieval.sharded_retriever import ShardedRetriever, nearest_of
+from retrieval.shards import Placement
 
 TIMEOUT = 1800.0
 """Seconds: more than a rank takes for a search, or to come to the next. One that dies is noticed at
@@ -40,8 +42,8 @@ once."""
 TOLERANCE = 1e-6
 """How likely a query may be to be asked again."""
 Found = tuple[np.ndarray, ...]
-"""Of each neighbour, `[Q, n]`: distance fp32 by which it was chosen, row, and perhaps the distance
-fp32 to its stored key."""
+"""Of each neighbour, `[Q, n]`: distance fp32 by which it was chosen, row, value, and perhaps the
+distance fp32 to its stored key."""
 
 
 class DistributedRetriever:
@@ -51,7 +53,7 @@ class DistributedRetriever:
     A process alone searches all shards by itself.
 
     Args:
-        datastore: the whole.
+        datastore: the whole, or the one shard of it that this rank reaches.
         open_shards: opens the shards of some numbers, as one.
         metric: see `Retriever`.
         rescore: give the distances to the stored keys, whatever the shards are searched by; nearest
@@ -63,7 +65,7 @@ class DistributedRetriever:
     def __init__(
         self,
         datastore: Datastore,
-        open_shards: Callable[[Iterable[int]], Retriever],
+        open_shards: Callable[[Iterable[int]], ShardedRetriever],
         metric: Metric,
         rescore: bool,
         timeout: float = TIMEOUT,
@@ -75,8 +77,8 @@ class DistributedRetriever:
         self.exact = rescore
         self.timeout = timeout
         self.tolerance = tolerance
-        self.placement = placement_of(datastore.manifest)
-        self.local: Retriever | None = None
+        self.placement = placement_of(datastore.whole)
+        self.local: ShardedRetriever | None = None
         self.ranks: Ranks | None = None
         self.counts: Counter[str] = Counter()
 
@@ -88,24 +90,41 @@ class DistributedRetriever:
             group: see `Ranks`; by default one of all ranks is made.
 
         Raises:
-            InputError: a shard cannot be opened.
+            InputError: a shard cannot be opened, is reached by no rank, or its index was trained
+                apart from the others'.
             LostRank: not all ranks came.
         """
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and self.ranks is None:
             self.ranks = Ranks(group, self.timeout) if group else Ranks.connect(self.timeout)
-        rank, size = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)
-        numbers = [range(r, self.placement.shards, size) for r in range(size)]
-        self.shares = [sum(map(self.placement.size, of)) / self.placement.rows for of in numbers]
         if self.local is None:
-            # A rank without shards is never asked, but must know how the others search.
-            self.local = self.open_shards(numbers[rank] or [0])
-            self.rescores = self.exact and not self.local.exact
-            self.types = [np.float32, np.min_scalar_type(-len(self.datastore))]
-            self.types += [np.float32] * self.rescores
+            self._open()
         self.counts.clear()
         if self.ranks:
             self.ranks.traffic.clear()
+
+    def _open(self) -> None:
+        """Opens the shards that fall to this rank."""
+        placement, part = self.placement, self.datastore.part
+        reached = list(range(placement.shards)) if part is None else [part.number]
+        numbers = deal(placement, self._gather(reached), self.datastore.path)
+        self.shares = [sum(map(placement.size, of)) / placement.rows for of in numbers]
+        # A rank without shards is never asked, but must know how the others search.
+        self.local = self.open_shards(numbers[self.ranks.rank if self.ranks else 0] or reached[:1])
+        trained = self._gather(self.local.trained)
+        if len(set(trained)) > 1:
+            raise InputError(
+                f"{self.datastore.path}: its index began with {self.local.trained}, but those of "
+                f"other ranks with {set(trained) - {self.local.trained}}; copy one "
+                "*.faiss.trained and its .json beside the manifest.json of all hosts and build anew"
+            )
+        self.rescores = self.exact and not self.local.exact
+        values = np.dtype(self.datastore.manifest["value_dtype"])
+        self.types = [np.float32, np.min_scalar_type(-placement.rows), values]
+        self.types += [np.float32] * self.rescores
+
+    def _gather(self, value: Any) -> list[Any]:
+        return self.ranks.gather(value) if self.ranks else [value]
 
     @property
     def communication(self) -> dict[str, Any]:
@@ -120,7 +139,11 @@ class DistributedRetriever:
     def search(
         self, queries: np.ndarray, k: int, ordered: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Retriever.search`.
+        """See `Retriever.search`; in any case ordered, and see `find`."""
+        return self.find(queries, k)[:2]
+
+    def find(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `search` does, and the values of the neighbours too, `[Q, k]`.
 
         Raises:
             LostRank: another rank cannot go on.
@@ -130,7 +153,7 @@ class DistributedRetriever:
             found = self._search_here(queries, k)
         else:
             found = self._search_everywhere(queries, k)
-        return found[-1 if len(found) > 2 else 0], found[1]
+        return found[3 if self.rescores else 0], found[1], found[2]
 
     def _search_everywhere(self, queries: np.ndarray, k: int) -> Found:
         found, lacking = self._ask(queries, k, self.placement.kind == "round_robin")
@@ -221,13 +244,45 @@ class DistributedRetriever:
         """The k nearest of this rank's shards."""
         if len(queries) == 0 or k == 0:
             nothing = np.empty((len(queries), k), dtype=np.float32)
-            return nothing, nothing.astype(np.int64), *[nothing] * self.rescores
+            return tuple(map(nothing.astype, (np.float32, np.int64, *self.types[2:])))
         start = time.perf_counter()
-        found = self.local.search(queries, k)
+        distances, rows = self.local.search(queries, k)
+        found = (distances, rows, self.datastore.values_of(rows))
         if self.rescores:
-            found += (exact_distances(queries, found[1], self.datastore, self.metric),)
+            found += (exact_distances(queries, rows, self.datastore, self.metric),)
         self.counts["seconds_searching"] += time.perf_counter() - start
         return found
+
+
+def deal(placement: Placement, reached: Sequence[Sequence[int]], path: Path) -> list[list[int]]:
+    """Which shards each rank searches: each shard falls to the rank with the fewest rows so far of
+    those that reach it.
+
+    Args:
+        placement: of the shards.
+        reached: the shards that each rank reaches.
+        path: of the datastore, for messages.
+
+    Raises:
+        InputError: a shard is reached by none.
+
+    >>> deal(Placement(12, 3, 4), [[0, 1, 2], [0, 1, 2]], Path("store"))
+    [[0, 2], [1]]
+    """
+    missing = sorted(set(range(placement.shards)).difference(*reached))
+    if missing:
+        raise InputError(
+            f"{path}: no rank reaches the shards {missing} of {placement.shards}; expected each on "
+            "some host, where --knn.shard names it"
+        )
+    numbers: list[list[int]] = [[] for _ in reached]
+    rows = [0] * len(reached)
+    for number in range(placement.shards):
+        able = [rank for rank, of_rank in enumerate(reached) if number in of_rank]
+        rank = min(able, key=rows.__getitem__)
+        numbers[rank].append(number)
+        rows[rank] += placement.size(number)
+    return numbers
 
 
 @lru_cache(maxsize=1024)

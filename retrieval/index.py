@@ -15,11 +15,12 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import blake2b, file_digest
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from faiss.contrib.ondisk import merge_ondisk
 
 from errors import InputError
-from retrieval.datastore import Datastore
+from retrieval.datastore import Datastore, fingerprint_of
 from retrieval.list_search import ListSearch
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.retriever import (
@@ -41,7 +42,11 @@ from retrieval.retriever import (
 from retrieval.sharded_retriever import ShardedRetriever
 from retrieval.torch_retriever import TorchRetriever
 
-KIND, VERSION = "index", 1
+KIND, VERSION = "index", 2
+NUMBERED_RIGHTLY = 2
+"""The first version whose parts are merged right: `merge_ondisk` shifts the ids of each part by its
+own size in place of the sizes of those before it, which only comes to the same where all are equal.
+"""
 TRAINED_KIND = "trained index"
 NOT_BUILT = ("flat", "torch")
 """What reads the keys themselves."""
@@ -167,6 +172,7 @@ def open_retriever(
     manifest_path = path.with_name(f"{path.name}.json")
     if manifest_path.is_file():
         manifest = read_manifest(manifest_path, KIND, VERSION)
+        check_numbers(path, manifest)
         expected = {
             "metric": metric,
             "dim": datastore.dim,
@@ -189,6 +195,16 @@ def open_retriever(
     return FaissRetriever(opened, datastore, metric, nprobe)
 
 
+def check_numbers(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses an index that an earlier version has merged, see `NUMBERED_RIGHTLY`."""
+    merged = path.with_name(f"{path.name}.lists").is_file()
+    if merged and manifest["version"] < NUMBERED_RIGHTLY:
+        raise InputError(
+            f"{path}: was merged by an earlier version of this program, which gave many keys wrong "
+            "numbers; remove it and its .lists, and it is built anew"
+        )
+
+
 def lies_in_shards(datastore: Datastore, index: str, metric: Metric) -> bool:
     """Whether shards are what `--knn.index` searches: there is no index of the whole."""
     if datastore.n_shards == 1 or is_path(index):
@@ -208,7 +224,7 @@ def open_shards(
     """Opens what `--knn.index` names of some shards.
 
     Args:
-        datastore: the whole.
+        datastore: the whole, or the shard itself where only that is asked for.
         numbers: of the shards.
         index, metric, nprobe, device: see `open_retriever`.
 
@@ -216,18 +232,19 @@ def open_shards(
         InputError: a shard has no such index, or one that did not begin with the trained index of
             the others.
     """
-    factory = resolve(datastore, index)  # by the size of the whole
+    factory = resolve(datastore, index)
     shards = [datastore.shard(number) for number in numbers]
     opened = [open_retriever(shard, factory, metric, nprobe, device) for shard in shards]
+    trained = None
     if factory not in NOT_BUILT:
-        paths = [index_path(shard, factory, metric) for shard in (datastore.shard(0), *shards)]
+        paths = [index_path(shard, factory, metric) for shard in shards]
         manifests = [
             read_manifest(path.with_name(f"{path.name}.json"), KIND, VERSION) for path in paths
         ]
-        expected = {"trained": manifests[0].get("trained")}
+        trained = manifests[0].get("trained")
         for path, manifest in zip(paths, manifests, strict=True):
-            refuse_mismatch(path, manifest, expected)
-    return ShardedRetriever(opened, metric)
+            refuse_mismatch(path, manifest, {"trained": trained})
+    return ShardedRetriever(opened, metric, trained)
 
 
 def is_path(index: str) -> bool:
@@ -239,8 +256,10 @@ def is_path(index: str) -> bool:
 
 
 def resolve(datastore: Datastore, index: str) -> str:
-    """`auto` replaced by the factory string it stands for, everything else as it is."""
-    return auto_factory(datastore.n_keys, datastore.dim) if index == "auto" else index
+    """`auto` replaced by the factory string it stands for, which is that of the whole where the
+    datastore is a part; everything else as it is."""
+    n_keys = datastore.whole["rows"] - datastore.whole["masked"]
+    return auto_factory(n_keys, datastore.dim) if index == "auto" else index
 
 
 def read_index(path: Path) -> faiss.Index:
@@ -392,30 +411,39 @@ class IndexBuilding:
         Raises:
             InputError: an index of this name is there, but made from something else.
         """
-        return self._is_there(self.path, KIND)
+        return self._is_there(self.path, KIND, self.identity)
 
-    def _is_there(self, path: Path, kind: str) -> bool:
+    def _is_there(self, path: Path, kind: str, identity: dict) -> bool:
         manifest = path.with_name(f"{path.name}.json")
         if not (path.is_file() and manifest.is_file()):
             return False
-        refuse_mismatch(path, read_manifest(manifest, kind, VERSION), self.identity)
+        found = read_manifest(manifest, kind, VERSION)
+        refuse_mismatch(path, found, identity)
+        check_numbers(path, found)
         return True
 
     def train(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Publishes the trained index without any key, for those of the shards to begin with,
-        unless it is there already.
+        """Publishes the trained index without any key in the directory of the whole, for those of
+        the shards to begin with, unless it is there already. Where the datastore is one shard, the
+        sample is of its keys.
 
         Raises:
             InputError: one of this name is there, but made from something else.
         """
-        path = self.path.with_name(f"{self.path.name}.trained")
-        if not self._is_there(path, TRAINED_KIND):
+        path, identity, part = self.path, self.identity, self.datastore.part
+        if part is not None:
+            path = part.path / path.name
+            n_keys = part.manifest["rows"] - part.manifest["masked"]
+            identity |= {"keys": n_keys, "datastore": fingerprint_of(part.manifest)}
+        path = path.with_name(f"{path.name}.trained")
+        if not self._is_there(path, TRAINED_KIND, identity):
             self._write(self._begin(report), path)
             with open(path, "rb") as file:
                 fingerprint = file_digest(file, partial(blake2b, digest_size=8)).hexdigest()
             manifest = path.with_name(f"{path.name}.json")
-            fields = {**self.identity, "fingerprint": fingerprint}
-            write_manifest(manifest, TRAINED_KIND, VERSION, fields)
+            write_manifest(
+                manifest, TRAINED_KIND, VERSION, {**identity, "fingerprint": fingerprint}
+            )
         return path
 
     def run(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
@@ -457,6 +485,8 @@ class IndexBuilding:
         if not (self.partial.is_file() and self._partial_manifest.is_file()):
             return None
         manifest = read_manifest(self._partial_manifest, KIND, VERSION)
+        if manifest["parts"] and manifest["version"] < NUMBERED_RIGHTLY:
+            return None
         if any(manifest.get(key) != value for key, value in self.identity.items()):
             return None
         files = [self.path.with_name(part) for part in manifest["parts"]]
@@ -509,7 +539,7 @@ class IndexBuilding:
         for block in self.datastore.blocks(start=done):
             self.whole = False
             with interrupts_held() as held:
-                index.add(normalized(block, self.metric))
+                self._add_block(index, normalized(block, self.metric), done)
             self.whole = True
             done += len(block)
             report("adding", done, total)
@@ -524,6 +554,13 @@ class IndexBuilding:
                 self._keep(index)
                 last_kept = time.perf_counter()
                 pause = max(PARTIAL_EVERY, 10 * (last_kept - start))
+
+    def _add_block(self, index: faiss.Index, keys: np.ndarray, first: int) -> None:
+        """Adds keys fp32 `[n, d]`, of which `first` is the number of the first."""
+        if self.n_in_parts:  # faiss would count them from the beginning of this part
+            index.add_with_ids(keys, np.arange(first, first + len(keys)))
+        else:
+            index.add(keys)
 
     def _put_aside(self, index: faiss.Index) -> None:
         """Makes a part of what was added since the last one, and empties the index."""
@@ -541,7 +578,7 @@ class IndexBuilding:
         files = [str(self.path.with_name(part)) for part in self.parts]
         lists = self.path.with_name(f"{self.path.name}.lists")
         lists.unlink(missing_ok=True)
-        merge_ondisk(index, files, str(lists), shift_ids=True)
+        merge_ondisk(index, files, str(lists))
         report("merging", 1, 1)
 
     def _keep(self, index: faiss.Index) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,23 +72,32 @@ class Ranks:
         self.group = group
         self.timeout = timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.hosts = [socket.gethostname()] * self.size
         self.traffic: Counter[str] = Counter()
         self.lost: dict[int, Loss] = {}
         """The ranks to which there is no way any more, and why."""
         self.error: LostRank | None = None
-        try:
-            dist.all_gather_object(self.hosts, self.hosts[self.rank], group=group)
-        except RuntimeError as error:
-            raise LostRank(
-                f"rank {self.rank} on {self.hosts[self.rank]} does not reach the other ranks of "
-                f"{self.size} ({str(error).splitlines()[0]})"
-            ) from None
+        self.hosts: list[str] = self.gather(socket.gethostname())
 
     @classmethod
     def connect(cls, timeout: float) -> "Ranks":
         """All ranks of the default group, in one of their own; each must call this."""
         return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)), timeout)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank calls this with.
+
+        Raises:
+            LostRank: not all ranks did.
+        """
+        values = [None] * self.size
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise LostRank(
+                f"rank {self.rank} on {socket.gethostname()} does not reach the other ranks of "
+                f"{self.size} ({str(error).splitlines()[0]})"
+            ) from None
+        return values
 
     def step(
         self,

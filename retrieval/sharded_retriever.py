@@ -14,11 +14,15 @@ class ShardedRetriever:
     Args:
         retrievers: one a shard; the rows they find are those of the whole.
         metric: what they compare by.
+        trained: fingerprint of the trained index that those of the shards began with, if any.
     """
 
-    def __init__(self, retrievers: Sequence[Retriever], metric: Metric) -> None:
+    def __init__(
+        self, retrievers: Sequence[Retriever], metric: Metric, trained: str | None = None
+    ) -> None:
         self.retrievers = retrievers
         self.metric = metric
+        self.trained = trained
         self.exact = all(retriever.exact for retriever in retrievers)
 
     def search(

@@ -3,6 +3,7 @@ one of them is lost."""
 
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from several_ranks import results, run, start
 
-from errors import LostRank
+from callbacks.index_builder import IndexBuilder
+from errors import InputError, LostRank
 from retrieval.datastore import Datastore
 from retrieval.distributed import DistributedRetriever, local_k, open_distributed
 from retrieval.index import FaissRetriever, IndexBuilding, open_retriever, open_shards
@@ -178,11 +180,66 @@ def test_ranks_are_asked_for_fewer_and_nothing_is_lost(make_sharded, tmp_path, m
     assert found[1][0][1]["asked_again"] == len(batches(1)[0])
 
 
+# -- hosts that share no files -------------------------------------------------------------------
+
+
+def search_own_shard(rank: int, folder, index: str):
+    """On a host that has the manifest of the whole and one shard; ranks 2 and 3 share one."""
+    number = min(rank, 2)
+    store = Datastore.open(folder / f"host{number}", shard=number)
+    retriever = open_distributed(store, index, "l2", nprobe=3, rescore=True)
+    retriever.connect()
+    found = [retriever.find(queries, K) for queries in batches(rank)]
+    retriever.serve()
+    return found
+
+
+@pytest.fixture
+def hosts(make_sharded, tmp_path):
+    """The whole, and a directory for each host."""
+    store = make_sharded(3, "round_robin", 16)
+    for number in range(3):
+        shard = store.shard(number).path
+        shutil.copytree(shard, tmp_path / f"host{number}" / shard.name)
+        shutil.copy(store.path / "manifest.json", tmp_path / f"host{number}")
+    return store
+
+
+@pytest.mark.parametrize("index", ["flat", "IVF7,SQ8"])
+def test_hosts_that_share_no_files_find_what_one_finds(hosts, tmp_path, index):
+    """One trains on its keys, and the others begin with that."""
+    for number in range(3):
+        for file in (tmp_path / "host0").glob("*.trained*") if number else ():
+            shutil.copy(file, tmp_path / f"host{number}")
+        IndexBuilder(tmp_path / f"host{number}", index, "l2", shard=number).build()
+    for file in (tmp_path / "host0").glob("*.trained*"):
+        shutil.copy(file, hosts.path)
+    IndexBuilder(hosts.path, index, "l2").build()
+    whole = open_retriever(hosts, index, "l2", nprobe=3)
+    found = run(4, tmp_path / "ranks", search_own_shard, tmp_path, index)
+    for rank, answers in enumerate(found):
+        for queries, (distances, rows, values) in zip(batches(rank), answers, strict=True):
+            _, nearest = whole.search(queries, K)
+            np.testing.assert_array_equal(rows, nearest)
+            np.testing.assert_array_equal(distances, exact_distances(queries, rows, hosts, "l2"))
+            np.testing.assert_array_equal(values[rows >= 0], hosts.values[rows[rows >= 0]])
+
+
+def test_shards_that_do_not_fit_together_are_refused(hosts, tmp_path):
+    with pytest.raises(InputError, match=r"no rank reaches the shards \[2\] of 3"):
+        run(2, tmp_path / "two", search_own_shard, tmp_path, "flat")
+    for number in range(3):
+        seed = 2 if number == 1 else 1
+        IndexBuilder(tmp_path / f"host{number}", "IVF7,SQ8", "l2", seed, number).build()
+    with pytest.raises(InputError, match=r"its index began with .* but those of other ranks"):
+        run(3, tmp_path / "three", search_own_shard, tmp_path, "IVF7,SQ8")
+
+
 # -- what travels --------------------------------------------------------------------------------
 
 
 def test_communication_is_counted(make_sharded, tmp_path):
-    """Headers and queries to every rank, distances and rows from each."""
+    """Headers and queries to every rank, distances, rows and values from each."""
     store = make_sharded(3, "contiguous")
     found = run(3, tmp_path / "ranks", search, store.path, "l2", K, 1e-6)
     counts = [passes[0][1] for passes in found]
@@ -194,7 +251,7 @@ def test_communication_is_counted(make_sharded, tmp_path):
     assert [count["rounds"] for count in counts] == [rounds] * 3
     sizes = [sum(map(len, batches(rank))) for rank in range(3)]
     headers = 2 * HEADER_BYTES * (2 * rounds - 1)
-    neighbor = 4 + 2 + 4  # a distance, one of 600 rows, the distance to the stored key
+    neighbor = 4 + 2 + 1 + 4  # distance, one of 600 rows and 50 values, distance to the stored key
     for rank, count in enumerate(counts):
         others = sum(sizes) - sizes[rank]
         assert count["bytes_sent"] == headers + 2 * sizes[rank] * D * 4 + others * K * neighbor
@@ -208,7 +265,7 @@ def test_communication_is_counted(make_sharded, tmp_path):
 class Dies:
     """The third search of rank 1 is its last."""
 
-    exact = True
+    exact, trained = True, None
 
     def __init__(self, rank: int, how: str, retriever) -> None:
         self.rank = rank

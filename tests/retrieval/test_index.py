@@ -118,8 +118,9 @@ def test_interrupted_adding_goes_on(make_store, queries, monkeypatch):
 @pytest.mark.parametrize("factory", ["IVF7,SQ8", "RR8,IVF7,SQfp16", "IVF7,PQ8x4fs"])
 @pytest.mark.parametrize("stop_at", [None, 250])
 def test_built_in_parts_it_finds_the_same(make_store, queries, monkeypatch, factory, stop_at):
-    """Also when it is interrupted between two parts; types that do not merge are built whole."""
-    store, _, _ = make_store()
+    """Also when it is interrupted between two parts; types that do not merge are built whole. The
+    last part is smaller than the others."""
+    store, _, _ = make_store(rows=330)
     IndexBuilding(store, factory, "l2").run()
     whole = open_retriever(store, factory, "l2", 7).search(queries, 20)
     IndexBuilding(store, factory, "l2").path.unlink()
@@ -143,6 +144,12 @@ def test_built_in_parts_it_finds_the_same(make_store, queries, monkeypatch, fact
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert (building.parts != []) == ("fs" not in factory)
     assert not list(store.path.glob("*.part*"))
+    if building.parts:
+        manifest = building.path.with_name(f"{building.path.name}.json")
+        manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+        for use in (building.is_complete, lambda: open_retriever(store, factory, "l2", 7)):
+            with pytest.raises(InputError, match="merged by an earlier version"):
+                use()
 
 
 def test_what_does_not_fit_is_refused(make_store, tmp_path):
