@@ -2,7 +2,9 @@
 
 faiss visits the lists of one query after another, and keeps the k nearest in a heap: for k = 1024
 the heap costs more than the distances. Here each list is decoded once, one matrix product gives the
-distances of all queries that visit it, and the k nearest of each query are cut off by a partition.
+distances of all queries that visit it, and the k nearest of each query are cut off by a partition
+(`Visit`). Where a query visits many times more vectors than it has neighbours, all but those nearer
+than a bound are dropped at once (`Sieve`), so that many more queries share what is decoded.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,10 @@ GROUP = 64
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
 QUERIES_A_LIST = 4
 """Queries that must visit a list, on average, for this to be worth while."""
+MANY = 12
+"""Vectors that a query visits for each of its neighbours from which on a `Sieve` is faster."""
+ROWS, COLUMNS = 256, 1024
+"""Queries and vectors whose distances a sieve looks at together: they stay in the cache."""
 
 
 class ListSearch:
@@ -80,9 +86,17 @@ class ListSearch:
         ids = np.empty((len(queries), k), dtype=np.int64)
         with self.blas.limit(limits=1):
             lists = self._coarse(queries, probes)
-            bytes_so_far = np.cumsum(4 * np.maximum(self.sizes[lists].sum(1), k))
+            visited = self.sizes[lists].sum(1)
+            everyone = np.arange(len(queries))
+            left = everyone
+            if visited.mean() >= MANY * k:
+                sieve = Sieve(self, k, int(visited.mean()), ordered)
+                parts = np.array_split(everyone, -(-len(queries) // sieve.queries_at_once))
+                left = [part[sieve.into(distances, ids, part, queries, lists)] for part in parts]
+                left = np.concatenate(left)
+            bytes_so_far = np.cumsum(4 * np.maximum(visited[left], k))
             cuts = np.flatnonzero(np.diff(bytes_so_far // BUFFER_BYTES)) + 1
-            for part in np.split(np.arange(len(queries)), cuts):
+            for part in np.split(left, cuts) if len(left) else ():
                 Visit(self, queries[part], lists[part], k, ordered).into(distances, ids, part)
         return distances, ids
 
@@ -107,28 +121,58 @@ class ListSearch:
             return [function(part) for part in parts]
         return list(self.pool.map(function, parts))
 
-    def decoded(self, number: int) -> np.ndarray:
-        """What a list's codes stand for, fp32 `[n, d]`; for l2 relative to its centroid, so that
-        distances do not lose their digits where vectors lie far from the origin."""
+    def decoded(self, number: int, which: slice = slice(None)) -> np.ndarray:
+        """What some of a list's codes stand for, fp32 `[n, d]`; for l2 relative to its centroid, so
+        that distances do not lose their digits where vectors lie far from the origin."""
         ivf, size = self.ivf, int(self.sizes[number])
         begin = self.codes_at[number]
-        codes = self.file[begin : begin + size * ivf.code_size]
+        codes = self.file[begin : begin + size * ivf.code_size].reshape(size, -1)[which]
+        codes = np.ascontiguousarray(codes)
         if isinstance(ivf, faiss.IndexIVFFlat):
-            vectors = codes.view(np.float32).reshape(size, -1)
+            vectors = codes.view(np.float32)
         elif (
             isinstance(ivf, faiss.IndexIVFScalarQuantizer)
             and ivf.sq.qtype == faiss.ScalarQuantizer.QT_fp16
         ):
-            halves = torch.from_numpy(codes.view(np.float16).reshape(size, -1))
+            halves = torch.from_numpy(codes.view(np.float16))
             vectors = halves.float().numpy()  # numpy takes seven times as long
         else:
             coder = ivf.pq if isinstance(ivf, faiss.IndexIVFPQ) else ivf.sq
-            vectors = coder.decode(codes.reshape(size, -1))
+            vectors = coder.decode(codes)
         relative = ivf.by_residual and not isinstance(ivf, faiss.IndexIVFFlat)
         if relative == (not self.similar):
             return vectors
         centroid = self.centroids[number]
         return vectors + centroid if relative else vectors - centroid
+
+    def scaled(self, queries: np.ndarray) -> np.ndarray:
+        """Queries times -1 for inner products or -2 for distances, as `distances` takes them."""
+        return queries * np.float32(-1 if self.similar else -2)
+
+    def distances(self, scaled: np.ndarray, vectors: np.ndarray, number: int) -> np.ndarray:
+        """Negative inner products of queries and vectors of a list, or squared distances.
+
+        Args:
+            scaled: fp32 `[n, d]`, see `scaled`; is changed.
+            vectors: fp32 `[m, d]`, see `decoded`.
+        """
+        if self.similar:
+            return scaled @ vectors.T
+        scaled += 2 * self.centroids[number]  # -2 (q - c)
+        distances = scaled @ vectors.T
+        distances += np.einsum("ij,ij->i", vectors, vectors)
+        distances += np.einsum("ij,ij->i", scaled, scaled)[:, None] / 4
+        return distances
+
+    def visits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The lists int64 `[Q, probes]` in ascending order of their numbers: which one each of
+        these visits is to, its place in `lists.ravel()`, and where each list's visits begin and the
+        last one's end."""
+        flat = lists.ravel()
+        smallest_type = np.min_scalar_type(len(self.sizes))  # numpy sorts 16 bits by radix
+        order = np.argsort(flat.astype(smallest_type), kind="stable")
+        numbers, firsts = np.unique(flat[order], return_index=True)
+        return numbers, order, np.append(firsts, len(order))
 
 
 class Visit:
@@ -143,6 +187,7 @@ class Visit:
         lists: int64 `[Q, probes]`.
         k: neighbours to select.
         ordered: nearest first.
+        stride: of each list look at every so-manieth vector only.
     """
 
     def __init__(
@@ -152,11 +197,14 @@ class Visit:
         lists: np.ndarray,
         k: int,
         ordered: bool = True,
+        stride: int = 1,
     ) -> None:
         self.search = search
         self.k = k
         self.ordered = ordered
-        found = search.sizes[lists].sum(1)
+        self.stride = stride
+        self.sizes = -(-search.sizes // stride)
+        found = self.sizes[lists].sum(1)
         self.order = np.argsort(found, kind="stable")
         self.lists = lists[self.order]
         self.queries = queries[self.order]
@@ -164,7 +212,7 @@ class Visit:
         last = np.minimum(np.arange(GROUP - 1, len(found) + GROUP - 1, GROUP), len(found) - 1)
         self.widths = np.repeat(np.maximum(self.found[last], k), GROUP)[: len(found)]
         self.rows = np.cumsum(self.widths) - self.widths
-        sizes = search.sizes[self.lists]
+        sizes = self.sizes[self.lists]
         self.columns = np.cumsum(sizes, axis=1) - sizes
         self.buffer = np.full(int(self.widths.sum()), np.inf, dtype=np.float32)
 
@@ -179,54 +227,53 @@ class Visit:
 
         self.search.map(select, firsts)
 
+    def farthest(self) -> np.ndarray:
+        """The distance of the k-th nearest of each query, fp32 `[Q]`; infinite where there are
+        fewer."""
+        self._measure()
+        result = np.empty(len(self.order), dtype=np.float32)
+
+        def find(first: int) -> None:
+            group = self.order[first : first + GROUP]
+            result[group] = np.partition(self._values(first), self.k - 1, axis=1)[:, self.k - 1]
+
+        self.search.map(find, range(0, len(self.order), GROUP))
+        return result
+
+    def _values(self, first: int) -> np.ndarray:
+        """The part of the buffer that is of the group from `first` on, `[n, width]`."""
+        n, width = len(self.rows[first : first + GROUP]), int(self.widths[first])
+        begin = int(self.rows[first])
+        return self.buffer[begin : begin + n * width].reshape(n, width)
+
     def _measure(self) -> None:
         """Fills the buffer, list by list."""
-        flat = self.lists.ravel()
-        smallest_type = np.min_scalar_type(len(self.search.sizes))  # numpy sorts 16 bits by radix
-        order = np.argsort(flat.astype(smallest_type), kind="stable")
+        search = self.search
+        numbers, order, bounds = search.visits(self.lists)
         visitors = order // self.lists.shape[1]
         places = (self.rows[:, None] + self.columns).ravel()[order]
-        numbers, firsts = np.unique(flat[order], return_index=True)
-        ends = np.append(firsts[1:], len(order))
-        scaled = self.queries * np.float32(-1 if self.search.similar else -2)
-        visits = [
-            (number, visitors[a:b], places[a:b])
-            for number, a, b in zip(numbers.tolist(), firsts.tolist(), ends.tolist(), strict=True)
-        ]
+        scaled = search.scaled(self.queries)
+
+        visits = list(zip(numbers.tolist(), bounds[:-1], bounds[1:], strict=True))
 
         def measure(visits: list) -> None:
-            for number, visitors, places in visits:
-                size = int(self.search.sizes[number])
+            for number, a, b in visits:
+                size = int(self.sizes[number])
                 if size == 0:
                     continue
                 # Windows of the list's size on the buffer, one from each of its places.
                 shape = (len(self.buffer) - size + 1, size)
                 windows = np.ndarray(shape, np.float32, self.buffer, strides=(4, 4))
-                windows[places] = self._distances(scaled[visitors], number)
+                vectors = search.decoded(number, slice(None, None, self.stride))
+                windows[places[a:b]] = search.distances(scaled[visitors[a:b]], vectors, number)
 
-        threads = self.search.threads
-        self.search.map(measure, [visits[i::threads] for i in range(threads)])
-
-    def _distances(self, scaled: np.ndarray, number: int) -> np.ndarray:
-        """Negative inner products of queries and a list's vectors, or squared distances.
-
-        Args:
-            scaled: fp32 `[n, d]`, queries times -1 for inner products or -2 for distances.
-        """
-        vectors = self.search.decoded(number)
-        if self.search.similar:
-            return scaled @ vectors.T
-        scaled += 2 * self.search.centroids[number]  # -2 (q - c)
-        distances = scaled @ vectors.T
-        distances += np.einsum("ij,ij->i", vectors, vectors)
-        distances += np.einsum("ij,ij->i", scaled, scaled)[:, None] / 4
-        return distances
+        search.map(measure, [visits[i :: search.threads] for i in range(search.threads)])
 
     def _select(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids of the k nearest of a group."""
         group = slice(first, first + GROUP)
-        n, width, begin = len(self.rows[group]), int(self.widths[first]), int(self.rows[first])
-        values = self.buffer[begin : begin + n * width].reshape(n, width)
+        values = self._values(first)
+        n, width = values.shape
         row_starts = np.arange(0, n * width, width)[:, None]
         chosen = k_smallest(values, self.k)
         chosen += row_starts
@@ -243,6 +290,132 @@ class Visit:
         if self.found[first] < self.k:
             missing = np.isinf(distances)
             ids[missing], distances[missing] = -1, np.finfo(np.float32).max
+        return (-distances if self.search.similar else np.maximum(distances, 0)), ids
+
+
+class Sieve:
+    """Finds what a `Visit` finds, keeping of all distances only those below a bound.
+
+    The bound of a query is the distance of the r-th nearest of every `stride`-th vector that it
+    visits: of its k nearest about k / stride are among these, and r is so much larger that fewer
+    than k vectors below it are improbable. Queries that have fewer, such as where many vectors are
+    the same, are left to a `Visit`: what is found does not depend on the sample.
+
+    Args:
+        search: where.
+        k: neighbours to select.
+        visited: vectors that a query visits, on average.
+        ordered: nearest first.
+    """
+
+    def __init__(self, search: ListSearch, k: int, visited: int, ordered: bool) -> None:
+        self.search = search
+        self.k = k
+        self.ordered = ordered
+        self.stride = min(max(visited // 8192, 8), 64)
+        in_sample = k / self.stride
+        self.rank = int(in_sample + 5 * in_sample**0.5 + 5)
+        kept = 32 * self.stride * self.rank  # a number, a place and a distance, and their copies
+        self.queries_at_once = max(BUFFER_BYTES // max(kept, 4 * visited // self.stride), 1)
+
+    def into(
+        self,
+        distances: np.ndarray,
+        ids: np.ndarray,
+        part: np.ndarray,
+        queries: np.ndarray,
+        lists: np.ndarray,
+    ) -> np.ndarray:
+        """Writes what is found to these rows of the results.
+
+        Args:
+            distances, ids: `[Q, k]`.
+            part: int64 `[n]`, which queries.
+            queries, lists: fp32 `[Q, d]` and int64 `[Q, probes]`.
+
+        Returns:
+            those of `part` that are left to a `Visit`, bool `[n]`.
+        """
+        queries, lists = queries[part], lists[part]
+        bounds = Visit(self.search, queries, lists, self.rank, stride=self.stride).farthest()
+        kept = self._kept(queries, lists, bounds)
+        counts = sum(np.diff(starts) for starts, _, _ in kept)
+        enough = counts >= self.k
+
+        def select(first: int) -> None:
+            group = np.flatnonzero(enough[first : first + GROUP]) + first
+            if len(group):
+                found = self._nearest(kept, group, counts[group])
+                distances[part[group]], ids[part[group]] = found
+
+        self.search.map(select, range(0, len(part), GROUP))
+        return ~enough
+
+    def _kept(
+        self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """What is nearer than the bounds fp32 `[n]`: for ascending ranges of lists, where each
+        query's begin and the last one's end, int64 `[n + 1]`, and in the order of queries and lists
+        the places among the ids int64 and distances fp32."""
+        search = self.search
+        numbers, order, firsts = search.visits(lists)
+        visitors = order // lists.shape[1]
+        scaled = search.scaled(queries)
+        work = np.cumsum(np.diff(firsts) * search.sizes[numbers])
+        shares = work[-1] * np.arange(1, search.threads) // search.threads
+        ranges = np.split(np.arange(len(numbers)), np.searchsorted(work, shares))
+
+        def sift(mine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+            for i in mine.tolist():
+                number = int(numbers[i])
+                size, at = int(search.sizes[number]), int(search.ids_at[number])
+                for column in range(0, size, COLUMNS):
+                    vectors = search.decoded(number, slice(column, column + COLUMNS))
+                    for row in range(int(firsts[i]), int(firsts[i + 1]), ROWS):
+                        who = visitors[row : min(row + ROWS, int(firsts[i + 1]))]
+                        block = search.distances(scaled[who], vectors, number)
+                        near = np.flatnonzero(block < bounds[who, None])
+                        rows, columns = np.divmod(near, len(vectors))
+                        found.append((who[rows], columns + (at + column), block.ravel()[near]))
+            who, places, values = map(np.concatenate, zip(*found, strict=True))
+            smallest_type = np.min_scalar_type(len(queries))
+            order = np.argsort(who.astype(smallest_type), kind="stable")
+            starts = np.searchsorted(who[order], np.arange(len(queries) + 1))
+            return starts, places[order], values[order]
+
+        return search.map(sift, ranges)
+
+    def _nearest(
+        self,
+        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        group: np.ndarray,
+        counts: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and ids `[n, k]` of the nearest of some queries.
+
+        Args:
+            kept: see `_kept`.
+            group: int64 `[n]`, which queries.
+            counts: int64 `[n]`, how many are kept of each.
+        """
+        values = np.full((len(group), int(counts.max())), np.inf, dtype=np.float32)
+        places = np.zeros(values.shape, dtype=np.int64)
+        filled = np.zeros(len(group), dtype=np.int64)
+        for starts, of_places, of_values in kept:
+            here = starts[group + 1] - starts[group]
+            ends = np.cumsum(here)
+            inside = np.arange(ends[-1]) - np.repeat(ends - here, here)
+            source = inside + np.repeat(starts[group], here)
+            target = inside + np.repeat(filled + np.arange(len(group)) * values.shape[1], here)
+            values.ravel()[target], places.ravel()[target] = of_values[source], of_places[source]
+            filled += here
+        chosen = k_smallest(values, self.k) + np.arange(0, values.size, values.shape[1])[:, None]
+        distances, places = np.take(values, chosen), np.take(places, chosen)
+        if self.ordered:
+            distances, nearest = sort_rows(distances)
+            places = np.take(places, nearest)
+        ids = np.take(self.search.ids, places)
         return (-distances if self.search.similar else np.maximum(distances, 0)), ids
 
 

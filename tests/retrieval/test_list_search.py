@@ -35,17 +35,51 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
 @pytest.mark.parametrize("factory", ["IVF20,Flat", "IVF20,SQfp16", "IVF20,SQ8", "IVF20,PQ8"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threads):
-    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)  # several parts
+@pytest.mark.parametrize("k", [70, 20, 3])
+def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threads, k):
+    """With a sieve where k is small, and in several parts."""
+    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)
+    monkeypatch.setattr(list_search, "ROWS", 17)
+    monkeypatch.setattr(list_search, "COLUMNS", 50)
+    left, real = [], list_search.Sieve.into
+    monkeypatch.setattr(list_search.Sieve, "into", lambda *a: left.append(real(*a)) or left[-1])
     index = opened(tmp_path, factory, metric)
     assert ListSearch.serves(index)
-    expected = index.search(queries(), 70)
+    expected = index.search(queries(), k)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
-        assert_same(ListSearch(index).search(queries(), 70), expected)
+        assert_same(ListSearch(index).search(queries(), k), expected)
     finally:
         faiss.omp_set_num_threads(before)
+    assert (len(left) > 1) == (k < 70)
+    assert not left or np.concatenate(left).mean() < 0.02
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_a_bound_that_is_too_near_loses_nothing(tmp_path, monkeypatch, metric):
+    """Half of the queries get one below which fewer than k vectors are left."""
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    real = list_search.Visit.farthest
+
+    def too_near(visit):
+        bounds = real(visit)
+        bounds[::2] -= 0.5 * np.abs(bounds[::2])
+        return bounds
+
+    monkeypatch.setattr(list_search.Visit, "farthest", too_near)
+    assert_same(ListSearch(index).search(queries(), 30), index.search(queries(), 30))
+
+
+def test_order_and_threads_of_a_sieve_change_no_figure(tmp_path):
+    """A token's neighbours come in the same order whatever else is searched for with it."""
+    search = ListSearch(opened(tmp_path, "IVF20,SQfp16"))
+    expected, expected_ids = search.search(queries(), 20, ordered=False)
+    faiss.omp_set_num_threads(3)
+    for part in (slice(0, 200), slice(40, 90)):
+        distances, ids = search.search(queries()[part], 20, ordered=False)
+        assert np.array_equal(ids, expected_ids[part])
+        assert np.allclose(distances, expected[part], rtol=1e-6)
 
 
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
