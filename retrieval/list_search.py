@@ -7,12 +7,15 @@ distances of all queries that visit it, and the k nearest of each query are cut 
 than a bound are dropped at once (`Sieve`), so that many more queries share what is decoded.
 """
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import NamedTuple
 
 import faiss
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from threadpoolctl import ThreadpoolController
 
 from retrieval.selection import k_smallest, sort_rows
@@ -25,7 +28,7 @@ QUERIES_A_LIST = 4
 """Queries that must visit a list, on average, for this to be worth while."""
 MANY = 12
 """Vectors that a query visits for each of its neighbours from which on a `Sieve` is faster."""
-ROWS, COLUMNS = 256, 1024
+ROWS, COLUMNS = 512, 1024
 """Queries and vectors whose distances a sieve looks at together: they stay in the cache."""
 
 
@@ -146,23 +149,36 @@ class ListSearch:
         return vectors + centroid if relative else vectors - centroid
 
     def scaled(self, queries: np.ndarray) -> np.ndarray:
-        """Queries times -1 for inner products or -2 for distances, as `distances` takes them."""
+        """Queries times -1 for inner products or -2 for distances, as `left` takes them."""
         return queries * np.float32(-1 if self.similar else -2)
 
-    def distances(self, scaled: np.ndarray, vectors: np.ndarray, number: int) -> np.ndarray:
-        """Negative inner products of queries and vectors of a list, or squared distances.
+    def left(self, scaled: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is multiplied with the transpose of `right` for negative inner products, or for
+        squared distances without what they have in common, which is added to each.
 
         Args:
-            scaled: fp32 `[n, d]`, see `scaled`; is changed.
-            vectors: fp32 `[m, d]`, see `decoded`.
+            scaled: fp32 `[n, d]`, see `scaled`.
+
+        Returns:
+            fp32 `[n, d]` or `[n, d + 1]`, and what is to be added, fp32 `[n]`.
         """
         if self.similar:
-            return scaled @ vectors.T
-        scaled += 2 * self.centroids[number]  # -2 (q - c)
-        distances = scaled @ vectors.T
-        distances += np.einsum("ij,ij->i", vectors, vectors)
-        distances += np.einsum("ij,ij->i", scaled, scaled)[:, None] / 4
-        return distances
+            return scaled, np.zeros(len(scaled), dtype=np.float32)
+        left = np.empty((len(scaled), scaled.shape[1] + 1), dtype=np.float32)
+        relative = np.add(scaled, 2 * self.centroids[number], out=left[:, :-1])  # -2 (q - c)
+        left[:, -1] = 1
+        return left, np.einsum("ij,ij->i", relative, relative) / 4
+
+    def right(self, number: int, which: slice = slice(None)) -> np.ndarray:
+        """Some vectors of a list, see `decoded`; for distances with their squared lengths beside
+        them, fp32 `[m, d + 1]`."""
+        vectors = self.decoded(number, which)
+        if self.similar:
+            return vectors
+        right = np.empty((len(vectors), vectors.shape[1] + 1), dtype=np.float32)
+        right[:, :-1] = vectors
+        np.einsum("ij,ij->i", vectors, vectors, out=right[:, -1])
+        return right
 
     def visits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The lists int64 `[Q, probes]` in ascending order of their numbers: which one each of
@@ -173,6 +189,28 @@ class ListSearch:
         order = np.argsort(flat.astype(smallest_type), kind="stable")
         numbers, firsts = np.unique(flat[order], return_index=True)
         return numbers, order, np.append(firsts, len(order))
+
+
+_memory = threading.local()
+
+
+def scratch(size: int, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """Memory `[size]`, one of each type, that this thread uses again and again: new memory costs
+    more than what is written to it."""
+    name = np.dtype(dtype).name
+    if len(getattr(_memory, name, ())) < size:
+        setattr(_memory, name, np.empty(size, dtype))
+    return getattr(_memory, name)[:size]
+
+
+def true_places(mask: np.ndarray) -> np.ndarray:
+    """`np.flatnonzero` of a contiguous array of bools with few true ones, eight at a time."""
+    flat = mask.ravel()
+    eights = flat[: len(flat) // 8 * 8].view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    inside = np.flatnonzero(eights[some].view(bool))
+    rest = np.flatnonzero(flat[8 * len(eights) :]) + 8 * len(eights)
+    return np.concatenate([8 * some[inside >> 3] + (inside & 7), rest])
 
 
 class Visit:
@@ -214,7 +252,9 @@ class Visit:
         self.rows = np.cumsum(self.widths) - self.widths
         sizes = self.sizes[self.lists]
         self.columns = np.cumsum(sizes, axis=1) - sizes
-        self.buffer = np.full(int(self.widths.sum()), np.inf, dtype=np.float32)
+        self.buffer = scratch(int(self.widths.sum()))
+        for first in range(0, len(self.rows), GROUP):
+            self._values(first)[:, self.found[first] :] = np.inf  # the rest is filled by `_measure`
 
     def into(self, distances: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> None:
         """Writes what is found to these rows of the results."""
@@ -264,8 +304,10 @@ class Visit:
                 # Windows of the list's size on the buffer, one from each of its places.
                 shape = (len(self.buffer) - size + 1, size)
                 windows = np.ndarray(shape, np.float32, self.buffer, strides=(4, 4))
-                vectors = search.decoded(number, slice(None, None, self.stride))
-                windows[places[a:b]] = search.distances(scaled[visitors[a:b]], vectors, number)
+                left, common = search.left(scaled[visitors[a:b]], number)
+                block = left @ search.right(number, slice(None, None, self.stride)).T
+                block += common[:, None]
+                windows[places[a:b]] = block
 
         search.map(measure, [visits[i :: search.threads] for i in range(search.threads)])
 
@@ -291,6 +333,21 @@ class Visit:
             missing = np.isinf(distances)
             ids[missing], distances[missing] = -1, np.finfo(np.float32).max
         return (-distances if self.search.similar else np.maximum(distances, 0)), ids
+
+
+class Kept(NamedTuple):
+    """What is nearer than their bounds to some queries, of some vectors of a list.
+
+    Attributes:
+        queries: int64 `[n]`.
+        counts: int64 `[n]`, how many are kept of each.
+        places, distances: int64 and fp32 `[sum of counts]`, places among the ids.
+    """
+
+    queries: np.ndarray
+    counts: np.ndarray
+    places: np.ndarray
+    distances: np.ndarray
 
 
 class Sieve:
@@ -339,24 +396,50 @@ class Sieve:
         queries, lists = queries[part], lists[part]
         bounds = Visit(self.search, queries, lists, self.rank, stride=self.stride).farthest()
         kept = self._kept(queries, lists, bounds)
-        counts = sum(np.diff(starts) for starts, _, _ in kept)
-        enough = counts >= self.k
+        of_ranges = np.zeros((len(kept), len(part)), dtype=np.int64)
+        for counts, parts in zip(of_ranges, kept, strict=True):
+            for of_block in parts:
+                counts[of_block.queries] += of_block.counts
+        counts = of_ranges.sum(0)
+        firsts = np.arange(0, len(part), GROUP)
+        widths = np.repeat(np.maximum(np.maximum.reduceat(counts, firsts), self.k), GROUP)
+        rows = (np.cumsum(widths) - widths)[: len(part)]
+        distances_kept = scratch(int(widths[: len(part)].sum()))
+        places_kept = scratch(len(distances_kept), np.int64)
+
+        def of_group(first: int) -> slice:
+            n = len(part[first : first + GROUP])
+            return slice(int(rows[first]), int(rows[first] + n * widths[first]))
+
+        for first in firsts.tolist():
+            of_queries = distances_kept[of_group(first)].reshape(-1, widths[first])
+            of_queries[:, counts[first : first + GROUP].min() :] = np.inf
+
+        def place(number: int) -> None:
+            free = rows + of_ranges[:number].sum(0)
+            for queries, counts, places, values in kept[number]:
+                before = np.cumsum(counts) - counts
+                at = np.repeat(free[queries] - before, counts) + np.arange(len(values))
+                distances_kept[at], places_kept[at] = values, places
+                free[queries] += counts
+
+        self.search.map(place, range(len(kept)))
 
         def select(first: int) -> None:
-            group = np.flatnonzero(enough[first : first + GROUP]) + first
-            if len(group):
-                found = self._nearest(kept, group, counts[group])
-                distances[part[group]], ids[part[group]] = found
+            here, width = of_group(first), int(widths[first])
+            enough = counts[first : first + GROUP] >= self.k
+            found = (distances_kept[here], places_kept[here])
+            group = part[first : first + GROUP][enough]
+            found = self._nearest(*(column.reshape(-1, width)[enough] for column in found))
+            distances[group], ids[group] = found
 
-        self.search.map(select, range(0, len(part), GROUP))
-        return ~enough
+        self.search.map(select, firsts.tolist())
+        return counts < self.k
 
     def _kept(
         self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """What is nearer than the bounds fp32 `[n]`: for ascending ranges of lists, where each
-        query's begin and the last one's end, int64 `[n + 1]`, and in the order of queries and lists
-        the places among the ids int64 and distances fp32."""
+    ) -> "list[list[Kept]]":
+        """What is nearer than the bounds fp32 `[n]`, of ascending ranges of lists, one a thread."""
         search = self.search
         numbers, order, firsts = search.visits(lists)
         visitors = order // lists.shape[1]
@@ -365,51 +448,34 @@ class Sieve:
         shares = work[-1] * np.arange(1, search.threads) // search.threads
         ranges = np.split(np.arange(len(numbers)), np.searchsorted(work, shares))
 
-        def sift(mine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+        def sift(mine: np.ndarray) -> list[Kept]:
+            found = []
             for i in mine.tolist():
                 number = int(numbers[i])
                 size, at = int(search.sizes[number]), int(search.ids_at[number])
                 for column in range(0, size, COLUMNS):
-                    vectors = search.decoded(number, slice(column, column + COLUMNS))
+                    right = search.right(number, slice(column, column + COLUMNS)).T
                     for row in range(int(firsts[i]), int(firsts[i + 1]), ROWS):
                         who = visitors[row : min(row + ROWS, int(firsts[i + 1]))]
-                        block = search.distances(scaled[who], vectors, number)
-                        near = np.flatnonzero(block < bounds[who, None])
-                        rows, columns = np.divmod(near, len(vectors))
-                        found.append((who[rows], columns + (at + column), block.ravel()[near]))
-            who, places, values = map(np.concatenate, zip(*found, strict=True))
-            smallest_type = np.min_scalar_type(len(queries))
-            order = np.argsort(who.astype(smallest_type), kind="stable")
-            starts = np.searchsorted(who[order], np.arange(len(queries) + 1))
-            return starts, places[order], values[order]
+                        left, common = search.left(scaled[who], number)
+                        block = left @ right
+                        near = true_places(block < (bounds[who] - common)[:, None])
+                        starts = np.arange(len(who) + 1) * block.shape[1]
+                        counts = np.diff(np.searchsorted(near, starts))
+                        places = near + np.repeat(at + column - starts[:-1], counts)
+                        values = block.ravel()[near] + np.repeat(common, counts)
+                        found.append(Kept(who, counts, places, values))
+            return found
 
         return search.map(sift, ranges)
 
-    def _nearest(
-        self,
-        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        group: np.ndarray,
-        counts: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and ids `[n, k]` of the nearest of some queries.
+    def _nearest(self, values: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and ids `[n, k]` of the nearest.
 
         Args:
-            kept: see `_kept`.
-            group: int64 `[n]`, which queries.
-            counts: int64 `[n]`, how many are kept of each.
+            values: fp32 `[n, width]`, distances of at least k, then infinite ones.
+            places: int64 `[n, width]`, among the ids.
         """
-        values = np.full((len(group), int(counts.max())), np.inf, dtype=np.float32)
-        places = np.zeros(values.shape, dtype=np.int64)
-        filled = np.zeros(len(group), dtype=np.int64)
-        for starts, of_places, of_values in kept:
-            here = starts[group + 1] - starts[group]
-            ends = np.cumsum(here)
-            inside = np.arange(ends[-1]) - np.repeat(ends - here, here)
-            source = inside + np.repeat(starts[group], here)
-            target = inside + np.repeat(filled + np.arange(len(group)) * values.shape[1], here)
-            values.ravel()[target], places.ravel()[target] = of_values[source], of_places[source]
-            filled += here
         chosen = k_smallest(values, self.k) + np.arange(0, values.size, values.shape[1])[:, None]
         distances, places = np.take(values, chosen), np.take(places, chosen)
         if self.ordered:
