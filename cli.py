@@ -22,6 +22,8 @@ from errors import InputError
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
 from models.transformer_lm import TransformerLM
+from retrieval.distributed import TIMEOUT
+from retrieval.ranks import Ranks
 from retrieval.settings import NeighborSettings
 
 ARCHITECTURES: dict[str, type[LanguageModel]] = {"lm": TransformerLM, "gnn_lm": GNNLM}
@@ -36,7 +38,10 @@ class ProgramCLI(LightningCLI):
 
     Attributes:
         device: this process's, once there has been a trainer.
+        ranks: all processes, once `join_ranks` has been called.
     """
+
+    ranks: Ranks | None = None
 
     def __init__(self) -> None:
         quiet()
@@ -113,6 +118,19 @@ class ProgramCLI(LightningCLI):
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
         self.device = trainer.strategy.root_device
         return trainer
+
+    def join_ranks(self, model: LightningModule) -> Ranks:
+        """Has all processes of this run started and joined, for what they do together between the
+        stages.
+
+        Args:
+            model: that one of the stages is of.
+        """
+        if self.ranks is None:
+            trainer = self.make_trainer([], self.run_dir / "evaluate")
+            trainer.predict(model, [], return_predictions=False)
+            self.ranks = Ranks.connect(TIMEOUT)
+        return self.ranks
 
 
 class WatchRanks(Callback):

@@ -180,7 +180,7 @@ class Evaluation:
             stored, n_keys = self.data.fingerprint("train"), len(self.data.stream("train").tokens)
         else:
             stored = existing.manifest["made_from"].get("corpus")
-            n_keys = existing.whole["rows"] - existing.whole["masked"]
+            n_keys = existing.n_keys_of_whole
         for predicted in {split, "valid"} if self.knn.lmbda == "auto" else {split}:
             if stored == self.data.fingerprint(predicted):
                 raise InputError(
@@ -259,8 +259,10 @@ class Evaluation:
         if self.neighbors is None:
             return results | own
         lm_loss = self.model.lm_loss.compute()["loss"].item()
-        settings = asdict(self.neighbors.settings)
-        return results | figures(lm_loss, tokens, seconds) | {"gnn": own | settings}
+        of_network = own | asdict(self.neighbors.settings)
+        if self.neighbors.exchange is not None:
+            of_network["communication"] = self.neighbors.exchange.communication
+        return results | figures(lm_loss, tokens, seconds) | {"gnn": of_network}
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """The model's perplexity on a split and, with `--knnlm`, the mixture's."""

@@ -22,16 +22,29 @@ from models.checkpoint import model_fingerprint
 from models.features import CodeDecoder
 from models.gnn_lm import GNNLM
 from models.language_model import LanguageModel
-from retrieval.codec import IMPORTED, Codes, build_codes, check_codec, has_codes, open_codes
+from retrieval.codec import (
+    IMPORTED,
+    Codes,
+    build_codec,
+    build_codes,
+    check_codec,
+    codec_files,
+    has_codes,
+    open_codes,
+)
 from retrieval.datastore import Datastore
+from retrieval.exchange import Exchange, ExchangedArray, share_files
 from retrieval.foreign import import_datastore, is_raw
-from retrieval.index import NOT_BUILT, is_path, make_index
+from retrieval.index import NOT_BUILT, IndexBuilding, is_path, make_index, resolve
 from retrieval.manifest import refuse_mismatch
 from retrieval.neighbors import NeighborTable, open_imported
 from retrieval.progress import progress_bars
 from retrieval.settings import KNNSettings, NeighborSettings
 from retrieval.sharded_builder import new_datastore
-from retrieval.shards import shard_name
+from retrieval.shards import ShardedArray, shard_name
+
+Rows = np.ndarray | ShardedArray
+"""Arrays by rows of a datastore."""
 
 
 class Products:
@@ -88,7 +101,7 @@ class Products:
         }
         if self.knn.key_type == "gnn":  # they depend on all that the network was shown
             shown = {**self.cli.config.neighbors.as_dict(), **self.model.neighbors}
-            for place in ("datastores", "shards", "placement"):
+            for place in ("datastores", "shards", "placement", "shard"):
                 del shown[place]
             expected["neighbors"] = shown
         return expected
@@ -203,7 +216,10 @@ class Products:
         return Datastore.open(self.whole_path(split), self.knn.shard)
 
     def ensure_datastore_and_index(self, split: str) -> Datastore:
-        """Makes what is missing of a datastore and its index."""
+        """Makes what is missing of a datastore and its index; of the datastores of hosts that have
+        a shard each, of the index."""
+        if self.knn.shard is not None and self.cli.config.trainer.num_nodes > 1:
+            self._share_trained_index(self.ensure_datastore(split))
         existing = self.open_fitting_datastore(split)
         taken_over = existing is not None and is_raw(self.whole_path(split))
         builder = IndexBuilder(
@@ -217,6 +233,22 @@ class Products:
         builder.build()
         self.seconds |= {f"index_{stage}": s for stage, s in builder.seconds.items()}
         return datastore
+
+    def _share_trained_index(self, shard: Datastore) -> None:
+        """Has the indexes of all hosts begin with the same, which one of them trains."""
+        factory = resolve(shard, self.knn.index)
+        if factory in NOT_BUILT or is_path(factory):
+            return
+        seed = self.cli.config.seed_everything
+        building = IndexBuilding(shard, factory, self.knn.metric, seed)
+        path = building.trained_path
+        files = [path, path.with_name(f"{path.name}.json")]
+
+        def train() -> None:
+            with progress_bars(f"index {factory}") as report:
+                building.train(report)
+
+        share_files(self.cli.join_ranks(self.model), files, train)
 
     def check_index(self) -> None:
         """Refuses a factory string that faiss does not know."""
@@ -248,14 +280,19 @@ class NeighborProducts:
         token_features: Literal["stored", "online"],
     ) -> None:
         settings.check()
+        if settings.shard is not None:
+            check_hosts(cli, settings)
         self.cli = cli
         self.data = data
         self.model = model
         self.settings = settings
         self._choose_token_features(token_features)
-        self.products = Products(
-            cli, data, model.lm, settings.knn, settings.datastores, model.lm_fingerprint
-        )
+        made_by = (settings.datastores, model.lm_fingerprint)
+        self.products = Products(cli, data, model.lm, settings.knn, *made_by)
+        in_one = replace(settings.knn, shards=1, shard=None)
+        self.copies = Products(cli, data, model.lm, in_one, *made_by)
+        """Of other splits, where hosts have but a shard of the training split."""
+        self.exchange: Exchange | None = None
         model.lm_fingerprint = self.products.fingerprint
         self.codec = settings.codec_for(model.lm.key_width(settings.key_type))
         seen = {
@@ -302,38 +339,60 @@ class NeighborProducts:
             memory = self.products.ensure_datastore("train")
         else:
             memory = self.products.ensure_datastore_and_index("train")
+        if memory.part is not None and self.exchange is None:
+            self.exchange = Exchange(memory, self.cli.join_ranks(self.model))
         features = self._features(memory)
         for split in missing:
-            queries = self.products.ensure_datastore(split)
+            queries = self._queries(split)
             window = self._window(memory) if split == "train" else 0
             if imported:
                 table = open_imported(queries, memory, settings.k)
             else:
                 table = self._table(split, queries, memory, window)
             self.data.memories[split] = NeighborMemory(
-                table.nearest(settings.k),
-                features,
+                self._spread(table.nearest(settings.k), queries),
+                self._spread(features, memory),
                 settings.left_context,
                 settings.right_context,
                 self.model.hparams.layers,
                 window if split == "train" else None,
-                queries.keys if settings.token_features == "stored" else None,
-                memory.values if self.model.of_values is not None else None,
+                self._spread(queries.keys, queries)
+                if settings.token_features == "stored"
+                else None,
+                self._spread(memory.values, memory) if self.model.of_values is not None else None,
             )
+
+    def _queries(self, split: str) -> Datastore:
+        """The split's own datastore. Where hosts have a shard each of the training split, they have
+        those of the others whole."""
+        if split == "train" or self.settings.shard is None:
+            return self.products.ensure_datastore(split)
+        datastore = self.copies.open_fitting_datastore(split)
+        if datastore is None:
+            raise InputError(
+                f"{self.copies.datastore_path(split)}: no complete datastore; where hosts have a "
+                f"shard each, each makes that of the {split} split alone (--save_datastore)"
+            )
+        return datastore
+
+    def _spread(self, array: Rows, datastore: Datastore) -> Rows | ExchangedArray:
+        """The array of a datastore, of all hosts where this one has but a part."""
+        return array if datastore.part is None else ExchangedArray(array, self.exchange)
 
     def _table(
         self, split: str, queries: Datastore, memory: Datastore, window: int
     ) -> NeighborTable:
         settings = self.settings
         writer = NeighborTableWriter(
-            queries.path,
-            memory.path,
+            queries.path if queries.part is None else queries.part.path,
+            memory.path if memory.part is None else memory.part.path,
             settings.index,
             settings.metric,
             settings.nprobe,
             settings.k,
             window,
             device=self.cli.device,
+            shard=settings.shard,
         )
         table = writer.build()
         if writer.seconds:
@@ -348,7 +407,7 @@ class NeighborProducts:
         final_norm = self.model.lm.hparams.final_norm
         return self.settings.key_type in ("last_hidden", *([] if final_norm else [last]))
 
-    def _features(self, memory: Datastore) -> np.ndarray:
+    def _features(self, memory: Datastore) -> Rows:
         """The feature store of neighbours, memory-mapped."""
         if self.settings.features == "keys":
             return memory.keys
@@ -364,8 +423,12 @@ class NeighborProducts:
     def _codes(self, memory: Datastore) -> Codes:
         """The keys of the memory, quantised."""
         making, start = not has_codes(memory, self.codec), time.perf_counter()
+        how = (memory, self.codec, self.cli.config.seed_everything)
         with progress_bars(f"codes {self.codec}") as report:
-            codes = build_codes(memory, self.codec, self.cli.config.seed_everything, report)
+            if self.exchange is not None:
+                files = codec_files(memory, self.codec)
+                share_files(self.exchange.ranks, files, lambda: build_codec(*how, report))
+            codes = build_codes(*how, report)
         if making:
             self.seconds["codes"] = time.perf_counter() - start
         return codes
@@ -390,3 +453,21 @@ class NeighborProducts:
             return self.settings.exclude_window
         span = memory.manifest["made_from"].get("tokens_per_sample", self.data.tokens_per_sample)
         return span + max(self.settings.left_context, self.settings.right_context)
+
+
+def check_hosts(cli: ProgramCLI, settings: NeighborSettings) -> None:
+    """Refuses what hosts that have a shard each cannot do."""
+    trainer, data = cli.config.trainer, cli.config.data
+    given = f"--neighbors.shard {settings.shard} of {settings.shards}: this host has that alone"
+    if not 1 < settings.shards <= trainer.num_nodes:
+        raise InputError(
+            f"{given}, but --trainer.num_nodes is {trainer.num_nodes}; expected two shards or more "
+            "and a host for every one"
+        )
+    if data.num_workers > 0:
+        raise InputError(
+            f"{given}, but --data.num_workers is {data.num_workers}; expected 0, as all processes "
+            "exchange neighbours for the same batch"
+        )
+    if IMPORTED in (settings.index, settings.codec):
+        raise InputError(f"{given}, but what was {IMPORTED} is of a datastore in one piece")

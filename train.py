@@ -22,7 +22,7 @@ from retrieval.settings import NeighborSettings
 
 BATCHES_TO_BEGIN = 8
 """Of the validation split, by which a graph network is made to begin as the LM."""
-FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing")
+FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing", "shard")
 """Settings that a continued run may have otherwise: they change no number."""
 
 
@@ -106,8 +106,9 @@ def give_neighbors(cli: TrainCLI) -> dict[str, float]:
     splits = [split for split in SPLITS if cli.datamodule.has(split)]
     products.attach(*splits)
     if cli.model.hparams.start_from is None:
-        batches = islice(cli.datamodule.val_dataloader(), BATCHES_TO_BEGIN)
-        cli.model.begin_as_lm(batches)
+        loader = cli.datamodule.val_dataloader()
+        loader.sampler.dealt = False  # all ranks begin alike
+        cli.model.begin_as_lm(islice(loader, BATCHES_TO_BEGIN))
     return products.seconds
 
 

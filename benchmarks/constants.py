@@ -133,23 +133,28 @@ def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
     """What a search takes beyond its parts, for each candidate and for each neighbour."""
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((1 << 16, DIM), dtype=np.float32)
-    wanted = Wanted(len(keys), DIM, K, f"IVF{LISTS // 4},SQfp16", nprobe=23, cores=1)
+    wanted = Wanted(len(keys), DIM, K, f"IVF{LISTS // 4},SQfp16", cores=1)
     index = make_index(DIM, wanted.index, "l2")
     index.train(keys[: 64 * LISTS // 4])
     index.add(keys)
     faiss.write_index(index, str(folder / "index"))
     index = read_index(folder / "index")
     ivf = faiss.downcast_index(faiss.try_extract_index_ivf(index))
-    ivf.nprobe = wanted.nprobe
     search, queries = ListSearch(ivf), keys[:4096]
-    beyond, known = {}, replace(constants, scatter_ns=0, sort_ns=0, imbalance=1)
-    for k in (16, K):
-        seconds = quickest(lambda k=k: search.search(queries, k), 2) / len(queries)
-        parts = Costs(replace(wanted, k=k), known).search_parts
-        beyond[k] = 1e9 * max(seconds - sum(parts.values()), 0)
+    known = replace(constants, scatter_ns=0, sieve_ns=0, sort_ns=0, imbalance=1)
+
+    def beyond(k: int, nprobe: int) -> float:
+        ivf.nprobe = nprobe
+        seconds = quickest(lambda: search.search(queries, k), 2) / len(queries)
+        parts = Costs(replace(wanted, k=k, nprobe=nprobe), known).search_parts
+        return 1e9 * max(seconds - sum(parts.values()), 0)
+
+    few, many, through_sieve = beyond(16, 23), beyond(K, 23), beyond(16, 92)
+    a_probe = len(keys) / (LISTS / 4)
     return {
-        "scatter_ns": beyond[16] * LISTS / 4 / (len(keys) * wanted.nprobe),
-        "sort_ns": max(beyond[K] - beyond[16], 0) / (K - 16),
+        "scatter_ns": few / (23 * a_probe),
+        "sieve_ns": through_sieve / (92 * a_probe),
+        "sort_ns": max(many - few, 0) / (K - 16),
     }
 
 

@@ -2,14 +2,16 @@
 been written, or on its own."""
 
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from retrieval.datastore import Datastore
+from retrieval.distributed import open_distributed
 from retrieval.index import is_path, open_retriever, resolve
 from retrieval.neighbors import NeighborSearch, NeighborTable, find_table
 from retrieval.progress import progress_bars
@@ -31,6 +33,8 @@ class NeighborTableWriter(Callback):
             tokens away.
         keep_distances: keep them beside the rows.
         device: where the index `torch` computes.
+        shard: the one of the memory's shards that this host has, where others have the others; of
+            `queries` too where that is the same datastore.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class NeighborTableWriter(Callback):
         exclude_window: int = 0,
         keep_distances: bool = False,
         device: str | torch.device = "cpu",
+        shard: int | None = None,
     ) -> None:
         self.queries = queries
         self.memory = memory
@@ -54,6 +59,7 @@ class NeighborTableWriter(Callback):
         self.exclude_window = exclude_window
         self.keep_distances = keep_distances
         self.device = device
+        self.shard = shard
         self.seconds = 0.0
         """Time of the search; 0 when nothing was searched."""
 
@@ -66,10 +72,14 @@ class NeighborTableWriter(Callback):
         others wait for it. Of a split in shards each gets its own, from whichever process comes to
         it first.
 
+        Where hosts have a shard each, all processes call this: one of each host asks for its own
+        tokens, and all search.
+
         Returns:
             the smallest table that has k neighbours or more.
         """
-        queries, memory = Datastore.open(self.queries), Datastore.open(self.memory)
+        memory = Datastore.open(self.memory, self.shard)
+        queries = memory if self.queries == self.memory else Datastore.open(self.queries)
         name = resolve(memory, self.index)
         name = Path(name).name if is_path(name) else name
         made_by = (memory, self.metric, name, self.nprobe, self.k, self.exclude_window)
@@ -77,7 +87,8 @@ class NeighborTableWriter(Callback):
 
         @cache
         def retriever() -> Retriever:
-            return open_retriever(memory, self.index, self.metric, self.nprobe, self.device)
+            how = (memory, self.index, self.metric, self.nprobe, self.device)
+            return open_retriever(*how) if self.shard is None else open_distributed(*how)
 
         def work(number: int) -> None:
             if find_table(parts[number], *made_by, self.keep_distances) is None:
@@ -85,7 +96,15 @@ class NeighborTableWriter(Callback):
                 what = (parts[number], memory, retriever(), name)
                 self._search(*what, f"neighbours k={self.k}{shard}")
 
-        share_out([FileLock(part.path / f"neighbors-k{self.k}.lock") for part in parts], work)
+        locks = [FileLock(part.path / f"neighbors-k{self.k}.lock") for part in parts]
+        if self.shard is None:
+            share_out(locks, work)
+        else:
+            retriever().connect()
+            with suppress(Timeout), locks[0].acquire(timeout=0):
+                for number in range(len(parts)):
+                    work(number)
+            retriever().serve()
         return find_table(queries, *made_by, self.keep_distances)
 
     def _search(

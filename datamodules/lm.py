@@ -126,6 +126,7 @@ class DealtBatches(Sampler[np.ndarray]):
         self.lengths = lengths
         self.max_tokens = max_tokens
         self.shuffle_seed = shuffle_seed
+        self.dealt = True  # otherwise each rank gets all
         self.epoch = 0
         self.first = 0  # batches of this rank to pass over: a continued epoch
         self.batches = self._compose()
@@ -145,12 +146,15 @@ class DealtBatches(Sampler[np.ndarray]):
             self.epoch = epoch
             self.batches = self._compose()
 
+    def _rank_and_ranks(self) -> tuple[int, int]:
+        return _rank_and_ranks() if self.dealt else (0, 1)
+
     def __len__(self) -> int:
-        _, ranks = _rank_and_ranks()
+        _, ranks = self._rank_and_ranks()
         return -(-len(self.batches) // ranks)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        rank, ranks = _rank_and_ranks()
+        rank, ranks = self._rank_and_ranks()
         empty = np.empty(0, dtype=np.int64)
         first, self.first = self.first, 0
         for step in range(first, len(self)):

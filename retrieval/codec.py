@@ -27,7 +27,7 @@ from rich.table import Table
 
 from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
-from retrieval.datastore import BLOCK_BYTES, Datastore
+from retrieval.datastore import BLOCK_BYTES, Datastore, fingerprint_of
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.progress import Report
 from retrieval.retriever import faiss_reason
@@ -217,16 +217,34 @@ class Codes:
         return self.codec.decoder_arrays()
 
 
-def codes_path(datastore: Datastore, factory: str) -> Path:
-    """Where the manifest of the codes of a factory string lies."""
-    return datastore.path / f"codes-{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}.json"
+def codes_path(directory: Path, factory: str) -> Path:
+    """Where the manifest of the codes of a factory string lies, in a datastore's directory."""
+    return directory / f"codes-{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}.json"
+
+
+def codec_files(datastore: Datastore, factory: str) -> tuple[Path, Path]:
+    """The codec and its manifest, those of the whole where the datastore is a shard."""
+    path = codes_path(_directory(datastore), factory)
+    return path.with_suffix(".faiss"), path
+
+
+def _directory(datastore: Datastore) -> Path:
+    """Of the whole where the datastore is a shard."""
+    return datastore.path if datastore.part is None else datastore.part.path
+
+
+def _shards(datastore: Datastore) -> list[Datastore]:
+    """Those whose codes are at hand; none where the datastore has none and is none."""
+    return [datastore] if datastore.part is not None else datastore.shards()
 
 
 def has_codes(datastore: Datastore, factory: str) -> bool:
     """Whether complete codes of a factory string are there, of all shards where there are any."""
-    path = codes_path(datastore, factory)
-    complete = path.exists() and read_manifest(path, KIND, VERSION, FIELDS)["complete"]
-    return complete and all(has_codes(shard, factory) for shard in datastore.shards())
+    directories = [_directory(datastore), *(shard.path for shard in _shards(datastore))]
+    paths = [codes_path(directory, factory) for directory in directories]
+    return all(
+        path.exists() and read_manifest(path, KIND, VERSION, FIELDS)["complete"] for path in paths
+    )
 
 
 def open_codes(datastore: Datastore, factory: str) -> Codes:
@@ -240,20 +258,21 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
         InputError: missing, unfinished, another datastore's, or the files are not what the
             manifest says.
     """
-    path = codes_path(datastore, factory)
+    codec_path, path = codec_files(datastore, factory)
     manifest = read_manifest(path, KIND, VERSION, FIELDS)
-    refuse_mismatch(path, manifest, {"factory": factory, **_source(datastore)})
+    refuse_mismatch(path, manifest, {"factory": factory, **_source(datastore.whole)})
     if not manifest["complete"]:
         raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
     shape, dtype = (manifest["rows"], manifest["code_size"]), np.dtype(np.uint8)
-    shards = datastore.shards()
-    codec_path = path.with_suffix(".faiss")
+    shards = _shards(datastore)
     if "raw" in manifest:
         codes = open_raw(path, manifest["raw"]["codes"], shape, dtype)
         codec_path = path.parent / manifest["raw"]["codec"]["path"]
     elif shards:
         parts = [_open_part(shard, factory, manifest) for shard in shards]
-        codes = ShardedArray(parts, shards[0].part.placement)
+        codes = parts[0]
+        if datastore.part is None:
+            codes = ShardedArray(parts, shards[0].part.placement)
     else:
         codes = open_array(path.with_suffix(".npy"), shape, dtype)
     codec = FeatureCodec.read(codec_path)
@@ -264,7 +283,7 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
 
 def _open_part(shard: Datastore, factory: str, whole: Mapping[str, Any]) -> np.ndarray:
     """The codes of one shard, which must be by the codec of the whole."""
-    path = codes_path(shard, factory)
+    path = codes_path(shard.path, factory)
     manifest = read_manifest(path, KIND, VERSION, FIELDS)
     if not manifest["complete"]:
         raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
@@ -275,7 +294,7 @@ def _open_part(shard: Datastore, factory: str, whole: Mapping[str, Any]) -> np.n
 
 def _identity_of_part(shard: Datastore, whole: Mapping[str, Any]) -> dict[str, Any]:
     common = {name: whole.get(name) for name in ("factory", "seed", "codec", "code_size")}
-    return {**common, **_source(shard)}
+    return {**common, **_source(shard.manifest)}
 
 
 def build_codes(
@@ -290,7 +309,7 @@ def build_codes(
     first.
 
     Args:
-        datastore: whose keys to encode.
+        datastore: whose keys to encode; of a shard alone the codec is that of the whole.
         factory: faiss factory string, e.g. `OPQ16_128,PQ16`.
         seed: of the sample.
         report: called with a stage, how much of it is done, and how much there is.
@@ -299,15 +318,12 @@ def build_codes(
         InputError: faiss cannot make the codec, codes of this name are there but made from
             something else, or the disk has no room.
     """
-    path = codes_path(datastore, factory)
-    shards = datastore.shards()
-    with FileLock(datastore.path / LOCK):
-        fields, codec = _ensure_codec(datastore, factory, seed, report)
+    shards = _shards(datastore)
+    with FileLock(_directory(datastore) / LOCK):
+        fields, codec = build_codec(datastore, factory, seed, report)
         if not shards:
-            _encode(datastore, path, fields, codec, report)
-        elif not path.exists():
-            write_manifest(path, KIND, VERSION, {**fields, "complete": True})
-    paths = [codes_path(shard, factory) for shard in shards]
+            _encode(datastore, codes_path(datastore.path, factory), fields, codec, report)
+    paths = [codes_path(shard.path, factory) for shard in shards]
 
     def encode(number: int) -> None:
         shard, path = shards[number], paths[number]
@@ -320,13 +336,13 @@ def build_codes(
     return open_codes(datastore, factory)
 
 
-def _ensure_codec(
-    datastore: Datastore, factory: str, seed: int, report: Report
+def build_codec(
+    datastore: Datastore, factory: str, seed: int = 1, report: Report = lambda *_: None
 ) -> tuple[dict[str, Any], FeatureCodec]:
-    """Fields of the manifest, and the codec; trained unless it is there already."""
-    path = codes_path(datastore, factory)
-    codec_path = path.with_suffix(".faiss")
-    identity = {"factory": factory, "seed": seed, **_source(datastore)}
+    """Fields of the manifest, and the codec; trained unless it is there already, for a shard on a
+    sample of its own keys. See `build_codes`."""
+    codec_path, path = codec_files(datastore, factory)
+    identity = {"factory": factory, "seed": seed, **_source(datastore.whole)}
     if path.exists():
         fields = read_manifest(path, KIND, VERSION, FIELDS)
         refuse_mismatch(path, fields, identity)
@@ -336,7 +352,10 @@ def _ensure_codec(
     report("training", 1, 1)
     codec.write(codec_path)
     digest = blake2b(codec_path.read_bytes(), digest_size=8).hexdigest()
-    return {**identity, **asdict(quality), "codec": digest}, codec
+    fields = {**identity, **asdict(quality), "codec": digest}
+    if _shards(datastore):  # which have what else there is to complete
+        write_manifest(path, KIND, VERSION, {**fields, "complete": True})
+    return fields, codec
 
 
 def _encode(
@@ -400,10 +419,10 @@ def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
     offset = data_offset(source, math.prod(shape), f"uint8 {list(shape)}")
     rows, keys = datastore.sample(HELD, seed=1)
     codes = np.memmap(source, np.uint8, "r", offset, shape)
-    path = codes_path(datastore, IMPORTED)
+    path = codes_path(datastore.path, IMPORTED)
     fields = {
         "factory": IMPORTED,
-        **_source(datastore),
+        **_source(datastore.manifest),
         "code_size": codec.code_size,
         "relative_error": codec.relative_error(keys, codes[rows]),
         "raw": {
@@ -453,13 +472,10 @@ def _trained(datastore: Datastore, factory: str, seed: int) -> tuple[FeatureCode
     return codec, CodecQuality(codec.code_size, codec.relative_error(keys[is_held]), seconds)
 
 
-def _source(datastore: Datastore) -> dict[str, Any]:
-    """What codes and their datastore must have in common."""
-    return {
-        "rows": len(datastore),
-        "dim": datastore.dim,
-        "datastore": datastore.fingerprint,
-    }
+def _source(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What codes and the datastore of a manifest must have in common."""
+    fingerprint = fingerprint_of(manifest)
+    return {"rows": manifest["rows"], "dim": manifest["dim"], "datastore": fingerprint}
 
 
 @exit_with_one_sentence

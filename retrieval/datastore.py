@@ -182,6 +182,11 @@ class Datastore:
         """The manifest of what this is a part of; its own where it is no part."""
         return self.manifest if self.part is None else self.part.manifest
 
+    @property
+    def n_keys_of_whole(self) -> int:
+        """Rows of the whole that hold a key."""
+        return self.whole["rows"] - self.whole["masked"]
+
     @cached_property
     def fingerprint(self) -> str:
         """Identifies what the datastore was made from, and so its content."""

@@ -273,7 +273,7 @@ def deal(placement: Placement, reached: Sequence[Sequence[int]], path: Path) -> 
     if missing:
         raise InputError(
             f"{path}: no rank reaches the shards {missing} of {placement.shards}; expected each on "
-            "some host, where --knn.shard names it"
+            "some host, where --knn.shard or --neighbors.shard names it"
         )
     numbers: list[list[int]] = [[] for _ in reached]
     rows = [0] * len(reached)

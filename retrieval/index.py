@@ -422,6 +422,13 @@ class IndexBuilding:
         check_numbers(path, found)
         return True
 
+    @property
+    def trained_path(self) -> Path:
+        """What `train` publishes, with a `.json` beside it."""
+        part = self.datastore.part
+        path = self.path if part is None else part.path / self.path.name
+        return path.with_name(f"{path.name}.trained")
+
     def train(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Publishes the trained index without any key in the directory of the whole, for those of
         the shards to begin with, unless it is there already. Where the datastore is one shard, the
@@ -430,12 +437,10 @@ class IndexBuilding:
         Raises:
             InputError: one of this name is there, but made from something else.
         """
-        path, identity, part = self.path, self.identity, self.datastore.part
+        path, identity, part = self.trained_path, self.identity, self.datastore.part
         if part is not None:
-            path = part.path / path.name
-            n_keys = part.manifest["rows"] - part.manifest["masked"]
+            n_keys = self.datastore.n_keys_of_whole
             identity |= {"keys": n_keys, "datastore": fingerprint_of(part.manifest)}
-        path = path.with_name(f"{path.name}.trained")
         if not self._is_there(path, TRAINED_KIND, identity):
             self._write(self._begin(report), path)
             with open(path, "rb") as file:

@@ -26,8 +26,9 @@ GROUP = 64
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
 QUERIES_A_LIST = 4
 """Queries that must visit a list, on average, for this to be worth while."""
-MANY = 12
-"""Vectors that a query visits for each of its neighbours from which on a `Sieve` is faster."""
+MANY, AT_LEAST = 32, 1 << 14
+"""Vectors that a query visits, for each of its neighbours and in all, from which on a `Sieve` is
+faster."""
 ROWS, COLUMNS = 512, 1024
 """Queries and vectors whose distances a sieve looks at together: they stay in the cache."""
 
@@ -92,7 +93,7 @@ class ListSearch:
             visited = self.sizes[lists].sum(1)
             everyone = np.arange(len(queries))
             left = everyone
-            if visited.mean() >= MANY * k:
+            if sieve_pays(visited.mean(), k):
                 sieve = Sieve(self, k, int(visited.mean()), ordered)
                 parts = np.array_split(everyone, -(-len(queries) // sieve.queries_at_once))
                 left = [part[sieve.into(distances, ids, part, queries, lists)] for part in parts]
@@ -189,6 +190,11 @@ class ListSearch:
         order = np.argsort(flat.astype(smallest_type), kind="stable")
         numbers, firsts = np.unique(flat[order], return_index=True)
         return numbers, order, np.append(firsts, len(order))
+
+
+def sieve_pays(visited: float, k: int) -> bool:
+    """Whether queries that visit so many vectors, on average, had better go through a `Sieve`."""
+    return visited >= max(MANY * k, AT_LEAST)
 
 
 _memory = threading.local()

@@ -21,7 +21,7 @@ from jsonargparse import auto_cli
 
 from errors import InputError, exit_with_one_sentence
 from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
-from retrieval.datastore import Datastore
+from retrieval.datastore import Datastore, fingerprint_of
 from retrieval.index import NOT_BUILT
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.progress import Report, progress_bars
@@ -154,7 +154,7 @@ def _identity(
         "nprobe": None if index_name in NOT_BUILT else nprobe,  # reads every key
         "exclude_window": exclude_window,
         "queries": queries.fingerprint,
-        "memory": memory.fingerprint,
+        "memory": fingerprint_of(memory.whole),
     }
 
 
@@ -219,8 +219,8 @@ class NeighborSearch:
     Args:
         queries: the split's own datastore, or one shard of it; row i is the query of token i, rows
             without a key get no neighbours.
-        memory: where to search.
-        retriever: searches it.
+        memory: where to search, or one shard of it.
+        retriever: searches all of it.
         index_name: `flat` or what the retriever's index is called, part of the table's identity.
         nprobe: which it visits.
         k: neighbours a token.
@@ -245,9 +245,10 @@ class NeighborSearch:
     ) -> None:
         refuse_mismatch(queries.path, {"dim": queries.dim}, {"dim": memory.dim})
         tokens = len(queries) if queries.part is None else queries.part.placement.rows
-        if exclude_window > 0 and tokens != len(memory):
+        self.memory_rows = memory.whole["rows"]
+        if exclude_window > 0 and tokens != self.memory_rows:
             raise InputError(
-                f"{queries.path}: has {tokens} rows and {memory.path} {len(memory)}; "
+                f"{queries.path}: has {tokens} rows and {memory.path} {self.memory_rows}; "
                 f"expected the same split where a window of {exclude_window} tokens is excluded"
             )
         self.queries = queries
@@ -273,7 +274,7 @@ class NeighborSearch:
             InputError: the disk has no room, or the unfinished table is damaged.
         """
         shape = (len(self.queries), self.k)
-        dtype = _row_type(len(self.memory))
+        dtype = _row_type(self.memory_rows)
         arrays = {self.path.with_suffix(".npy").name: (dtype, shape)}
         if self.keep_distances:
             arrays[_distances_of(self.path).name] = (np.dtype(np.float32), shape)
@@ -327,14 +328,15 @@ class NeighborSearch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows and distances `[n, k]` of what is left of `count` neighbours, and bool `[n]`, who
         has fewer than k though there are more to fetch."""
-        count = min(count, self.memory.n_keys)
+        n_keys = self.memory.n_keys_of_whole
+        count = min(count, n_keys)
         distances, rows = self.retriever.search(queries, count)
         kept = outside_window(rows, positions, self.exclude_window)
         lacking = (kept.sum(axis=1) < self.k) & (rows[:, -1] >= 0)
         return (
             compacted(rows, kept, self.k, -1),
             compacted(distances, kept, self.k, self._farthest),
-            lacking & (count < self.memory.n_keys),
+            lacking & (count < n_keys),
         )
 
 

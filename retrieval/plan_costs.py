@@ -17,7 +17,7 @@ from retrieval.codec import HELD
 from retrieval.codec import SAMPLE as CODEC_SAMPLE
 from retrieval.datastore import BLOCK_BYTES, DTYPES
 from retrieval.index import NOT_BUILT, PART_BYTES, auto_factory, make_index, sample_size
-from retrieval.list_search import BUFFER_BYTES, QUERIES_A_LIST
+from retrieval.list_search import BUFFER_BYTES, QUERIES_A_LIST, sieve_pays
 from retrieval.neighbors import QUERIES_AT_ONCE
 from retrieval.plan_settings import Constants, Wanted, amount
 
@@ -34,6 +34,8 @@ QUANTIZER_SAMPLE = 65536
 """What faiss trains PQ on at most: 256 vectors for each of 256 centroids."""
 BLOCK_OF_CODES = 32
 """Vectors that fast-scan lists keep together; half of the last block of a list is empty."""
+KEPT = 2
+"""Candidates that a sieve keeps for each neighbour, about."""
 SHARE_FOR_CACHE = 0.9
 """Of the memory, what the page cache can use when all programs have theirs."""
 WORKING_BYTES = 1 << 30
@@ -326,16 +328,19 @@ class Costs:
         """Of one core, in inverted lists."""
         w, c, shape = self.wanted, self.constants, self.shape
         candidates = c.imbalance * self.rows * self.probes / shape.lists
-        kept = entering(w.k, candidates)
+        entered = entering(w.k, candidates)
         found = {"lists": self._choosing_seconds}
         if shape.fast_scan:
             scan = candidates * c.fast_scan_ns * w.dim / 128
-            return found | {"scan": 1e-9 * (scan + kept * c.fast_heap_ns)}
+            return found | {"scan": 1e-9 * (scan + entered * c.fast_heap_ns)}
         if not self.shares_lists:
             scan = candidates * shape.dim_of_lists * c.scan_ns
-            return found | {"scan": 1e-9 * (scan + kept * c.heap_ns)}
+            return found | {"scan": 1e-9 * (scan + entered * c.heap_ns)}
         decoded = self.rows * self.touched * shape.dim_of_lists / QUERIES_AT_ONCE
-        select = candidates * (c.scatter_ns + c.select_ns) + w.k * c.sort_ns
+        kept, select = candidates, w.k * c.sort_ns
+        if sieve_pays(candidates, w.k):
+            kept, select = KEPT * w.k, select + candidates * c.sieve_ns
+        select += kept * (c.scatter_ns + c.select_ns)
         return found | {
             "decode": 1e-9 * decoded * self._decode_ns,
             "products": 2 * candidates * shape.dim_of_lists / (1e9 * c.list_gflops),

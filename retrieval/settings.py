@@ -80,11 +80,7 @@ class KNNSettings:
                 f"--knn.rescore_key_type {self.rescore_key_type} needs --knn.distances exact, not "
                 "index"
             )
-        if self.shard is not None and not 0 <= self.shard < self.shards:
-            raise InputError(
-                f"--knn.shard is {self.shard} and --knn.shards {self.shards}; expected a number "
-                "from 0 to one less than that of the shards"
-            )
+        check_shard("knn", self.shard, self.shards)
         if self.min_context < 0:
             raise InputError(f"--knn.min_context is {self.min_context}; expected at least 0")
 
@@ -115,6 +111,8 @@ class NeighborSettings:
         shards: directories that new datastores are dealt into, with their tables and codes;
             one that is there is used as it is.
         placement: of their rows, see `KNNSettings`.
+        shard: the one of the training split's shards that this host has, from 0, where hosts share
+            no file system: what lies in the others is exchanged batch by batch.
         datastores: their folder; by default datastores/<corpus>.
     """
 
@@ -132,6 +130,7 @@ class NeighborSettings:
     dtype: Literal["fp16", "fp32"] = "fp16"
     shards: int = 1
     placement: Literal["contiguous", "round_robin"] = "contiguous"
+    shard: int | None = None
     datastores: str | None = None
 
     def check(self) -> None:
@@ -144,6 +143,7 @@ class NeighborSettings:
             if (getattr(self, name) or 0) < 0:
                 value = getattr(self, name)
                 raise InputError(f"--neighbors.{name} is {value}; expected at least 0")
+        check_shard("neighbors", self.shard, self.shards)
 
     @property
     def knn(self) -> KNNSettings:
@@ -157,9 +157,19 @@ class NeighborSettings:
             dtype=self.dtype,
             shards=self.shards,
             placement=self.placement,
+            shard=self.shard,
         )
 
     def codec_for(self, dim: int) -> str:
         """The codec's factory string for keys of a width."""
         bytes_a_row = max(dim // 8, 1)
         return self.codec or f"OPQ{bytes_a_row}_{dim},PQ{bytes_a_row}"
+
+
+def check_shard(section: str, shard: int | None, shards: int) -> None:
+    """Raises InputError where there is no shard of this number."""
+    if shard is not None and not 0 <= shard < shards:
+        raise InputError(
+            f"--{section}.shard is {shard} and --{section}.shards {shards}; expected a number from "
+            "0 to one less than that of the shards"
+        )

@@ -9,9 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multiprocessing
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -75,6 +77,29 @@ def run_program(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
             done = subprocess.CompletedProcess([program, *flags], process.exitcode, *said)
         assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_on_hosts(run_program) -> Callable[..., None]:
+    """Runs a program of the repository as two ranks that take themselves for two hosts, each with
+    flags of its own."""
+
+    def run(cwd: Path, program: str, flags_of: Callable[[int], tuple]) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+
+        def on(number: int) -> None:
+            node = ("--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1)
+            meeting = ("--rdzv-backend", "static", "--rdzv-endpoint", f"127.0.0.1:{port}")
+            trainer = ("--trainer.num_nodes", 2, "--trainer.devices", 1)
+            flags = (*flags_of(number), *trainer, "--trainer.strategy", "ddp")
+            run_program(cwd, "torch.distributed.run", *node, *meeting, ROOT / program, *flags)
+
+        with ThreadPoolExecutor() as hosts:
+            list(hosts.map(on, range(2)))
 
     return run
 

@@ -1,9 +1,11 @@
 """GNN-LM by the programs, as a user runs them, on a tiny corpus."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from small import ROOT
 
 from models.checkpoint import load_model
@@ -122,6 +124,90 @@ def test_shards_and_ranks_change_no_figure(trained, run_program):
         np.testing.assert_array_equal(found[name], found["whole"])
     assert read(trained, "one.json")["stage_seconds"] == {}
     assert len(list((trained / "shards/test").glob("shard-*/neighbors-k4.npy"))) == 3
+
+
+@pytest.fixture(scope="module")
+def on_hosts(trained, run_program, run_on_hosts):
+    """Runs a program as two ranks on hosts with a shard each of the training split, and whole
+    datastores of the others."""
+    keys = ("--neighbors.key_type", "last_hidden", "--neighbors.datastores", "made")
+    steps = ("--trainer.max_steps", 2, "--trainer.val_check_interval", 1)
+    root = ("--trainer.default_root_dir", "runs/made")
+    run_program(trained, "train.py", *DATA, *NETWORK, *steps, *LM, *keys, *root)
+    split = ("split", "--source", "made/train-last_hidden", "--output", "both/train-last_hidden")
+    run_program(trained, "retrieval.datastore", *split, "--shards", 2)
+    for number in range(2):
+        absent = shutil.ignore_patterns(f"shard-{1 - number:05}-of-00002")
+        shutil.copytree(trained / "both", trained / f"host{number}", ignore=absent)
+        for split in ("valid-last_hidden", "test-last_hidden"):
+            new = shutil.ignore_patterns("neighbors-*")
+            shutil.copytree(trained / "made" / split, trained / f"host{number}" / split, ignore=new)
+
+    def run(program: str, *flags: object) -> None:
+        def on(number: int) -> tuple:
+            place = ("--neighbors.datastores", f"host{number}", "--neighbors.shard", number)
+            return (*DATA, *flags, *place)
+
+        run_on_hosts(trained, program, on)
+
+    return run
+
+
+SHARDS = (
+    *("--neighbors.key_type", "last_hidden", "--neighbors.features", "codes"),
+    *("--neighbors.codec", "PQ4", "--neighbors.index", "IVF4,Flat", "--neighbors.shards", 2),
+)
+
+
+def test_hosts_that_share_no_files(trained, run_program, on_hosts):
+    """They train, and evaluate, as ranks do that reach all shards."""
+    steps = ("--trainer.max_steps", 6, "--trainer.val_check_interval", 3)
+    train = (*SHARDS, *NETWORK, *LM, *steps)
+    on_hosts("train.py", *train, "--trainer.default_root_dir", "runs/hosts")
+    # Trained on one host's keys, and given to the other.
+    codecs = [trained / f"host{n}/train-last_hidden/codes-PQ4.faiss" for n in range(2)]
+    assert codecs[0].read_bytes() == codecs[1].read_bytes()
+    both = trained / "both"
+    for number in range(2):  # all that was made, in one place; but tables are searched anew
+        tables = shutil.ignore_patterns("neighbors-*")
+        shutil.copytree(trained / f"host{number}", both, ignore=tables, dirs_exist_ok=True)
+    ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    place = ("--neighbors.datastores", "both")
+    root = ("--trainer.default_root_dir", "runs/both")
+    run_program(trained, "train.py", *DATA, *train, *place, *ranks, *root)
+    made = read(trained, "runs/both/training.json")["stage_seconds"]
+    assert set(made) == {f"neighbors_{split}" for split in SPLITS}
+    shard = "train-last_hidden/shard-00001-of-00002/neighbors-k4.npy"
+    np.testing.assert_array_equal(np.load(both / shard), np.load(trained / "host1" / shard))
+    found = {}
+    for name in ("hosts", "both"):
+        checkpoint = trained / f"runs/{name}/checkpoints/last.ckpt"
+        found[name] = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, tensor in found["both"].items():
+        torch.testing.assert_close(found["hosts"][name], tensor, rtol=0, atol=0)
+    ckpt = ("--ckpt_path", "runs/hosts/checkpoints/last.ckpt", *SHARDS)
+    on_hosts("evaluate.py", *ckpt, "--output", "hosts.json", "--token_scores", "hosts.npz")
+    scores = ("--output", "both.json", "--token_scores", "both.npz")
+    run_program(trained, "evaluate.py", *DATA, *ckpt, *place, *scores)
+    here, there = (np.load(trained / f"{name}.npz")["gnn_log_prob"] for name in ("both", "hosts"))
+    np.testing.assert_array_equal(there, here)
+    assert read(trained, "hosts.json")["gnn"]["communication"]["bytes_sent"] > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "--trainer.num_nodes is 1; expected two shards or more and a host for every one"),
+        (("--trainer.num_nodes", 2, "--data.num_workers", 1), "--data.num_workers is 1; expected"),
+        (("--trainer.num_nodes", 2, "--neighbors.index", "imported"), "datastore in one piece"),
+        (("--neighbors.shards", 1), "--neighbors.shard is 1 and --neighbors.shards 1; expected"),
+    ],
+)
+def test_what_hosts_with_a_shard_each_cannot_do(trained, run_program, flags, said):
+    shard = ("--neighbors.shards", 2, "--neighbors.shard", 1, "--trainer.devices", 1)
+    root = ("--trainer.default_root_dir", "runs/refused")
+    done = run_program(trained, "train.py", *DATA, *NETWORK, *LM, *shard, *flags, *root, status=2)
+    assert said in done.stderr
 
 
 def test_a_second_stage_begins_with_the_first(trained, run_program):

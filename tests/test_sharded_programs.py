@@ -2,12 +2,10 @@
 one piece, and an index for each shard."""
 
 import json
-import socket
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from small import ROOT, SMALL
+from small import SMALL
 
 from retrieval.datastore import Datastore
 
@@ -75,7 +73,7 @@ def test_ranks_build_and_search_an_index_for_each_shard(evaluate, tmp_path):
     assert together[0]["knn"]["communication"]["rounds"] >= 2
 
 
-def test_hosts_that_share_no_datastore(evaluate, workplace, run_program, tmp_path):
+def test_hosts_that_share_no_datastore(evaluate, workplace, run_program, run_on_hosts, tmp_path):
     """Each makes one shard in a folder of its own, and all search them together."""
     whole = evaluate("whole", "--knn.index", "flat", "--data.max_tokens", 24)
     flags = (*HERE, "--data.max_tokens", 24, "--knn.index", "flat", "--knn.shards", 2)
@@ -87,20 +85,8 @@ def test_hosts_that_share_no_datastore(evaluate, workplace, run_program, tmp_pat
         run_program(workplace, "evaluate.py", *on_host(number), "--save_datastore")
     said = run_program(workplace, "evaluate.py", *on_host(0), "--knnlm", status=2).stderr
     assert "--knn.shard 0 of 2: this host has that shard alone" in said
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
     files = ("--output", tmp_path / "found.json", "--token_scores", tmp_path / "found.npz")
-
-    def search(number: int) -> None:
-        node = ("--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1)
-        meeting = ("--rdzv-backend", "static", "--rdzv-endpoint", f"127.0.0.1:{port}")
-        trainer = ("--trainer.num_nodes", 2, "--trainer.devices", 1, "--trainer.strategy", "ddp")
-        program = (*node, *meeting, ROOT / "evaluate.py", *on_host(number), "--knnlm")
-        run_program(workplace, "torch.distributed.run", *program, *trainer, *files)
-
-    with ThreadPoolExecutor() as hosts:
-        list(hosts.map(search, range(2)))
+    run_on_hosts(workplace, "evaluate.py", lambda number: (*on_host(number), "--knnlm", *files))
     results = json.loads((tmp_path / "found.json").read_text())
     assert results["knn"]["communication"]["ranks"] == 2
     check_same((results, dict(np.load(tmp_path / "found.npz"))), whole)

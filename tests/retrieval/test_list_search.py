@@ -9,6 +9,13 @@ from retrieval.list_search import ListSearch
 N, DIM = 3000, 16
 
 
+@pytest.fixture(autouse=True)
+def sieve_of_few(monkeypatch):
+    """Where these tests visit few vectors."""
+    monkeypatch.setattr(list_search, "MANY", 12)
+    monkeypatch.setattr(list_search, "AT_LEAST", 0)
+
+
 def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
     if keys is None:
         keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + shift
