@@ -200,6 +200,7 @@ def quiet() -> None:
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*LeafSpec.*",
         ".*in eval mode at the start of training.*",
+        ".*Total length of .* is zero.*",  # processes are joined without batches
         ".*sync_dist=True.*",  # torchmetrics has reduced what is logged of an epoch
     ):
         warnings.filterwarnings("ignore", message)

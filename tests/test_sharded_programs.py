@@ -74,9 +74,9 @@ def test_ranks_build_and_search_an_index_for_each_shard(evaluate, tmp_path):
 
 
 def test_hosts_that_share_no_datastore(evaluate, workplace, run_program, run_on_hosts, tmp_path):
-    """Each makes one shard in a folder of its own, and all search them together."""
+    """Each makes one shard in a folder of its own, and all index and search them together."""
     whole = evaluate("whole", "--knn.index", "flat", "--data.max_tokens", 24)
-    flags = (*HERE, "--data.max_tokens", 24, "--knn.index", "flat", "--knn.shards", 2)
+    flags = (*HERE, "--data.max_tokens", 24, "--knn.index", "IVF4,Flat", "--knn.shards", 2)
 
     def on_host(number: int) -> tuple:
         return (*flags, "--knn.shard", number, "--knn.datastore", tmp_path / f"host{number}")
