@@ -7,8 +7,9 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import torch
 import yaml
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser
 
@@ -58,6 +59,32 @@ class TrainCLI(ProgramCLI):
         longest = self.model.max_target_positions
         check_row_length(self.config.data.tokens_per_sample, longest)
         self.datamodule.max_target_positions = longest
+
+
+class BeginTogether(Callback):
+    """Refuses ranks that would go on from different updates, as on hosts that share no run
+    directory.
+
+    Args:
+        ckpt_path: what this rank goes on from, if anything.
+    """
+
+    def __init__(self, ckpt_path: str | None) -> None:
+        self.ckpt_path = ckpt_path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The ranks are joined, and nothing is loaded yet."""
+        own = 0
+        if self.ckpt_path is not None and trainer.world_size > 1:
+            like = {"map_location": "cpu", "weights_only": True, "mmap": True}
+            own = torch.load(self.ckpt_path, **like)["global_step"]
+        first = trainer.strategy.broadcast(own)
+        if own != first:
+            raise InputError(
+                f"{self.ckpt_path or trainer.default_root_dir}: rank {trainer.global_rank} would "
+                f"go on from update {own}, but rank 0 from update {first}; expected the same "
+                "last.ckpt in the run directories of all hosts"
+            )
 
 
 def checkpoint_to_continue(cli: TrainCLI) -> str | None:
@@ -141,7 +168,8 @@ def main() -> None:
     seconds = give_neighbors(cli) if isinstance(cli.model, GNNLM) else {}
     throughput = Throughput()
     trainer = cli.make_trainer(
-        [best, last, LearningRateMonitor("step"), throughput], log_dir=cli.run_dir / "train"
+        [BeginTogether(ckpt_path), best, last, LearningRateMonitor("step"), throughput],
+        log_dir=cli.run_dir / "train",
     )
     if trainer.is_global_zero:
         cli.run_dir.mkdir(parents=True, exist_ok=True)

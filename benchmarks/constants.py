@@ -133,27 +133,27 @@ def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
     """What a search takes beyond its parts, for each candidate and for each neighbour."""
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((1 << 16, DIM), dtype=np.float32)
-    wanted = Wanted(len(keys), DIM, K, f"IVF{LISTS // 4},SQfp16", cores=1)
-    index = make_index(DIM, wanted.index, "l2")
-    index.train(keys[: 64 * LISTS // 4])
-    index.add(keys)
-    faiss.write_index(index, str(folder / "index"))
-    index = read_index(folder / "index")
-    ivf = faiss.downcast_index(faiss.try_extract_index_ivf(index))
-    search, queries = ListSearch(ivf), keys[:4096]
     known = replace(constants, scatter_ns=0, sieve_ns=0, sort_ns=0, imbalance=1)
 
-    def beyond(k: int, nprobe: int) -> float:
-        ivf.nprobe = nprobe
+    def beyond(lists: int, k: int) -> float:
+        wanted = Wanted(len(keys), DIM, k, f"IVF{lists},SQfp16", nprobe=23, cores=1)
+        path = folder / wanted.index
+        if not path.exists():
+            index = make_index(DIM, wanted.index, "l2")
+            index.train(keys[: 64 * lists])
+            index.add(keys)
+            faiss.write_index(index, str(path))
+        ivf = faiss.downcast_index(faiss.try_extract_index_ivf(read_index(path)))
+        ivf.nprobe = wanted.nprobe
+        search, queries = ListSearch(ivf), keys[:4096]
         seconds = quickest(lambda: search.search(queries, k), 2) / len(queries)
-        parts = Costs(replace(wanted, k=k, nprobe=nprobe), known).search_parts
-        return 1e9 * max(seconds - sum(parts.values()), 0)
+        return 1e9 * max(seconds - sum(Costs(wanted, known).search_parts.values()), 0)
 
-    few, many, through_sieve = beyond(16, 23), beyond(K, 23), beyond(16, 92)
-    a_probe = len(keys) / (LISTS / 4)
+    short, long = LISTS // 4, LISTS // 16
+    few, many = beyond(short, 16), beyond(short, K)
     return {
-        "scatter_ns": few / (23 * a_probe),
-        "sieve_ns": through_sieve / (92 * a_probe),
+        "scatter_ns": few * short / (len(keys) * 23),
+        "sieve_ns": beyond(long, 16) * long / (len(keys) * 23),
         "sort_ns": max(many - few, 0) / (K - 16),
     }
 

@@ -43,7 +43,7 @@ class ListSearch:
 
     def __init__(self, ivf: faiss.IndexIVF) -> None:
         self.ivf = ivf
-        self.pool = ThreadPoolExecutor()
+        self.pool = ThreadPoolExecutor(initializer=_take_one_core)
         self.threads = 1
         self.similar = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
         self.centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
@@ -120,9 +120,7 @@ class ListSearch:
         return len(self.sizes) - 1
 
     def map(self, function, parts) -> list:
-        """Results for each part, in this thread where it is the only one."""
-        if self.threads == 1:
-            return [function(part) for part in parts]
+        """Results for each part, each by a thread that takes one core."""
         return list(self.pool.map(function, parts))
 
     def decoded(self, number: int, which: slice = slice(None)) -> np.ndarray:
@@ -190,6 +188,13 @@ class ListSearch:
         order = np.argsort(flat.astype(smallest_type), kind="stable")
         numbers, firsts = np.unique(flat[order], return_index=True)
         return numbers, order, np.append(firsts, len(order))
+
+
+def _take_one_core() -> None:
+    """In this thread neither torch nor faiss start threads of their own; their loops are short, and
+    these would wait for one another longer than they work."""
+    torch.get_num_threads()  # from its first call in a thread on it leaves the number alone
+    ThreadpoolController().select(user_api="openmp").limit(limits=1)
 
 
 def sieve_pays(visited: float, k: int) -> bool:

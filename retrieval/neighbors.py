@@ -30,7 +30,7 @@ from retrieval.shards import Placement, ShardedArray
 
 KIND, VERSION = "neighbour table", 1
 FIELDS = ("complete", "rows", "k", "dtype", "distances")
-QUERIES_AT_ONCE = 4096
+QUERIES_AT_ONCE = 8192
 
 
 def outside_window(rows: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:

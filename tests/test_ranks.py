@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small import ROOT, SMALL
 
+from errors import InputError
 from models.checkpoint import load_model
+from train import BeginTogether
 
 HERE = (*SMALL, "--data.corpus", "words")
 CKPT = ("--ckpt_path", "runs/words/checkpoints/best.ckpt")
@@ -125,6 +128,27 @@ def test_training_loses_a_rank_between_updates(folder, run_program):
     check_sentence(folder)
     done = run_program(folder, "train.py", *flags, 40)
     assert "continuing from" in done.stdout
+
+
+def test_ranks_go_on_from_the_same_update(workplace):
+    """Where hosts share no run directory, only the first of them has a checkpoint."""
+    last = workplace / "runs/words/checkpoints/last.ckpt"
+
+    def begin(ckpt_path, first: int) -> None:
+        strategy = SimpleNamespace(broadcast=lambda own: first)
+        trainer = SimpleNamespace(
+            world_size=2, global_rank=1, strategy=strategy, default_root_dir="runs/words"
+        )
+        BeginTogether(ckpt_path).setup(trainer, None, "fit")
+
+    begin(last, 40)
+    begin(None, 0)
+    with pytest.raises(
+        InputError, match="runs/words: rank 1 would go on from update 0, but rank 0"
+    ):
+        begin(None, 40)
+    with pytest.raises(InputError, match=r"last.ckpt: rank 1 would go on from update 40, but"):
+        begin(last, 20)
 
 
 def test_an_interrupt_of_one_rank_keeps_its_sentence(folder):
