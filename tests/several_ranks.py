@@ -4,7 +4,6 @@ the function, so that it had better import little."""
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +54,7 @@ def results(processes: list, folder: Path, of: list[int], seconds: float = 120) 
                 time.sleep(0.01)
     finally:
         for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in of]
 
