@@ -143,7 +143,8 @@ def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
             index.train(keys[: 64 * lists])
             index.add(keys)
             faiss.write_index(index, str(path))
-        ivf = faiss.downcast_index(faiss.try_extract_index_ivf(read_index(path)))
+        index = read_index(path)  # which owns what is extracted from it
+        ivf = faiss.downcast_index(faiss.try_extract_index_ivf(index))
         ivf.nprobe = wanted.nprobe
         search, queries = ListSearch(ivf), keys[:4096]
         seconds = quickest(lambda: search.search(queries, k), 2) / len(queries)
