@@ -99,7 +99,7 @@ class Constants:
         hnsw_ns: per value of 512 distances, where a graph finds the list.
         select_ns: per candidate, choosing 1024 of 5800 (`k_smallest`).
         scatter_ns: per candidate, bringing distances from lists to queries.
-        sieve_ns: per candidate, dropping all but the nearest where there are many, in lists of 1024.
+        sieve_ns: per candidate, dropping all but the nearest where there are many (lists of 1024).
         sort_ns: per neighbour, all else that `ListSearch` does: sorting, looking up ids.
         decode_half_ns: per value of a list, from half precision, and its part of the length.
         decode_sq8_ns: the same from 8 bits.
