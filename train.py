@@ -16,6 +16,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from callbacks.throughput import Throughput
 from cli import ProgramCLI, check_row_length
 from datamodules.corpora import SPLITS
+from datamodules.lm import ResumableLoader
 from errors import InputError, exit_with_one_sentence
 from models.gnn_lm import GNNLM
 from products import NeighborProducts
@@ -61,9 +62,9 @@ class TrainCLI(ProgramCLI):
         self.datamodule.max_target_positions = longest
 
 
-class BeginTogether(Callback):
+class Continuation(Callback):
     """Refuses ranks that would go on from different updates, as on hosts that share no run
-    directory.
+    directory; and sees to it that a batch whose update was interrupted comes again.
 
     Args:
         ckpt_path: what this rank goes on from, if anything.
@@ -85,6 +86,20 @@ class BeginTogether(Callback):
                 f"go on from update {own}, but rank 0 from update {first}; expected the same "
                 "last.ckpt in the run directories of all hosts"
             )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Before the last checkpoint is saved. Lightning would count the batch as had, and then
+        validate one update too early."""
+        progress, loader = trainer.fit_loop.epoch_loop.batch_progress, trainer.train_dataloader
+        if (
+            isinstance(loader, ResumableLoader)
+            and progress.current.ready > progress.current.processed
+        ):
+            loader.consumed -= 1
+            for counts in (progress.total, progress.current):
+                counts.ready = counts.started = counts.processed
 
 
 def checkpoint_to_continue(cli: TrainCLI) -> str | None:
@@ -168,7 +183,7 @@ def main() -> None:
     seconds = give_neighbors(cli) if isinstance(cli.model, GNNLM) else {}
     throughput = Throughput()
     trainer = cli.make_trainer(
-        [BeginTogether(ckpt_path), best, last, LearningRateMonitor("step"), throughput],
+        [Continuation(ckpt_path), best, last, LearningRateMonitor("step"), throughput],
         log_dir=cli.run_dir / "train",
     )
     if trainer.is_global_zero:

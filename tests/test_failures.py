@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from small import ROOT, SMALL, write_corpus
 
 import evaluate
 import train
+from datamodules.lm import ResumableLoader
 
 HERE = (*SMALL, "--data.corpus", "words")
 CKPT = ("--ckpt_path", "runs/words/checkpoints/best.ckpt")
@@ -181,6 +183,19 @@ def test_killed_datastore_goes_on_to_the_same_bytes(workplace, run_program, tmp_
     run_program(workplace, "evaluate.py", *flags, "--knn.datastore", cut)
     for name in ("keys.npy", "values.npy"):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_batch_whose_update_is_interrupted_comes_again():
+    loader = ResumableLoader(range(5), sampler=range(5))
+    loader.consumed = 3
+    for ready, consumed in ((3, 3), (4, 2)):
+        counts = [SimpleNamespace(ready=n + ready, processed=n + 3) for n in (0, 5)]
+        progress = SimpleNamespace(current=counts[0], total=counts[1])
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader)
+        train.Continuation(None).on_exception(trainer, None, KeyboardInterrupt())
+        assert loader.state_dict()["consumed"] == consumed
+        assert (counts[0].ready, counts[1].ready) == (3, 8)
 
 
 def test_interrupted_training_goes_on_with_the_same_numbers(workplace, run_program, tmp_path):
