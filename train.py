@@ -97,9 +97,11 @@ class Continuation(Callback):
             isinstance(loader, ResumableLoader)
             and progress.current.ready > progress.current.processed
         ):
-            loader.consumed -= 1
+            made = trainer.global_step > progress.total.processed
+            loader.consumed -= not made
             for counts in (progress.total, progress.current):
-                counts.ready = counts.started = counts.processed
+                counts.processed += made
+                counts.ready = counts.started = counts.completed = counts.processed
 
 
 def checkpoint_to_continue(cli: TrainCLI) -> str | None:

@@ -192,7 +192,7 @@ def test_a_batch_whose_update_is_interrupted_comes_again():
         counts = [SimpleNamespace(ready=n + ready, processed=n + 3) for n in (0, 5)]
         progress = SimpleNamespace(current=counts[0], total=counts[1])
         loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader)
+        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader, global_step=8)
         train.Continuation(None).on_exception(trainer, None, KeyboardInterrupt())
         assert loader.state_dict()["consumed"] == consumed
         assert (counts[0].ready, counts[1].ready) == (3, 8)
