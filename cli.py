@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from argparse import ArgumentParser
+from copy import deepcopy
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from jsonargparse.typing import PositiveInt
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import rank_watch
@@ -101,18 +103,37 @@ class ProgramCLI(LightningCLI):
         """The known corpus's name or the folder's."""
         return Path(self.config.data.corpus).resolve().name
 
-    def make_trainer(self, callbacks: list[Callback], log_dir: Path) -> Trainer:
-        """A Lightning trainer for one stage, with the user's settings and our callbacks."""
+    def make_trainer(
+        self, callbacks: list[Callback], log_dir: Path, training: bool = False
+    ) -> Trainer:
+        """A Lightning trainer for one stage, with the user's settings and our callbacks.
+
+        Args:
+            training: whether the stage is a training: `fsdp` shares out what that needs, in all
+                other stages each rank has the whole model.
+        """
         settings = {**self.config_init.trainer}
+        for name in ("strategy", "plugins"):  # a trainer makes them its own
+            settings[name] = deepcopy(settings[name])
         if settings["logger"] in (None, True):
             settings["logger"] = TensorBoardLogger(log_dir.parent, name="", version=log_dir.name)
         settings["default_root_dir"] = self.run_dir
+        if settings["strategy"] == "fsdp":
+            one_file = ModelParallelStrategy(save_distributed_checkpoint=False)
+            settings["strategy"] = one_file if training else "ddp"
+            settings["inference_mode"] = False  # weights gathered in it could not be trained on
         watching = WatchRanks(self.config.lost_after)
         chosen = settings["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         settings["callbacks"] = [watching, *chosen, *callbacks]
         try:
             trainer = Trainer(**settings)
+            ddp = settings["strategy"] in ("auto", "ddp") and isinstance(
+                trainer.strategy, DDPStrategy
+            )
+            if ddp and training and self.model.leaves_out_parameters:
+                settings["strategy"] = "ddp_find_unused_parameters_true"
+                trainer = Trainer(**settings)
         except (ValueError, MisconfigurationException) as error:
             reason = " ".join(str(error).split()).split(". ")[0]
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error

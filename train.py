@@ -179,7 +179,7 @@ def main() -> None:
         filename="last",
         every_n_train_steps=cli.config.checkpoint_every,
         enable_version_counter=False,
-        save_on_exception=True,
+        save_on_exception=cli.config.trainer.strategy != "fsdp",  # not by one rank alone
     )
     cli.make_trainer([], cli.run_dir / "train")  # refuses what it cannot do before any work
     seconds = give_neighbors(cli) if isinstance(cli.model, GNNLM) else {}
@@ -187,6 +187,7 @@ def main() -> None:
     trainer = cli.make_trainer(
         [Continuation(ckpt_path), best, last, LearningRateMonitor("step"), throughput],
         log_dir=cli.run_dir / "train",
+        training=True,
     )
     if trainer.is_global_zero:
         cli.run_dir.mkdir(parents=True, exist_ok=True)

@@ -24,9 +24,9 @@ class Throughput(Callback):
         self.seconds = 0.0
         self.model_seconds = 0.0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._take()
+        self.tokens, self.since = 0, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx
@@ -34,21 +34,29 @@ class Throughput(Callback):
         """Counts the batch and, when a step is logged, logs the rate since the last time."""
         self.tokens += int(batch.scored.sum()) * trainer.world_size
         if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
-            tokens, seconds = self._take()
-            pl_module.log("train/tokens_per_second", tokens / seconds)
-            self.trained_tokens += tokens
-            self.trained_seconds += seconds
+            pl_module.log("train/tokens_per_second", self._count())
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        self._count()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is no training time."""
-        self._take()
+        self.since = time.perf_counter()
 
-    def _take(self) -> tuple[int, float]:
-        """Tokens and seconds since the last call."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the rest."""
+        self._count()
+
+    def _count(self) -> float:
+        """Adds what was trained on since the last call; its tokens a second."""
         now = time.perf_counter()
-        taken = self.tokens, now - self.since
+        tokens, seconds = self.tokens, now - self.since
+        if tokens:
+            self.trained_tokens += tokens
+            self.trained_seconds += seconds
         self.tokens, self.since = 0, now
-        return taken
+        return tokens / seconds
 
     def _start(self, *_) -> None:
         self.model_seconds, self.since = 0.0, time.perf_counter()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -244,6 +245,11 @@ class GNNLM(LanguageModel):
         """Whether training changes the LM's features."""
         return bool({"embedding", "layers"} & set(self.hparams.unfreeze))
 
+    @property
+    def leaves_out_parameters(self) -> bool:
+        """A batch that takes the LM's path leaves out the graph network."""
+        return self.hparams.lm_path_probability > 0
+
     def train(self, mode: bool = True) -> "GNNLM":
         """Dropout stays off in an LM that is not trained."""
         super().train(mode)
@@ -306,8 +312,6 @@ class GNNLM(LanguageModel):
 
     def score(self, batch, with_log_probs: bool = True) -> TokenScores:
         """See `LanguageModel.score`."""
-        if self.training and torch.rand(()) < self.hparams.lm_path_probability:
-            return self._score_by_lm(batch)
         wanted = self.wanted_features
         hidden, out, features = self(batch, wanted)
         features = {name: features[name][batch.scored] for name in wanted}
@@ -329,12 +333,16 @@ class GNNLM(LanguageModel):
             features.get(self.rescoring_key_type),
         )
 
-    def _score_by_lm(self, batch) -> TokenScores:
-        """The LM's path past the graph network, through the trained softmax."""
-        hidden, _ = self.lm(batch.tokens)
-        targets = batch.targets[batch.scored]
-        log_probs = self.softmax.target_log_prob(hidden[batch.scored], targets)
-        return TokenScores(batch.positions[batch.scored], targets, log_probs, None)
+    def training_log_probs(self, batch) -> Tensor:
+        """By the graph network, or by the LM's path past it; through the trained softmax either
+        way. All ranks take the same path."""
+        if self.hparams.lm_path_probability:
+            which = (torch.initial_seed(), self.trainer.fit_loop.total_batch_idx)
+            if np.random.default_rng(which).random() < self.hparams.lm_path_probability:
+                hidden, _ = self.lm(batch.tokens)
+                targets = batch.targets[batch.scored]
+                return self.softmax.target_log_prob(hidden[batch.scored], targets)
+        return super().training_log_probs(batch)
 
     @torch.inference_mode()
     def begin_as_lm(self, batches: Iterable) -> None:

@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from models import schedules
+from models.decoder import DecoderLayer
 from models.metrics import TokenLoss
 
 
@@ -62,6 +66,11 @@ class LanguageModel(pl.LightningModule):
         """Longest row the model reads."""
         raise NotImplementedError
 
+    @property
+    def leaves_out_parameters(self) -> bool:
+        """Whether some training batches use only some of the parameters that are trained."""
+        return False
+
     def key_width(self, key_type: str) -> int:
         """Width of the vectors of a key type.
 
@@ -80,9 +89,13 @@ class LanguageModel(pl.LightningModule):
         """Log-probabilities and keys of the scored tokens of an `LMBatch`."""
         raise NotImplementedError
 
+    def training_log_probs(self, batch) -> Tensor:
+        """Natural-log probability of each scored target, fp32 `[n]`, with its gradient."""
+        return self.score(batch).log_probs
+
     def training_step(self, batch, batch_idx: int) -> Tensor:
         """Mean negative log-likelihood of the batch's targets."""
-        loss = -self.score(batch).log_probs.mean()
+        loss = -self.training_log_probs(batch).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -120,7 +133,21 @@ class LanguageModel(pl.LightningModule):
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+        norm = nn.utils.get_total_norm(gradients)
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def configure_model(self) -> None:
+        """In a training with `--trainer.strategy fsdp`, shares parameters, gradients and the
+        optimiser's state out to the ranks: those of each layer together, and those of all else."""
+        shared_out = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if not shared_out or isinstance(self, FSDPModule):
+            return
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                fully_shard(module)
+        fully_shard(self)
+        for step in (self.training_step, self.validation_step):
+            register_fsdp_forward_method(self, step.__name__)
 
     def configure_optimizers(self):
         """The optimiser and, per update, its schedule."""

@@ -56,7 +56,7 @@ def store(workplace, run_program):
         (("--knn.lmbda", "1.5"), ("--knn.lmbda", "1.5", "from 0 to 1")),
         (("--knn.k", "100000"), ("--knn.k", "100000", "keys")),
         (("--split", "train"), ("--split train", "its own key")),
-        (("--trainer.strategy", "fsdp"), ("--trainer.*", "fsdp")),
+        (("--trainer.strategy", "ddpp"), ("--trainer.*", "ddpp")),
         (("--split", "dev"), ("--split", "dev", "train, valid, test")),
         (("--knn.k", "0"), ("--knn.k", "at least 1")),
         (("--knn.temperature", "0"), ("--knn.temperature", "more than 0")),

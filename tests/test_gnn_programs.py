@@ -201,6 +201,19 @@ def test_a_second_stage_begins_with_the_first(trained, run_program):
     assert not list((trained / "datastores/words/train").glob("neighbors-k2*.npy"))  # k = 4 serves
 
 
+def test_ranks_take_the_same_path(trained, run_program):
+    """Some batches go past the graph network: what they leave out waits for nobody, where weights
+    are shared out too."""
+    joint = ("--model.unfreeze", "[layers]", "--model.lm_path_probability", 0.5)
+    joint = (*joint, "--neighbors.token_features", "online", "--trainer.devices", 2)
+    best = []
+    for strategy in ("ddp", "fsdp"):
+        run = ("--trainer.strategy", strategy, "--trainer.default_root_dir", f"runs/{strategy}")
+        run_program(trained, "train.py", *DATA, *NETWORK, *STEPS, *LM, *joint, *run)
+        best.append(read(trained, f"runs/{strategy}/training.json")["best_valid_ppl"])
+    assert best[1] == pytest.approx(best[0], rel=1e-6)
+
+
 SHARD = ("--neighbors.shards", 2, "--neighbors.shard", 1)
 LAST_HIDDEN = (
     *("--neighbors.key_type", "last_hidden", "--neighbors.features", "keys"),

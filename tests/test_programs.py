@@ -172,6 +172,25 @@ def test_figures_do_not_depend_on_ranks(workplace, run_program):
         np.testing.assert_array_equal(scores[0][name], scores[1][name])
 
 
+def test_parameters_shared_out_to_ranks(workplace, run_program, tmp_path):
+    """fsdp trains to what ddp trains to, also where it goes on, and what it leaves is evaluated."""
+    best = []
+    for strategy, updates in (("ddp", (12,)), ("fsdp", (6, 12))):
+        ranks = ("--trainer.devices", 2, "--trainer.strategy", strategy)
+        run = tmp_path / strategy
+        flags = (*HERE, *ranks, "--trainer.val_check_interval", 6)
+        for last in updates:
+            place = ("--trainer.default_root_dir", run, "--trainer.max_steps", last)
+            run_program(workplace, "train.py", *flags, *place)
+        summary = json.loads((run / "training.json").read_text())
+        assert summary["updates"] == 12
+        best.append(summary["best_valid_ppl"])
+    assert best[1] == pytest.approx(best[0], rel=1e-6)
+    made = ("--ckpt_path", run / "checkpoints/best.ckpt", "--output", tmp_path / "results.json")
+    run_program(workplace, "evaluate.py", *HERE, *made, *ranks, "--split", "valid")
+    assert json.loads((tmp_path / "results.json").read_text())["ppl"] == pytest.approx(best[0])
+
+
 def test_same_command_same_numbers_and_a_finished_run_stays(workplace, run_program, tmp_path):
     flags = (*HERE, "--trainer.max_steps", 40, "--trainer.val_check_interval", 20)
     run_program(workplace, "train.py", *flags, "--trainer.default_root_dir", tmp_path / "again")

@@ -1,6 +1,7 @@
 """GNN-LM as a model: what it can see, that it is a distribution, and what of it is trained."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,10 +151,30 @@ def test_lm_path():
     by_lm = model.softmax.target_log_prob(
         model.lm(batch.tokens)[0][batch.scored], batch.targets[batch.scored]
     )
-    model.train()
-    torch.testing.assert_close(model.score(batch).log_probs, by_lm)
-    model.eval()
+    model.trainer = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=0))
+    torch.testing.assert_close(model.training_log_probs(batch), by_lm)
     assert not torch.allclose(model.score(batch).log_probs, by_lm)
+
+
+def test_share_of_batches_that_take_the_lm_path():
+    """By their number alone, so that all ranks take the same."""
+    model = make_model(unfreeze=["adaptive_softmax"], lm_path_probability=0.3)
+    batch = make_batch(torch.randint(VOCAB, (2, LENGTH + 1)))
+    by_lm = model.softmax.target_log_prob(
+        model.lm(batch.tokens)[0][batch.scored], batch.targets[batch.scored]
+    )
+
+    def paths() -> list[bool]:
+        taken = []
+        for number in range(200):
+            model.trainer = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=number))
+            taken.append(torch.allclose(model.training_log_probs(batch), by_lm))
+            torch.rand(3)  # what else a rank draws
+        return taken
+
+    first = paths()
+    assert 0.2 < np.mean(first) < 0.4
+    assert paths() == first
 
 
 def test_training_begins_near_the_lm():
