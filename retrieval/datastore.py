@@ -212,7 +212,10 @@ class Datastore:
 
     def values_of(self, rows: np.ndarray) -> np.ndarray:
         """Values of rows int64 of any shape; any value where missing, -1."""
-        return self.values[self.places_of(np.where(rows < 0, self.in_whole(np.int64(0)), rows))]
+        missing = rows < 0
+        if missing.any():
+            rows = np.where(missing, self.in_whole(np.int64(0)), rows)
+        return self.values[self.places_of(rows)]
 
     def places_of(self, rows: np.ndarray) -> np.ndarray:
         """From rows, those of the whole where this is part of one, to places in the arrays.

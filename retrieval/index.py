@@ -130,7 +130,9 @@ class FaissRetriever:
         distances, ids = self._search(normalized(queries, self.metric), k, ordered)
         if not self.counts_rows:
             return distances, self.datastore.rows_of(ids)
-        return distances, np.where(np.isin(ids, self.datastore.masked), -1, ids)
+        if len(self.datastore.masked):
+            ids = np.where(np.isin(ids, self.datastore.masked), -1, ids)
+        return distances, ids
 
     def _search(self, queries: np.ndarray, k: int, ordered: bool) -> tuple[np.ndarray, np.ndarray]:
         if self.lists is None or not self.lists.pays(len(queries)):

@@ -17,6 +17,12 @@ from torch import Tensor
 from retrieval.datastore import BLOCK_BYTES, Datastore
 from retrieval.retriever import Metric, normalized
 
+LIGHTEST = -80.0
+"""Logarithm of the least weight, relative to the largest: no sum in fp32 changes by those below it,
+whose exponentials would take many times as long."""
+SMALL = -50.0
+"""Logarithm of what all hits weigh, below which `LIGHTEST` is not light beside it."""
+
 
 def neighbor_scores(distances: np.ndarray, rows: np.ndarray, metric: Metric) -> Tensor:
     """Scores of neighbours, larger is nearer and -inf where missing.
@@ -102,15 +108,23 @@ def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tens
     >>> round(knn_log_prob(scores, torch.tensor([[True, False, True, True]])).exp().item(), 4)
     0.6667
     """
-    best = scores.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
-    scaled = (scores - best).div_(temperature)  # only differences matter, and these are exact
-    weights = scaled.exp()
+    best, weights = _weights(scores, temperature)
     total = weights.sum(dim=1)
     of_target = weights.mul_(hits).sum(dim=1).log()
-    small = of_target < -80  # where the weights' digits are lost in fp32
+    small = (of_target < SMALL) & ~of_target.isneginf()
     if small.any():
-        of_target[small] = scaled[small].masked_fill(~hits[small], -torch.inf).logsumexp(dim=1)
+        of_hits = scores[small].masked_fill(~hits[small], -torch.inf)
+        best_hit, weights = _weights(of_hits, temperature)
+        log_weights = weights.mul_(~of_hits.isneginf()).sum(dim=1, keepdim=True).log()
+        of_target[small] = ((best_hit - best[small]) / temperature + log_weights).squeeze(1)
     return torch.where(of_target.isneginf(), of_target, of_target - total.log())
+
+
+def _weights(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The best score of each row `[Q, 1]`, and what all weigh relative to it `[Q, k]`."""
+    best = scores.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
+    below = (scores - best).div_(temperature)  # only differences matter, and these are exact
+    return best, below.clamp_(min=LIGHTEST).exp_()
 
 
 def knn_distribution(

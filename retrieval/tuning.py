@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from retrieval.cache import Retrieved
-from retrieval.knn import interpolate
+from retrieval.knn import LIGHTEST, interpolate
 
 PART = 1 << 19
 """Numbers that are weighed at a time: they stay in the processor's cache."""
-LIGHTEST = -80.0
-"""Logarithm of the least weight, relative to the largest: no sum in fp32 changes by those below it,
-whose exponentials would take several times as long."""
 
 
 # -- the grid ------------------------------------------------------------------------------------
