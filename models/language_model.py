@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -139,8 +138,7 @@ class LanguageModel(pl.LightningModule):
     def configure_model(self) -> None:
         """In a training with `--trainer.strategy fsdp`, shares parameters, gradients and the
         optimiser's state out to the ranks: those of each layer together, and those of all else."""
-        shared_out = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if not shared_out or isinstance(self, FSDPModule):
+        if self.device_mesh is None or isinstance(self, FSDPModule):
             return
         for module in self.modules():
             if isinstance(module, DecoderLayer):
