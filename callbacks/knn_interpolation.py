@@ -23,8 +23,6 @@ from retrieval.retriever import Metric, Retriever
 FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 8192
 """Queries of the first search, so that it begins soon, and at most: lists that many queries visit
 are read once. Each search has twice as many as the one before."""
-SHORT = 0.01
-"""Seconds that the model may wait without being held up."""
 MIXED_AT_ONCE = 128
 """Tokens whose neighbours are weighed at a time: what they are weighed by stays in the cache."""
 
@@ -80,9 +78,10 @@ class KNNInterpolation(Callback):
         self.waiting: list = []
         self.enough = FIRST_QUERIES
         self.background = Background()
-        self.threads = self.share = self.searching = torch.get_num_threads()
-        """Of the model and the search together, of the search beside the model, and of the next
-        search, which takes all where the model has had to wait for the one before."""
+        self.threads = self.share = torch.get_num_threads()
+        """Of the model and the search together, and of a search that the model is not ahead of."""
+        self.queued = 0
+        """Searches that have not begun."""
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
         waiting for them (`wait`)."""
@@ -94,7 +93,7 @@ class KNNInterpolation(Callback):
             self.retriever.connect()
         self.threads = torch.get_num_threads()
         on_cpu = pl_module.device.type == "cpu"
-        self.share = self.searching = max(self.threads // 2, 1) if on_cpu else self.threads
+        self.share = max(self.threads // 2, 1) if on_cpu else self.threads
         self.background = Background(threads=self.share)
         if on_cpu:
             torch.set_num_threads(max(self.threads - self.share, 1))
@@ -106,7 +105,7 @@ class KNNInterpolation(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts new sums."""
         self.seconds.clear()
-        self.waiting, self.enough = [], FIRST_QUERIES
+        self.waiting, self.enough, self.queued = [], FIRST_QUERIES, 0
         self.mixture = self.new_mixture()
 
     def on_test_batch_end(
@@ -125,11 +124,9 @@ class KNNInterpolation(Callback):
         if self.waiting:
             columns = [torch.cat(parts) for parts in zip(*self.waiting, strict=True)]
             self.waiting = []
-            before = self.seconds["wait"]
+            self.queued += 1
             with self._timed("wait"):
                 self.background.submit(self._retrieve, *columns)
-            behind = self.seconds["wait"] - before > SHORT
-            self.searching = self.threads if behind else self.share
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -141,10 +138,11 @@ class KNNInterpolation(Callback):
     def _retrieve(
         self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor, others: Tensor
     ) -> None:
+        self.queued -= 1
         if len(positions) == 0:
             return
         queries = keys.numpy()
-        faiss.omp_set_num_threads(self.searching)
+        faiss.omp_set_num_threads(self.threads if self.queued else self.share)
         values = None
         with self._timed("search"):
             if isinstance(self.retriever, DistributedRetriever):
@@ -186,8 +184,8 @@ class KNNInterpolation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches, which take the model's threads too, also those of the other
         ranks where all search together."""
+        self.share = self.threads
         self._submit()
-        self.searching = self.threads
         with self._timed("wait"):
             if isinstance(self.retriever, DistributedRetriever):
                 self.background.submit(self.retriever.serve)

@@ -208,7 +208,7 @@ class Datastore:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Keys of ascending row numbers, fp32 `[len(rows), d]`."""
-        return self.keys[self.places_of(rows)].astype(np.float32)
+        return _fp32(self.keys[self.places_of(rows)])
 
     def values_of(self, rows: np.ndarray) -> np.ndarray:
         """Values of rows int64 of any shape; any value where missing, -1."""
@@ -250,9 +250,14 @@ class Datastore:
         for first in range(start, self.n_keys, step):
             last = min(first + step, self.n_keys)
             if len(self.masked) == 0:
-                yield self.keys[first:last].astype(np.float32)
+                yield _fp32(np.array(self.keys[first:last]))
             else:
                 yield self.read(self.rows_of(np.arange(first, last)))
+
+
+def _fp32(keys: np.ndarray) -> np.ndarray:
+    """Torch converts several times faster than numpy."""
+    return torch.from_numpy(keys).float().numpy()
 
 
 def read_datastore_manifest(path: Path) -> dict[str, Any]:

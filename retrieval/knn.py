@@ -14,9 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval.datastore import BLOCK_BYTES, Datastore
+from retrieval.datastore import Datastore
+from retrieval.parallel import in_parallel
 from retrieval.retriever import Metric, normalized
 
+PLACE_BITS = 20
+"""Of this many bits are the places of neighbours that are sorted by their rows at a time."""
+KEY_BYTES = 8 << 20
+"""What the keys that are compared at a time may take."""
 LIGHTEST = -80.0
 """Logarithm of the least weight, relative to the largest: no sum in fp32 changes by those below it,
 whose exponentials would take many times as long."""
@@ -46,8 +51,8 @@ def exact_distances(
 ) -> np.ndarray:
     """Distances to the stored keys of neighbours that an index found.
 
-    Each distinct row is read once, in ascending order, a bounded number at a time; no `[Q, k, d]`
-    array is made.
+    Each distinct row is read once, those of a block in ascending order; no `[Q, k, d]` array is
+    made. By as many threads as faiss would take here.
 
     Args:
         queries: fp32 `[Q, d]`.
@@ -57,40 +62,65 @@ def exact_distances(
         fp32 `[Q, k]`; what stands at missing neighbours has no meaning.
     """
     queries = normalized(queries, metric)
+    threads = faiss.omp_get_max_threads()
     flat = rows.reshape(-1)
-    # Row and place of each pair in one integer: numpy sorts those much faster than it argsorts.
-    bits = max(flat.size - 1, 1).bit_length()
-    pairs = flat << bits
-    pairs |= np.arange(flat.size)
-    pairs.sort()
-    pairs = pairs[np.searchsorted(pairs, 0) :]
-    order, ascending = pairs & ((1 << bits) - 1), pairs >> bits
-    is_first = np.diff(ascending, prepend=-1) > 0
-    distinct = ascending[is_first]
-    number = np.cumsum(is_first) - 1  # of the distinct row, for each pair
-    query = order // rows.shape[1]
+    size = 1 << PLACE_BITS
+    parts = [flat[first : first + size] for first in range(0, max(flat.size, 1), size)]
+    sorted_pairs = in_parallel(_sorted_pairs, parts, threads)
+    distinct = np.sort(np.concatenate(in_parallel(_rows_of, sorted_pairs, threads)))
+    distinct = distinct[_firsts(distinct)]
     pairwise = (
         faiss.pairwise_indexed_L2sqr if metric == "l2" else faiss.pairwise_indexed_inner_product
     )
     result = np.zeros(flat.shape, dtype=np.float32)
-    step = max(BLOCK_BYTES // (4 * datastore.dim), 1)
-    for first in range(0, len(distinct), step):
-        keys = normalized(datastore.read(distinct[first : first + step]), metric)
-        begin, end = np.searchsorted(number, [first, first + step]).tolist()
-        out = np.empty(end - begin, dtype=np.float32)
-        of_query = np.ascontiguousarray(query[begin:end])
-        of_key = number[begin:end] - first
-        pairwise(
-            datastore.dim,
-            end - begin,
-            faiss.swig_ptr(queries),
-            faiss.swig_ptr(of_query),
-            faiss.swig_ptr(keys),
-            faiss.swig_ptr(of_key),
-            faiss.swig_ptr(out),
-        )
-        result[order[begin:end]] = out
+
+    def measure(block: np.ndarray) -> None:
+        keys = normalized(datastore.read(block), metric)
+        bounds = np.array([block[0], block[-1] + 1]) << PLACE_BITS
+        for number, pairs in enumerate(sorted_pairs):
+            begin, end = np.searchsorted(pairs, bounds)
+            places = (pairs[begin:end] & (size - 1)) + number * size
+            of_query = places // rows.shape[1]
+            firsts = _firsts(pairs[begin:end] >> PLACE_BITS)
+            numbers = np.searchsorted(block, pairs[begin:end][firsts] >> PLACE_BITS)
+            of_key = np.repeat(numbers, np.diff(firsts, append=end - begin))
+            out = np.empty(len(places), dtype=np.float32)
+            pairwise(
+                datastore.dim,
+                len(places),
+                faiss.swig_ptr(queries),
+                faiss.swig_ptr(of_query),
+                faiss.swig_ptr(keys),
+                faiss.swig_ptr(of_key),
+                faiss.swig_ptr(out),
+            )
+            result[places] = out
+
+    step = max(KEY_BYTES // (4 * datastore.dim), 1)
+    in_parallel(measure, [distinct[i : i + step] for i in range(0, len(distinct), step)], threads)
     return result.reshape(rows.shape)
+
+
+def _sorted_pairs(rows: np.ndarray) -> np.ndarray:
+    """Row and place `[n]` of neighbours in one integer each, in ascending order, without missing
+    ones: numpy sorts integers much faster than it argsorts them."""
+    pairs = rows << PLACE_BITS
+    pairs |= np.arange(len(rows))
+    pairs.sort()
+    return pairs[np.searchsorted(pairs, 0) :]
+
+
+def _firsts(ascending: np.ndarray) -> np.ndarray:
+    """Where each distinct number is for the first time."""
+    new = np.ones(len(ascending), dtype=bool)
+    np.not_equal(ascending[1:], ascending[:-1], out=new[1:])
+    return np.flatnonzero(new)
+
+
+def _rows_of(pairs: np.ndarray) -> np.ndarray:
+    """The distinct rows."""
+    rows = pairs >> PLACE_BITS
+    return rows[_firsts(rows)]
 
 
 def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tensor:

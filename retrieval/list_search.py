@@ -8,7 +8,6 @@ than a bound are dropped at once (`Sieve`), so that many more queries share what
 """
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import DTypeLike
 from threadpoolctl import ThreadpoolController
 
+from retrieval.parallel import in_parallel
 from retrieval.selection import k_smallest, sort_rows
 
 BUFFER_BYTES = 256 << 20
@@ -43,7 +43,6 @@ class ListSearch:
 
     def __init__(self, ivf: faiss.IndexIVF) -> None:
         self.ivf = ivf
-        self.pool = ThreadPoolExecutor(initializer=_take_one_core)
         self.threads = 1
         self.similar = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
         self.centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
@@ -123,19 +122,8 @@ class ListSearch:
         return len(self.sizes) - 1
 
     def map(self, function, parts) -> list:
-        """Results for each part, by as many threads as are allowed, which take one core each."""
-        parts = list(parts)
-        results = [None] * len(parts)
-        left = iter(range(len(parts)))  # whose `next` is atomic
-
-        def work() -> None:
-            for number in left:
-                results[number] = function(parts[number])
-
-        workers = [self.pool.submit(work) for _ in range(min(self.threads, len(parts)))]
-        for worker in workers:
-            worker.result()
-        return results
+        """Results for each part, by as many threads as are allowed."""
+        return in_parallel(function, parts, self.threads)
 
     def left(self, queries: np.ndarray) -> np.ndarray:
         """What is multiplied with the transpose of `right` for negative inner products or squared
@@ -195,13 +183,6 @@ class ListSearch:
         order = np.argsort(flat.astype(smallest_type), kind="stable")
         numbers, firsts = np.unique(flat[order], return_index=True)
         return numbers, order, np.append(firsts, len(order))
-
-
-def _take_one_core() -> None:
-    """In this thread neither torch nor faiss start threads of their own; their loops are short, and
-    these would wait for one another longer than they work."""
-    torch.get_num_threads()  # from its first call in a thread on it leaves the number alone
-    ThreadpoolController().select(user_api="openmp").limit(limits=1)
 
 
 def sieve_pays(visited: float, k: int) -> bool:

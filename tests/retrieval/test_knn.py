@@ -76,7 +76,8 @@ def test_scores_follow_the_metric():
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_exact_distances(make_store, metric, dtype, monkeypatch):
-    monkeypatch.setattr(knn_module, "BLOCK_BYTES", 4 * 8 * 37)  # blocks of 37 distinct rows
+    monkeypatch.setattr(knn_module, "KEY_BYTES", 4 * 8 * 37)  # blocks of 37 distinct rows
+    monkeypatch.setattr(knn_module, "PLACE_BITS", 7)  # parts of 128 of the 760 neighbours
     store, keys, _ = make_store(dtype=dtype)
     rng = np.random.default_rng(4)
     queries = rng.normal(size=(19, 8)).astype(np.float32)
@@ -98,6 +99,7 @@ def test_nothing_found_at_all(make_store):
     rows = np.full((2, 3), -1)
     scores = neighbor_scores(exact_distances(np.ones((2, 8)), rows, store, "l2"), rows, "l2")
     assert knn_log_prob(scores, torch.zeros(2, 3, dtype=torch.bool)).isneginf().all()
+    assert exact_distances(np.ones((0, 8)), rows[:0], store, "l2").shape == (0, 3)
 
 
 def test_mixture_where_probabilities_underflow():
@@ -163,13 +165,14 @@ class Counting(Datastore):
 
 
 def test_exact_distances_read_each_row_once_in_order_and_in_blocks(make_store, monkeypatch):
-    monkeypatch.setattr(knn_module, "BLOCK_BYTES", 4 * 8 * 10)
+    monkeypatch.setattr(knn_module, "KEY_BYTES", 4 * 8 * 10)
+    monkeypatch.setattr(knn_module, "PLACE_BITS", 6)
     store, _, _ = make_store()
     store = Counting(store.path, {}, store.keys, store.values, store.masked)
     rows = np.random.default_rng(0).integers(-1, 60, (30, 20))
     queries = np.random.default_rng(1).normal(size=(30, 8)).astype(np.float32)
     found = exact_distances(queries, rows.T.copy().T, store, "l2")  # any memory layout
-    blocks = store.manifest["read"]
+    blocks = sorted(store.manifest["read"], key=lambda block: block[0])  # by several threads
     assert max(len(block) for block in blocks) <= 10
     np.testing.assert_array_equal(np.concatenate(blocks), np.unique(rows[rows >= 0]))
     expected = ((queries[:, None].astype(np.float64) - store.keys[rows]) ** 2).sum(-1)
