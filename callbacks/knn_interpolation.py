@@ -1,5 +1,6 @@
 """`KNNInterpolation`: mixes a model's test-time log-probabilities with the kNN distribution."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from retrieval.retriever import Metric, Retriever
 FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 8192
 """Queries of the first search, so that it begins soon, and at most: lists that many queries visit
 are read once. Each search has twice as many as the one before."""
+SWITCH_SECONDS = 5e-5
+"""How long Python lets one thread keep another waiting: a hundredth of what it does by default,
+since the model and the search call many functions that take less than a millisecond."""
 MIXED_AT_ONCE = 128
 """Tokens whose neighbours are weighed at a time: what they are weighed by stays in the cache."""
 
@@ -82,13 +86,16 @@ class KNNInterpolation(Callback):
         """Of the model and the search together, and of a search that the model is not ahead of."""
         self.queued = 0
         """Searches that have not begun."""
+        self.switch_seconds = sys.getswitchinterval()
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
         waiting for them (`wait`)."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where both compute on the CPU the search takes half of the model's threads, and connects
-        the ranks where all search together."""
+        """Where both compute on the CPU the search takes half of the model's threads; connects the
+        ranks where all search together."""
+        self.switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         if isinstance(self.retriever, DistributedRetriever):
             self.retriever.connect()
         self.threads = torch.get_num_threads()
@@ -101,6 +108,7 @@ class KNNInterpolation(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the threads back."""
         torch.set_num_threads(self.threads)
+        sys.setswitchinterval(self.switch_seconds)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts new sums."""
