@@ -286,6 +286,9 @@ class NeighborProducts:
         self.data = data
         self.model = model
         self.settings = settings
+        self.checkpoint = getattr(cli, "ckpt_path", model.hparams.start_from)
+        """Which the trained network is of: the one evaluated, or the one that training starts
+        from."""
         self._choose_token_features(token_features)
         made_by = (settings.datastores, model.lm_fingerprint)
         self.products = Products(cli, data, model.lm, settings.knn, *made_by)
@@ -301,7 +304,7 @@ class NeighborProducts:
             "codec": self.codec if settings.features == "codes" else None,
         }
         if model.neighbors is not None:
-            refuse_mismatch(cli.config.ckpt_path or "the checkpoint", model.neighbors, seen)
+            refuse_mismatch(self.checkpoint, model.neighbors, seen)
         model.neighbors = seen
         if settings.index != IMPORTED:
             self.products.check_index()
@@ -443,7 +446,7 @@ class NeighborProducts:
         if found is None or found.shape != held.shape or (found - held).abs().max() > rounding:
             raise InputError(
                 f"{codes.path}: the centroids of its quantiser are not those that "
-                f"{self.cli.config.ckpt_path} holds; expected the codes that it was trained with"
+                f"{self.checkpoint} holds; expected the codes that it was trained with"
             )
 
     def _window(self, memory: Datastore) -> int:

@@ -92,7 +92,7 @@ class Constants:
     replaces them.
 
     Args:
-        list_gflops: products of some queries with a list (`Visit._distances`).
+        list_gflops: products of some queries with a list (`Visit._measure`).
         assign_gflops: faiss looking for the nearest of 1024 centroids, as in training and adding.
         pq_gflops: faiss looking for the nearest of 256 centroids of PQ.
         model_gflops: the LM without softmax, width 512 (it was 13 at width 128).

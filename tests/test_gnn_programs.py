@@ -21,6 +21,7 @@ NETWORK = ("--model.heads", 2, "--model.warmup_updates", 5)
 STEPS = ("--trainer.max_steps", 20, "--trainer.val_check_interval", 10)
 SPLITS = ("train", "valid", "test")
 LM = ("--model.lm_checkpoint", "runs/words/checkpoints/best.ckpt")
+GNN = "runs/words-gnn_lm/checkpoints/best.ckpt"
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +44,13 @@ def test_training_makes_what_it_lacks(trained):
     own = np.arange(len(tables["train"].rows))[:, None]
     rows = tables["train"].rows
     assert (np.abs(rows - own)[rows >= 0] >= 30).all()
-    assert load_model(trained / "runs/words-gnn_lm/checkpoints/best.ckpt").updates > 0
+    assert load_model(trained / GNN).updates > 0
     made = read(trained, "runs/words-gnn_lm/training.json")["stage_seconds"]
     assert {f"neighbors_{split}" for split in SPLITS} <= set(made)
 
 
 def test_evaluation_beside_the_lm_alone(trained, run_program):
-    ckpt = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt")
+    ckpt = ("--ckpt_path", GNN)
     scores = ("--output", "gnn.json", "--token_scores", "gnn.npz")
     done = run_program(trained, "evaluate.py", *DATA, *ckpt, *scores)
     assert "GNN-LM" in done.stdout
@@ -72,7 +73,7 @@ def evaluated_with_knn(trained, run_program):
 
     def run(key_type: str, *flags: str) -> tuple[dict, dict[str, np.ndarray]]:
         knn = ("--knnlm", "--knn.k", 8, "--knn.index", "flat", "--knn.key_type", key_type, *flags)
-        ckpt = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt")
+        ckpt = ("--ckpt_path", GNN)
         files = ("--output", "mix.json", "--token_scores", "mix.npz")
         run_program(trained, "evaluate.py", *DATA, *ckpt, *knn, *files)
         return read(trained, "mix.json")["knn"], dict(np.load(trained / "mix.npz"))
@@ -112,7 +113,7 @@ def test_neighbors_of_the_lm_weighed_by_the_graph_network(evaluated_with_knn, fo
 
 def test_shards_and_ranks_change_no_figure(trained, run_program):
     """Two ranks make what is missing, shard by shard; one finds it again."""
-    ckpt = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt")
+    ckpt = ("--ckpt_path", GNN)
     store = ("--neighbors.datastores", "shards", "--neighbors.shards", 3)
     ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
     found = {}
@@ -193,7 +194,7 @@ def test_hosts_that_share_no_files(trained, run_program, on_hosts):
 
 
 def test_a_second_stage_begins_with_the_first(trained, run_program):
-    start = ("--model.start_from", "runs/words-gnn_lm/checkpoints/best.ckpt")
+    start = ("--model.start_from", GNN)
     stage = ("--trainer.default_root_dir", "runs/stage2", "--neighbors.k", 2)
     steps = ("--trainer.max_steps", 2, "--trainer.val_check_interval", 1, "--model.lr", 1e-9)
     done = run_program(trained, "train.py", *DATA, *NETWORK, *steps, *start, *stage)
@@ -282,6 +283,11 @@ def test_evaluation_reads_stored_token_features_if_told_to(trained, evaluated_in
         ),
         ("train.py", (*LM, *SHARD, "--neighbors.shards", 1), "--neighbors.shards 1; expected"),
         ("evaluate.py", ("--ckpt_path", LM[1]), "holds a TransformerLM"),
+        (
+            "evaluate.py",
+            ("--ckpt_path", GNN, "--neighbors.features", "embeddings"),
+            f"{GNN}: its features is keys, but embeddings is expected here",
+        ),
     ],
 )
 def test_refusals(trained, run_program, program, flags, said):
