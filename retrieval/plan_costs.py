@@ -315,9 +315,9 @@ class Costs:
         """Seconds of one host for one query of a batch, on all its cores and its disk."""
         w, c = self.wanted, self.constants
         computing = self._search_of_keys() if self.shape is None else self._search_of_lists()
+        if self.rescores:
+            computing["stored keys"] = 1e-9 * w.k * w.dim * c.rescore_ns
         found = {name: seconds / w.cores for name, seconds in computing.items()}
-        if self.rescores:  # keys are read by one thread
-            found["stored keys"] = 1e-9 * w.k * w.dim * c.rescore_ns
         return found | {"disk": self._disk_seconds}
 
     def _search_of_keys(self) -> dict[str, float]:
