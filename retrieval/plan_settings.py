@@ -119,25 +119,25 @@ class Constants:
         random_reads: of 4 KiB a second by one thread.
     """
 
-    list_gflops: float = 50.0
+    list_gflops: float = 40.0
     assign_gflops: float = 50.0
     pq_gflops: float = 14.0
     model_gflops: float = 50.0
     hnsw_ns: float = 0.8
     select_ns: float = 2.7
-    scatter_ns: float = 12.0
-    sieve_ns: float = 5.0
-    sort_ns: float = 40.0
+    scatter_ns: float = 3.0
+    sieve_ns: float = 3.0
+    sort_ns: float = 60.0
     decode_half_ns: float = 0.6
     decode_sq8_ns: float = 0.45
     decode_pq_ns: float = 0.8
     encode_ns: float = 2.0
     scan_ns: float = 0.15
     heap_ns: float = 130.0
-    fast_scan_ns: float = 11.0
+    fast_scan_ns: float = 13.0
     fast_heap_ns: float = 150.0
-    rescore_ns: float = 3.5
-    mix_ns: float = 28.0
+    rescore_ns: float = 1.2
+    mix_ns: float = 20.0
     imbalance: float = 1.13
     write_gbytes: float = 0.3
     disk_write_gbytes: float = 0.3
