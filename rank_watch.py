@@ -21,6 +21,9 @@ GRACE_SECONDS = 30.0
 """For the others to end by themselves, when a rank stopped with a message of its own."""
 JOINING_SECONDS = 60.0
 """Until all ranks are connected."""
+PARTING_SECONDS = 30.0
+"""For the others to have done their part as well: what an ended process has sent last may be lost
+with its connections."""
 
 
 class Member(NamedTuple):
@@ -59,6 +62,7 @@ class RankWatch:
         self.left = threading.Event()
         self.reason = ""
         self.is_known = threading.Event()  # that there is a reason
+        self.over = threading.Event()  # all others have ended, or one is lost
         self.links: dict[socket.socket, Member] = {}
         if rank == 0:
             self._listen(ranks, address, share)
@@ -112,6 +116,7 @@ class RankWatch:
                         continue
                     member = Member(int(who[0]), who[1]) if who else self.links[link]
                     self._stop(member, gone=said in ("", "gone"))
+        self.over.set()
 
     def _stop(self, member: Member, gone: bool) -> None:
         """Ends this process because of another."""
@@ -121,6 +126,7 @@ class RankWatch:
             "is on disk"
         )
         self.is_known.set()
+        self.over.set()
         for link, other in self.links.items():
             if self.me.rank == 0 and other != member:
                 _say(link, f"{'gone' if gone else 'stop'} {member.rank} {member.host}")
@@ -131,10 +137,15 @@ class RankWatch:
             os._exit(1)  # the main thread may wait for the other rank in a library
 
     def leave(self, how: Literal["end", "stop"]) -> None:
-        """Tells the others that this process ends, having done its part or because of an error."""
+        """Tells the others that this process ends, having done its part or because of an error.
+        Where it has done its part it waits for the others to end with it."""
         self.left.set()
+        if how == "end" and self.me.rank == 0:  # which says so when all others have
+            self.over.wait(PARTING_SECONDS)
         for link in self.links:
             _say(link, how)
+        if how == "end" and self.me.rank != 0:
+            self.over.wait(PARTING_SECONDS)
 
 
 def _listener(address: str | None) -> socket.socket:

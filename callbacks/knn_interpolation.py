@@ -84,8 +84,8 @@ class KNNInterpolation(Callback):
         self.background = Background()
         self.threads = self.share = torch.get_num_threads()
         """Of the model and the search together, and of a search that the model is not ahead of."""
-        self.queued = 0
-        """Searches that have not begun."""
+        self.submitted = self.begun = 0
+        """Searches; each number is changed by one thread only."""
         self.switch_seconds = sys.getswitchinterval()
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
@@ -113,7 +113,8 @@ class KNNInterpolation(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts new sums."""
         self.seconds.clear()
-        self.waiting, self.enough, self.queued = [], FIRST_QUERIES, 0
+        self.waiting, self.enough = [], FIRST_QUERIES
+        self.submitted = self.begun = 0
         self.mixture = self.new_mixture()
 
     def on_test_batch_end(
@@ -132,7 +133,7 @@ class KNNInterpolation(Callback):
         if self.waiting:
             columns = [torch.cat(parts) for parts in zip(*self.waiting, strict=True)]
             self.waiting = []
-            self.queued += 1
+            self.submitted += 1
             with self._timed("wait"):
                 self.background.submit(self._retrieve, *columns)
 
@@ -146,11 +147,12 @@ class KNNInterpolation(Callback):
     def _retrieve(
         self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor, others: Tensor
     ) -> None:
-        self.queued -= 1
+        self.begun += 1
         if len(positions) == 0:
             return
         queries = keys.numpy()
-        faiss.omp_set_num_threads(self.threads if self.queued else self.share)
+        another_waits = self.submitted > self.begun
+        faiss.omp_set_num_threads(self.threads if another_waits else self.share)
         values = None
         with self._timed("search"):
             if isinstance(self.retriever, DistributedRetriever):
