@@ -5,6 +5,8 @@
 `--save_datastore` and `--build_index` do one stage as a job of its own.
 """
 
+import before_numpy  # noqa: F401
+
 import json
 import shutil
 import time

@@ -3,6 +3,8 @@
 A run that was interrupted goes on from its last checkpoint when the same command is given again.
 """
 
+import before_numpy  # noqa: F401
+
 import json
 from itertools import islice
 from pathlib import Path

@@ -1,0 +1,1 @@
+import before_numpy  # noqa: F401

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 from threadpoolctl import ThreadpoolController
 
 from retrieval.inverted_lists import InvertedLists
-from retrieval.selection import k_smallest, sort_rows
+from retrieval.selection import k_smallest, kth_smallest, sort_rows
 
 BUFFER_BYTES = 256 << 20
 """What the distances of the queries that are worked on at a time may take."""
@@ -170,7 +170,7 @@ class Visit:
 
         def find(first: int) -> None:
             group = self.order[first : first + GROUP]
-            result[group] = np.partition(self._values(first), self.k - 1, axis=1)[:, self.k - 1]
+            result[group] = kth_smallest(self._values(first), self.k)
 
         self.search.map(find, range(0, len(self.order), GROUP))
         return result

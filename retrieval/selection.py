@@ -3,6 +3,23 @@
 import numpy as np
 
 
+def kth_smallest(values: np.ndarray, k: int) -> np.ndarray:
+    """The k-th smallest of each row: by their bits, as numpy selects integers faster.
+
+    Args:
+        values: fp32 `[n, w]`, without NaN.
+        k: at most w.
+
+    Returns:
+        fp32 `[n]`.
+    """
+    bits = values.view(np.int32)
+    if bits.size and bits.min() < 0:
+        bits = _ascending(bits)
+    kth = np.partition(bits, k - 1, axis=1)[:, k - 1]
+    return _ascending(kth).view(np.float32)
+
+
 def k_smallest(values: np.ndarray, k: int) -> np.ndarray:
     """Columns of the k smallest of each row, in ascending order of the columns.
 
@@ -14,8 +31,7 @@ def k_smallest(values: np.ndarray, k: int) -> np.ndarray:
         int64 `[n, k]`; of equal numbers at the k-th place, some.
     """
     n, width = values.shape
-    kth = np.partition(values, k - 1, axis=1)[:, k - 1 : k]
-    chosen = np.flatnonzero(values <= kth)
+    chosen = np.flatnonzero(values <= kth_smallest(values, k)[:, None])
     if len(chosen) == n * k:
         return chosen.reshape(n, k) - np.arange(0, n * width, width)[:, None]
     counts = np.bincount(chosen // width, minlength=n)
