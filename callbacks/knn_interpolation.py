@@ -84,7 +84,7 @@ class KNNInterpolation(Callback):
         self.background = Background()
         self.threads = self.share = torch.get_num_threads()
         """Of the model and the search together, and of a search that the model is not ahead of."""
-        self.submitted = self.begun = 0
+        self.submitted = self.begun = self.ended = 0
         """Searches; each number is changed by one thread only."""
         self.switch_seconds = sys.getswitchinterval()
         self.seconds: Counter[str] = Counter()
@@ -92,8 +92,8 @@ class KNNInterpolation(Callback):
         waiting for them (`wait`)."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where both compute on the CPU the search takes half of the model's threads; connects the
-        ranks where all search together."""
+        """Where both compute on the CPU, and at the same time, the search takes half of the model's
+        threads; connects the ranks where all search together."""
         self.switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         if isinstance(self.retriever, DistributedRetriever):
@@ -102,8 +102,6 @@ class KNNInterpolation(Callback):
         on_cpu = pl_module.device.type == "cpu"
         self.share = max(self.threads // 2, 1) if on_cpu else self.threads
         self.background = Background(threads=self.share)
-        if on_cpu:
-            torch.set_num_threads(max(self.threads - self.share, 1))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the threads back."""
@@ -114,8 +112,16 @@ class KNNInterpolation(Callback):
         """Starts new sums."""
         self.seconds.clear()
         self.waiting, self.enough = [], FIRST_QUERIES
-        self.submitted = self.begun = 0
+        self.submitted = self.begun = self.ended = 0
         self.mixture = self.new_mixture()
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx, *_
+    ) -> None:
+        """The model takes all threads while nothing is searched for, else what the search leaves."""
+        if pl_module.device.type == "cpu":
+            searching = self.submitted > self.ended
+            torch.set_num_threads(max(self.threads - self.share * searching, 1))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
@@ -148,8 +154,14 @@ class KNNInterpolation(Callback):
         self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor, others: Tensor
     ) -> None:
         self.begun += 1
-        if len(positions) == 0:
-            return
+        if len(positions):
+            self._find(positions, targets, lm_log_prob, keys, others)
+        self.ended += 1
+
+    def _find(
+        self, positions: Tensor, targets: Tensor, lm_log_prob: Tensor, keys: Tensor, others: Tensor
+    ) -> None:
+        """Retrieves and weighs the neighbours of some tokens."""
         queries = keys.numpy()
         another_waits = self.submitted > self.begun
         faiss.omp_set_num_threads(self.threads if another_waits else self.share)
