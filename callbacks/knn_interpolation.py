@@ -118,7 +118,7 @@ class KNNInterpolation(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx, *_
     ) -> None:
-        """The model takes all threads while nothing is searched for, else what the search leaves."""
+        """The model takes what the search leaves, all threads while nothing is searched for."""
         if pl_module.device.type == "cpu":
             searching = self.submitted > self.ended
             torch.set_num_threads(max(self.threads - self.share * searching, 1))

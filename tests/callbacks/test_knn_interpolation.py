@@ -1,6 +1,7 @@
 """The mixing callback, fed by hand, against brute force over all keys."""
 
 import math
+import threading
 
 import faiss
 import numpy as np
@@ -115,6 +116,45 @@ def test_errors_of_the_search_surface(world):
     callback = KNNInterpolation(store, Finds(np.array([[N + 5]])), 1, 0.5)
     with pytest.raises(IndexError):
         feed(callback, scores, 70)
+
+
+class Waits(FlatRetriever):
+    """A retriever that searches when it is told to."""
+
+    told = threading.Event()
+
+    def search(self, queries, k, ordered=True):
+        assert self.told.wait(timeout=60)
+        return super().search(queries, k, ordered)
+
+
+def test_the_model_has_all_threads_while_nothing_is_searched_for(world, monkeypatch):
+    monkeypatch.setattr(knn_interpolation, "FIRST_QUERIES", 1)
+    store, _, _, scores = world
+    callback = KNNInterpolation(store, Waits(store, "l2"), K, LMBDA)
+
+    def threads() -> int:
+        callback.on_test_batch_start(None, FakeModule, None, 0)
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        callback.on_test_start(None, FakeModule)
+        callback.on_test_epoch_start(None, FakeModule)
+        assert threads() == 4
+        callback.on_test_batch_end(None, FakeModule, scores, None, 0)
+        assert threads() == 2
+        Waits.told.set()
+        callback.background.drain()
+        assert threads() == 4
+        callback.on_test_batch_end(None, FakeModule, scores, None, 1)
+        callback.on_test_epoch_end(None, FakeModule)
+        callback.on_test_end(None, FakeModule)
+        assert torch.get_num_threads() == 4
+        assert callback.mixture.loss.compute()["tokens"] == 2 * Q
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_is_retrieved_can_be_mixed_again(world, tmp_path):
