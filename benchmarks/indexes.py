@@ -29,6 +29,7 @@ from errors import exit_with_one_sentence
 from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.index import IndexBuilding, auto_factory, open_retriever
 from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
+from retrieval.probing import NProbe
 from retrieval.progress import progress_bars
 from retrieval.retriever import Retriever
 
@@ -133,7 +134,7 @@ def compare(
     memory: Datastore,
     questions: Questions,
     factories: list[str],
-    nprobes: list[int],
+    nprobes: list[NProbe],
     k: int,
     report,
 ) -> list[dict]:
@@ -228,7 +229,7 @@ def run(
     output: Path,
     sizes: list[int] = [10_000, 200_000],  # noqa: B006
     factories: list[str] = list(FACTORIES),  # noqa: B006
-    nprobes: list[int] = [8, 16, 32, 64],  # noqa: B006
+    nprobes: list[NProbe] = [8, 16, 32, 64, "auto"],  # noqa: B006
     k: int = 1024,
     limit: int = 4096,
     seed: int = 1,
@@ -244,7 +245,7 @@ def run(
         output: JSON file.
         sizes: numbers of keys; those that the memory does not have are left out.
         factories: faiss strings, in which {lists}, {dim}, {half} and {eighth} of it are filled in.
-        nprobes: inverted lists to visit.
+        nprobes: inverted lists to visit, or `auto`.
         k: neighbours a query.
         limit: queries, a random sample.
         seed: of that sample.

@@ -14,6 +14,7 @@ from retrieval.datastore import Datastore
 from retrieval.distributed import open_distributed
 from retrieval.index import is_path, open_retriever, resolve
 from retrieval.neighbors import NeighborSearch, NeighborTable, find_table
+from retrieval.probing import NProbe
 from retrieval.progress import progress_bars
 from retrieval.retriever import Metric, Retriever
 from retrieval.shards import share_out
@@ -43,7 +44,7 @@ class NeighborTableWriter(Callback):
         memory: Path,
         index: str,
         metric: Metric,
-        nprobe: int,
+        nprobe: NProbe,
         k: int,
         exclude_window: int = 0,
         keep_distances: bool = False,

@@ -31,6 +31,7 @@ from errors import InputError
 from retrieval.datastore import Datastore, placement_of
 from retrieval.index import open_shards
 from retrieval.knn import exact_distances
+from retrieval.probing import NProbe
 from retrieval.ranks import Ranks
 from retrieval.retriever import Metric
 from retrieval.sharded_retriever import ShardedRetriever, nearest_of
@@ -313,7 +314,7 @@ def open_distributed(
     datastore: Datastore,
     index: str,
     metric: Metric,
-    nprobe: int,
+    nprobe: NProbe,
     device: str | torch.device = "cpu",
     rescore: bool = False,
 ) -> DistributedRetriever:

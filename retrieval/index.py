@@ -31,6 +31,7 @@ from errors import InputError
 from retrieval.datastore import Datastore, fingerprint_of
 from retrieval.list_search import ListSearch
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+from retrieval.probing import NProbe, Probing
 from retrieval.retriever import (
     FAISS_METRICS,
     FlatRetriever,
@@ -98,23 +99,26 @@ class FaissRetriever:
         index: trained and filled; its ids count the datastore's keys.
         datastore: what it was built from.
         metric: what it was built with.
-        nprobe: inverted lists to visit, where the index has any.
+        nprobe: inverted lists to visit, where the index has any. Where something else than
+            transformations of the queries lies before them, `auto` visits the most it would.
     """
 
     def __init__(
-        self, index: faiss.Index, datastore: Datastore, metric: Metric, nprobe: int
+        self, index: faiss.Index, datastore: Datastore, metric: Metric, nprobe: NProbe
     ) -> None:
         self.index = index
         self.datastore = datastore
         self.metric = metric
         ivf = faiss.try_extract_index_ivf(index)
+        self.probing: Probing | None = None
         self.lists: ListSearch | None = None
         if ivf is not None:
-            faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(nprobe, ivf.nlist))
             ivf = faiss.downcast_index(ivf)
-            before = index.chain if isinstance(index, faiss.IndexPreTransform) else None
-            if (before is not None or index.this == ivf.this) and ListSearch.serves(ivf):
-                self.lists = ListSearch(ivf)
+            probing = Probing(ivf, nprobe)
+            if isinstance(index, faiss.IndexPreTransform) or index.this == ivf.this:
+                self.probing = probing
+                if ListSearch.serves(ivf):
+                    self.lists = ListSearch(ivf, probing)
 
         # An index of the original program counts rows, zero ones at the end included.
         self.counts_rows = index.ntotal != datastore.n_keys
@@ -135,19 +139,23 @@ class FaissRetriever:
         return distances, ids
 
     def _search(self, queries: np.ndarray, k: int, ordered: bool) -> tuple[np.ndarray, np.ndarray]:
-        if self.lists is None or not self.lists.pays(len(queries)):
+        shared = self.lists is not None and self.lists.pays(len(queries))
+        if not shared and (self.probing is None or self.probing.slack == np.inf):
             return self.index.search(queries, k)
         if isinstance(self.index, faiss.IndexPreTransform):
             for number in range(self.index.chain.size()):
                 queries = self.index.chain.at(number).apply(queries)
-        return self.lists.search(queries, k, ordered)
+        if shared:
+            return self.lists.search(queries, k, ordered)
+        distances, lists = self.probing.nearest(queries)
+        return self.probing.ivf.search_preassigned(queries, k, lists, distances)
 
 
 def open_retriever(
     datastore: Datastore,
     index: str,
     metric: Metric,
-    nprobe: int,
+    nprobe: NProbe,
     device: str | torch.device = "cpu",
 ) -> Retriever:
     """Opens what `--knn.index` names; of a datastore in shards the index of the whole where there
@@ -220,7 +228,7 @@ def open_shards(
     numbers: Iterable[int],
     index: str,
     metric: Metric,
-    nprobe: int,
+    nprobe: NProbe,
     device: str | torch.device = "cpu",
 ) -> ShardedRetriever:
     """Opens what `--knn.index` names of some shards.

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from retrieval.parallel import in_parallel
+from retrieval.probing import Probing
 
 
 class InvertedLists:
@@ -14,6 +15,7 @@ class InvertedLists:
 
     Args:
         ivf: an index that `serves`, with inverted lists in a memory-mapped file.
+        probing: which of them are visited; by default as many as its nprobe says.
 
     Attributes:
         threads: that work at a time, each on one core.
@@ -22,8 +24,9 @@ class InvertedLists:
         ids: int64, of all lists one after another, each from its `ids_at` on.
     """
 
-    def __init__(self, ivf: faiss.IndexIVF) -> None:
+    def __init__(self, ivf: faiss.IndexIVF, probing: Probing | None = None) -> None:
         self.ivf = ivf
+        self.probing = probing or Probing(ivf, ivf.nprobe)
         self.threads = 1
         self.similar = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
         self.centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
@@ -49,13 +52,12 @@ class InvertedLists:
             return False
         return len(np.unique(_layout(lists)[2] % 8)) == 1
 
-    def nearest(self, queries: np.ndarray, probes: int) -> np.ndarray:
-        """The lists to visit, int64 `[Q, probes]`."""
+    def nearest(self, queries: np.ndarray) -> np.ndarray:
+        """The lists to visit, int64 `[Q, probes]`; where there are fewer an empty one stands in."""
         parts = np.array_split(queries, self.threads)
-        found = self.map(lambda part: self.ivf.quantizer.search(part, probes)[1], parts)
-        lists = np.concatenate(found)
-        if (lists < 0).any():  # an approximate quantizer may find too few: an empty list stands in
-            lists = np.where(lists < 0, self._empty, lists)
+        lists = np.concatenate(self.map(lambda part: self.probing.nearest(part)[1], parts))
+        if (lists < 0).any():
+            lists[lists < 0] = self._empty
         return lists
 
     @cached_property

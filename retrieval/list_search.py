@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 from threadpoolctl import ThreadpoolController
 
 from retrieval.inverted_lists import InvertedLists
+from retrieval.probing import Probing
 from retrieval.selection import k_smallest, kth_smallest, sort_rows
 
 BUFFER_BYTES = 256 << 20
@@ -36,21 +37,21 @@ class ListSearch(InvertedLists):
     the vectors that the codes stand for.
 
     Args:
-        ivf: an index that `serves`, with inverted lists in a memory-mapped file.
+        ivf, probing: see `InvertedLists`.
     """
 
-    def __init__(self, ivf: faiss.IndexIVF) -> None:
-        super().__init__(ivf)
+    def __init__(self, ivf: faiss.IndexIVF, probing: Probing | None = None) -> None:
+        super().__init__(ivf, probing)
         self.blas = ThreadpoolController().select(user_api="blas")
 
     def pays(self, queries: int) -> bool:
         """Whether so many queries share lists often enough."""
-        return queries * self.ivf.nprobe >= QUERIES_A_LIST * self.ivf.nlist
+        return queries * self.probing.most >= QUERIES_A_LIST * self.ivf.nlist
 
     def search(
         self, queries: np.ndarray, k: int, ordered: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest of the lists that `nprobe` allows; by as many threads as faiss would take
+        """The k nearest of the lists that are visited; by as many threads as faiss would take
         here.
 
         Args:
@@ -61,11 +62,10 @@ class ListSearch(InvertedLists):
             distances fp32 and ids int64 `[Q, k]`; -1 where missing.
         """
         self.threads = faiss.omp_get_max_threads()
-        probes = min(self.ivf.nprobe, self.ivf.nlist)
         distances = np.empty((len(queries), k), dtype=np.float32)
         ids = np.empty((len(queries), k), dtype=np.int64)
         with self.blas.limit(limits=1):
-            lists = self.nearest(queries, probes)
+            lists = self.nearest(queries)
             visited = self.sizes[lists].sum(1)
             everyone = np.arange(len(queries))
             left = everyone

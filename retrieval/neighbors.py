@@ -24,6 +24,7 @@ from retrieval.arrays import data_offset, fill_rows, open_array, open_raw
 from retrieval.datastore import Datastore, fingerprint_of
 from retrieval.index import NOT_BUILT
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
+from retrieval.probing import NProbe
 from retrieval.progress import Report, progress_bars
 from retrieval.retriever import Metric, Retriever
 from retrieval.shards import Placement, ShardedArray
@@ -143,7 +144,7 @@ def _identity(
     memory: Datastore,
     metric: Metric,
     index_name: str,
-    nprobe: int,
+    nprobe: NProbe,
     exclude_window: int,
 ) -> dict[str, Any]:
     """What determines a table, but for k."""
@@ -182,7 +183,7 @@ def find_table(
     memory: Datastore,
     metric: Metric,
     index_name: str,
-    nprobe: int,
+    nprobe: NProbe,
     k: int,
     exclude_window: int = 0,
     distances: bool = False,
@@ -238,7 +239,7 @@ class NeighborSearch:
         memory: Datastore,
         retriever: Retriever,
         index_name: str,
-        nprobe: int,
+        nprobe: NProbe,
         k: int,
         exclude_window: int = 0,
         keep_distances: bool = False,

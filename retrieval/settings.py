@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from errors import InputError
+from retrieval.probing import NProbe
 
 
 @dataclass
@@ -18,7 +19,8 @@ class KNNSettings:
         k: neighbours per token.
         lmbda: weight of p_kNN, or `auto`: tuned with the temperature on the validation split.
         temperature: divides the scores of the neighbours.
-        nprobe: inverted lists to visit, for indexes that have them.
+        nprobe: inverted lists to visit, for indexes that have them; `auto` visits 8 to 32, those
+            that are not much farther than the nearest one.
         metric: squared Euclidean distance, inner product or cosine.
         distances: `exact` computes them again from the stored keys, `index` takes the index's own.
         key_type: last_ffn_input, last_hidden, layer:<i>:ffn_input or layer:<i>:output.
@@ -44,7 +46,7 @@ class KNNSettings:
     k: int = 1024
     lmbda: float | Literal["auto"] = 0.25
     temperature: float = 1.0
-    nprobe: int = 32
+    nprobe: NProbe = "auto"
     metric: Literal["l2", "ip", "cosine"] = "l2"
     distances: Literal["exact", "index"] = "exact"
     key_type: str = "last_ffn_input"
@@ -68,9 +70,7 @@ class KNNSettings:
             raise InputError(
                 f"--knn.temperature is {self.temperature}; expected a finite number, more than 0"
             )
-        for name in ("k", "nprobe", "shards"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--knn.{name} is {getattr(self, name)}; expected at least 1")
+        check_counts("knn", self)
         if self.similarity is not None and self.distances == "index":
             raise InputError(
                 f"--knn.similarity {self.similarity} needs --knn.distances exact, not index"
@@ -97,7 +97,7 @@ class NeighborSettings:
         metric: cosine, inner product or squared Euclidean distance.
         index: `auto` (by size), `flat` or `torch` (exact) or a faiss factory string; `imported` for
             tables of the original program (see retrieval/neighbors.py).
-        nprobe: inverted lists to visit, for indexes that have them.
+        nprobe: inverted lists to visit, for indexes that have them, or `auto`.
         features: of neighbours: `codes`, the keys quantised; `keys` as they are; `embeddings`, word
             vectors of the tokens.
         codec: faiss string of the codes, by default OPQ and PQ with a byte for eight dimensions;
@@ -122,7 +122,7 @@ class NeighborSettings:
     key_type: str = "last_hidden"
     metric: Literal["l2", "ip", "cosine"] = "cosine"
     index: str = "auto"
-    nprobe: int = 32
+    nprobe: NProbe = 32
     features: Literal["codes", "keys", "embeddings"] = "codes"
     codec: str | None = None
     token_features: Literal["stored", "online"] | None = None
@@ -135,10 +135,7 @@ class NeighborSettings:
 
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""
-        for name in ("k", "nprobe", "shards"):
-            if getattr(self, name) < 1:
-                value = getattr(self, name)
-                raise InputError(f"--neighbors.{name} is {value}; expected at least 1")
+        check_counts("neighbors", self)
         for name in ("left_context", "right_context", "exclude_window"):
             if (getattr(self, name) or 0) < 0:
                 value = getattr(self, name)
@@ -164,6 +161,15 @@ class NeighborSettings:
         """The codec's factory string for keys of a width."""
         bytes_a_row = max(dim // 8, 1)
         return self.codec or f"OPQ{bytes_a_row}_{dim},PQ{bytes_a_row}"
+
+
+def check_counts(section: str, settings: KNNSettings | NeighborSettings) -> None:
+    """Raises InputError where there are none of something."""
+    for name in ("k", "nprobe", "shards"):
+        value = getattr(settings, name)
+        if value != "auto" and value < 1:
+            auto = "auto or " if name == "nprobe" else ""
+            raise InputError(f"--{section}.{name} is {value}; expected {auto}at least 1")
 
 
 def check_shard(section: str, shard: int | None, shards: int) -> None:

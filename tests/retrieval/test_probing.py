@@ -1,0 +1,106 @@
+import faiss
+import numpy as np
+import pytest
+
+from retrieval import probing
+from retrieval.index import FaissRetriever, make_index, read_index
+from retrieval.probing import FEWEST, MOST, SLACK, Probing
+
+N, DIM, LISTS = 4000, 16, 64
+
+
+@pytest.fixture(scope="module")
+def keys():
+    """Some in dense places, some far away from all others."""
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((N, DIM)) * rng.uniform(0.2, 1.2, (N, 1))
+    return keys.astype(np.float32)
+
+
+class Store:
+    """As much of a datastore as a retriever looks at."""
+
+    def __init__(self, keys):
+        self.keys, self.n_keys, self.masked = keys, len(keys), ()
+
+    def rows_of(self, ids):
+        return ids
+
+
+def opened(folder, keys, factory, metric, nprobe):
+    index = make_index(DIM, factory, metric)
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(folder / "x.faiss"))
+    return FaissRetriever(read_index(folder / "x.faiss"), Store(keys), metric, nprobe)
+
+
+def visited(ivf, queries, fewest=FEWEST, most=MOST):
+    """By comparing everything with everything: bool `[Q, lists]`."""
+    centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist).astype(np.float64)
+    between = ((centroids[:, None] - centroids) ** 2).sum(-1)
+    np.fill_diagonal(between, np.inf)
+    slack = SLACK * between.min(1).mean()
+    if ivf.metric_type == faiss.METRIC_INNER_PRODUCT:
+        far, slack = -queries @ centroids.T, slack / 2
+    else:
+        far = ((queries[:, None] - centroids) ** 2).sum(-1)
+    rank = far.argsort(1).argsort(1)
+    near = far <= far.min(1, keepdims=True) + slack
+    return (rank < most) & (near | (rank < fewest))
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_auto_visits_what_is_not_much_farther_than_the_nearest(tmp_path, keys, metric):
+    retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", metric, "auto")
+    _, lists = retriever.probing.nearest(keys[:500])
+    expected = visited(retriever.probing.ivf, keys[:500])
+    found = np.zeros((500, LISTS + 1), dtype=bool)  # the last for -1
+    np.put_along_axis(found, lists, True, axis=1)
+    assert np.array_equal(found[:, :-1], expected)
+    numbers = expected.sum(1)
+    assert (numbers == FEWEST).any() and (numbers == MOST).any()
+    assert ((numbers > FEWEST) & (numbers < MOST)).mean() > 0.2
+
+
+@pytest.mark.parametrize("queries", [3, 400])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        f"IVF{LISTS},Flat",
+        f"PCA12,IVF{LISTS},SQfp16",
+        f"IVF{LISTS},PQ8",
+        f"IVF{LISTS},PQ8x4fsr",
+        f"RR16,IVF{LISTS},RaBitQfs",
+    ],
+)
+def test_every_search_looks_at_just_these_lists(tmp_path, keys, factory, queries):
+    """Asked for all keys it finds those of the lists that are visited, with one query or many."""
+    retriever = opened(tmp_path, keys, factory, "l2", "auto")
+    ivf, looking = retriever.probing.ivf, keys[:queries]
+    chain = getattr(retriever.index, "chain", None)
+    seen = chain.at(0).apply(looking) if chain else looking
+    own = chain.at(0).apply(keys) if chain else keys
+    lists = ivf.quantizer.assign(own, 1)[:, 0]
+    expected = visited(ivf, seen)[:, lists]
+    _, rows = retriever.search(looking, N)
+    found = np.zeros((queries, N + 1), dtype=bool)
+    np.put_along_axis(found, rows, True, axis=1)
+    assert (found[:, :-1] == expected).mean() > 0.999  # a key between two lists may lie in either
+    shared = retriever.lists is not None and retriever.lists.pays(queries)
+    assert shared == (queries == 400 and not factory.endswith(("fs", "fsr")))
+
+
+def test_a_number_is_how_many_are_visited(tmp_path, keys):
+    for nprobe, expected in ((5, 5), (200, LISTS)):
+        retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", "l2", nprobe)
+        assert (retriever.probing.nearest(keys[:9])[1] >= 0).sum() == 9 * expected
+    few = opened(tmp_path, keys, "IVF6,Flat", "l2", "auto")
+    assert (few.probing.nearest(keys[:9])[1] >= 0).sum() == 9 * 6
+
+
+def test_of_many_centroids_a_sample_is_compared(tmp_path, keys, monkeypatch):
+    retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", "l2", "auto")
+    of_all = retriever.probing.slack
+    monkeypatch.setattr(probing, "SAMPLE", 32)
+    assert Probing(retriever.probing.ivf, "auto").slack == pytest.approx(of_all, rel=0.5)
