@@ -3,7 +3,7 @@ time, recall of the exact neighbours, and the perplexity of the mixture with and
 from the stored keys.
 
     python -m benchmarks.indexes --memory DATASTORE --queries DATASTORE --scores scores.npz \\
-        --sizes 10000 200000 --output indexes.json --plot indexes.png
+        --sizes '[10000,200000]' --output indexes.json --plot_to indexes.png
 
 The queries are a datastore of another split, and the scores what `evaluate.py --token_scores` wrote
 of it. A size takes the first keys of the memory.
@@ -204,7 +204,7 @@ def as_table(rows: list[dict]) -> Table:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Perplexity over queries a second, a panel a size, a line an index."""
+    """Perplexity over queries a second, a panel a size, a line an index, a star its `auto`."""
     from matplotlib.figure import Figure  # an extra
 
     sizes = sorted({row["keys"] for row in rows})
@@ -212,9 +212,15 @@ def plot(rows: list[dict], path: Path) -> None:
     for panel, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         of_size = [row for row in rows if row["keys"] == size]
         for index in dict.fromkeys(row["index"] for row in of_size):
-            points = [row for row in of_size if row["index"] == index]
-            rates = [1000 / row["ms"] for row in points]
-            panel.plot(rates, [row["ppl"] for row in points], marker="o", label=index)
+            of_index = [row for row in of_size if row["index"] == index]
+            auto = [row for row in of_index if row.get("nprobe") == "auto"]
+            fixed = [row for row in of_index if row not in auto]
+            color = None
+            for points, marker, label in ((fixed, "o-", index), (auto, "*", None)):
+                rates = [1000 / row["ms"] for row in points]
+                perplexities = [row["ppl"] for row in points]
+                (line,) = panel.plot(rates, perplexities, marker, color=color, label=label)
+                color = line.get_color()
         panel.set(xscale="log", xlabel="queries a second", ylabel="perplexity of the mixture")
         panel.set_title(f"{size:,} keys")
         panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

@@ -40,8 +40,8 @@ from benchmarks.measuring import (
 from datamodules.lm import LMDataModule
 
 LM = ("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", "{lm}")
-KNN = (*LM, "--knn.datastore", "{stores}/train", "--knn.k", "{k}", "--knn.nprobe", "{nprobe}")
-PQ = (*KNN, "--knn.index", "{index}")
+KNN = (*LM, "--knn.datastore", "{stores}/train", "--knn.k", "{k}")
+PQ = (*KNN, "--knn.index", "{index}", "--knn.nprobe", "{nprobe}")
 GNN = ("--config", f"{CONFIGS}/gnn_lm.yaml", "--neighbors.datastores", "{stores}")
 TRAIN_GNN = ("train.py", *GNN, "--model.lm_checkpoint", "{lm}", "--trainer.max_steps")
 SHORT = ("--trainer.limit_test_batches", "2")
@@ -109,7 +109,7 @@ class Settings:
         data: how the corpus is read.
         made_up: what is measured where no corpus or no model is given.
         index: the papers' kind, `IVF<lists>,PQ<bytes>`, with few enough lists for few keys.
-        nprobe: lists to visit.
+        nprobe: lists of `index` to visit.
         k: neighbours of kNN-LM.
         lmbda: weight of p_kNN.
         grid: values of lmbda that plain tuning evaluates.

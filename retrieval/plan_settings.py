@@ -23,7 +23,7 @@ class Wanted:
         memory: of a host.
         disk: of a host.
         queries: tokens to evaluate.
-        nprobe: inverted lists to visit.
+        nprobe: inverted lists to visit; `--knn.nprobe auto` visits 10 to 20 on average.
         dtype: of the stored keys.
         vocab: size of the vocabulary.
         cores: of a host (default: those of this machine).
