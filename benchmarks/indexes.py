@@ -261,8 +261,7 @@ def run(
     whole = Datastore.open(memory)
     questions = Questions.read(Datastore.open(queries), scores, limit, seed)
     rows: list[dict] = []
-    console = Console()
-    console = Console(width=max(console.width, 120))  # a file has 80
+    console = Console(width=max(Console().width, 120))  # a file has 80
     with TemporaryDirectory(dir=work_dir) as folder, progress_bars("indexes") as report:
         for size in sizes:
             if size > whole.n_keys:
