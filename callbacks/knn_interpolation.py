@@ -19,16 +19,14 @@ from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import Datastore
 from retrieval.distributed import DistributedRetriever
 from retrieval.knn import exact_distances, neighbor_scores
-from retrieval.retriever import Metric, Retriever
+from retrieval.retriever import Metric, Retriever, hand_over
 
-FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 8192
+FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 16384
 """Queries of the first search, so that it begins soon, and at most: lists that many queries visit
 are read once. Each search has twice as many as the one before."""
 SWITCH_SECONDS = 5e-5
 """How long Python lets one thread keep another waiting: a hundredth of what it does by default,
 since the model and the search call many functions that take less than a millisecond."""
-MIXED_AT_ONCE = 128
-"""Tokens whose neighbours are weighed at a time: what they are weighed by stays in the cache."""
 
 
 class KNNInterpolation(Callback):
@@ -164,28 +162,42 @@ class KNNInterpolation(Callback):
         """Retrieves and weighs the neighbours of some tokens."""
         queries = keys.numpy()
         another_waits = self.submitted > self.begun
-        faiss.omp_set_num_threads(self.threads if another_waits else self.share)
-        values = None
-        with self._timed("search"):
-            if isinstance(self.retriever, DistributedRetriever):
-                distances, rows, values = self.retriever.find(queries, self.k)
-            else:
-                distances, rows = self.retriever.search(queries, self.k, ordered=self.ordered)
-        if self.missing == "last_row":
-            rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), None
-        with self._timed("rescore"):
-            if self.rescoring is not None:
-                distances = exact_distances(others.numpy(), rows, self.rescoring, self.similarity)
-            elif self.rescores:
-                distances = exact_distances(queries, rows, self.datastore, self.similarity)
-        with self._timed("mix"):
-            weighed = []
-            for first in range(0, len(rows), MIXED_AT_ONCE):
-                part = slice(first, first + MIXED_AT_ONCE)
-                columns = (positions, targets, lm_log_prob, distances, rows)
-                here = self.datastore.values_of(rows[part]) if values is None else values[part]
-                weighed.append(self._weigh(*(column[part] for column in columns), here))
-            self.mixture.add(positions, lm_log_prob, torch.cat(weighed, dim=1))
+        threads = self.threads if another_waits else self.share
+        faiss.omp_set_num_threads(threads)
+        weighed = torch.empty(3, len(positions))
+        seconds: list[float] = []
+
+        @torch.inference_mode()  # which is a thread's own
+        def weigh(which, distances, rows, values=None) -> None:
+            start = time.perf_counter()
+            if values is None:
+                values = self.datastore.values_of(rows)
+            columns = (column[which] for column in (positions, targets, lm_log_prob))
+            weighed[:, which] = self._weigh(*columns, distances, rows, values)
+            seconds.append(time.perf_counter() - start)
+
+        start = time.perf_counter()
+        if isinstance(self.retriever, DistributedRetriever):
+            found = self.retriever.find(queries, self.k)
+        elif self.rescores or self.missing == "last_row":
+            found = self.retriever.search(queries, self.k, self.ordered)
+        else:
+            found = None
+            self.retriever.search_in_parts(queries, self.k, weigh, self.ordered)
+        self.seconds["search"] += time.perf_counter() - start - sum(seconds) / threads
+        if found is not None:
+            distances, rows, *values = found
+            if self.missing == "last_row":
+                rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), []
+            with self._timed("rescore"):
+                if self.rescoring is not None:
+                    others = others.numpy()
+                    distances = exact_distances(others, rows, self.rescoring, self.similarity)
+                elif self.rescores:
+                    distances = exact_distances(queries, rows, self.datastore, self.similarity)
+            hand_over(weigh, distances, rows, *values)
+        self.seconds["mix"] += sum(seconds) / threads
+        self.mixture.add(positions, lm_log_prob, weighed)
 
     def _weigh(
         self,

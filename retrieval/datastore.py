@@ -212,9 +212,8 @@ class Datastore:
 
     def values_of(self, rows: np.ndarray) -> np.ndarray:
         """Values of rows int64 of any shape; any value where missing, -1."""
-        missing = rows < 0
-        if missing.any():
-            rows = np.where(missing, self.in_whole(np.int64(0)), rows)
+        if rows.size and rows.min() < 0:
+            rows = np.where(rows < 0, self.in_whole(np.int64(0)), rows)
         return self.values[self.places_of(rows)]
 
     def places_of(self, rows: np.ndarray) -> np.ndarray:

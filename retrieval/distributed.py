@@ -33,7 +33,7 @@ from retrieval.index import open_shards
 from retrieval.knn import exact_distances
 from retrieval.probing import NProbe
 from retrieval.ranks import Ranks
-from retrieval.retriever import Metric
+from retrieval.retriever import Metric, Retriever
 from retrieval.sharded_retriever import ShardedRetriever, nearest_of
 from retrieval.shards import Placement
 
@@ -47,7 +47,7 @@ Found = tuple[np.ndarray, ...]
 distance fp32 to its stored key."""
 
 
-class DistributedRetriever:
+class DistributedRetriever(Retriever):
     """See `Retriever`. Every rank of torch.distributed has one of the same datastore, and for each
     pass of searches calls `connect`, then `search` as often as it likes, then `serve`.
 

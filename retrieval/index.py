@@ -37,6 +37,7 @@ from retrieval.retriever import (
     FlatRetriever,
     Metric,
     Retriever,
+    Take,
     faiss_reason,
     normalized,
 )
@@ -92,7 +93,7 @@ def index_path(datastore: Datastore, factory: str, metric: Metric) -> Path:
     return datastore.path / f"{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}-{metric}.faiss"
 
 
-class FaissRetriever:
+class FaissRetriever(Retriever):
     """A built index; see `Retriever`.
 
     Args:
@@ -131,24 +132,53 @@ class FaissRetriever:
         self, queries: np.ndarray, k: int, ordered: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Retriever.search`."""
-        distances, ids = self._search(normalized(queries, self.metric), k, ordered)
-        if not self.counts_rows:
-            return distances, self.datastore.rows_of(ids)
-        if len(self.datastore.masked):
-            ids = np.where(np.isin(ids, self.datastore.masked), -1, ids)
-        return distances, ids
+        queries = normalized(queries, self.metric)
+        shared = self._shared(queries)
+        if shared is None:
+            distances, ids = self._by_faiss(queries, k)
+        else:
+            distances, ids = self.lists.search(shared, k, ordered)
+        return distances, self._rows_of(ids)
 
-    def _search(self, queries: np.ndarray, k: int, ordered: bool) -> tuple[np.ndarray, np.ndarray]:
-        shared = self.lists is not None and self.lists.pays(len(queries))
-        if not shared and (self.probing is None or self.probing.slack == np.inf):
-            return self.index.search(queries, k)
+    def search_in_parts(
+        self, queries: np.ndarray, k: int, take: Take, ordered: bool = True
+    ) -> None:
+        """See `Retriever.search_in_parts`."""
+        shared = self._shared(normalized(queries, self.metric))
+        if shared is None:
+            super().search_in_parts(queries, k, take, ordered)
+            return
+
+        def take_rows(which: np.ndarray, distances: np.ndarray, ids: np.ndarray) -> None:
+            take(which, distances, self._rows_of(ids))
+
+        self.lists.search_in_parts(shared, k, take_rows, ordered)
+
+    def _shared(self, queries: np.ndarray) -> np.ndarray | None:
+        """The queries as the lists see them, if there are enough of them to share the lists."""
+        if self.lists is None or not self.lists.pays(len(queries)):
+            return None
+        return self._transformed(queries)
+
+    def _transformed(self, queries: np.ndarray) -> np.ndarray:
         if isinstance(self.index, faiss.IndexPreTransform):
             for number in range(self.index.chain.size()):
                 queries = self.index.chain.at(number).apply(queries)
-        if shared:
-            return self.lists.search(queries, k, ordered)
-        distances, lists = self.probing.nearest(queries)
+        return queries
+
+    def _by_faiss(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.probing is None or self.probing.slack == np.inf:
+            return self.index.search(queries, k)
+        queries = self._transformed(queries)
+        distances, lists = self.probing.nearest(queries, faiss.omp_get_max_threads())
         return self.probing.ivf.search_preassigned(queries, k, lists, distances)
+
+    def _rows_of(self, ids: np.ndarray) -> np.ndarray:
+        if not self.counts_rows:
+            return self.datastore.rows_of(ids)
+        if len(self.datastore.masked):
+            return np.where(np.isin(ids, self.datastore.masked), -1, ids)
+        return ids
 
 
 def open_retriever(

@@ -1,5 +1,8 @@
 """The inverted lists of a faiss index, read from its memory-mapped file."""
 
+import itertools
+import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import faiss
@@ -8,6 +11,10 @@ import torch
 
 from retrieval.parallel import in_parallel
 from retrieval.probing import Probing
+
+
+DECODED_BYTES = 1 << 20
+"""What vectors of several lists that are decoded together may take."""
 
 
 class InvertedLists:
@@ -28,11 +35,8 @@ class InvertedLists:
         self.ivf = ivf
         self.probing = probing or Probing(ivf, ivf.nprobe)
         self.threads = 1
-        self.similar = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
-        self.centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
-        self.middle = np.zeros(ivf.d, dtype=np.float32)
-        if not self.similar:  # distances from far away would lose their digits
-            self.middle = self.centroids.mean(0)
+        self.similar = self.probing.similar
+        self.middle = self.probing.middle
         lists = faiss.downcast_InvertedLists(ivf.invlists)
         self.file = faiss.rev_swig_ptr(lists.ptr, lists.totsize)
         self.sizes, self.codes_at, ids_at = _layout(lists)
@@ -54,8 +58,7 @@ class InvertedLists:
 
     def nearest(self, queries: np.ndarray) -> np.ndarray:
         """The lists to visit, int64 `[Q, probes]`; where there are fewer an empty one stands in."""
-        parts = np.array_split(queries, self.threads)
-        lists = np.concatenate(self.map(lambda part: self.probing.nearest(part)[1], parts))
+        _, lists = self.probing.nearest(queries, self.threads)
         if (lists < 0).any():
             lists[lists < 0] = self._empty
         return lists
@@ -89,35 +92,58 @@ class InvertedLists:
         relative *= -2
         return left
 
-    def right(self, number: int, which: slice = slice(None)) -> np.ndarray:
-        """What some of a list's codes stand for, fp32 `[n, d]`, or `[n, d + 2]`: the vector, its
-        squared length and one. Both sides are relative to the middle of all."""
-        ivf, size, d = self.ivf, int(self.sizes[number]), self.ivf.d
-        begin = self.codes_at[number]
-        codes = self.file[begin : begin + size * ivf.code_size].reshape(size, -1)[which]
-        codes = np.ascontiguousarray(codes)
-        middle = self.middle
+    def right(
+        self, numbers: Sequence[int], which: slice = slice(None)
+    ) -> tuple[np.ndarray, list[int]]:
+        """What some of the codes of lists stand for.
+
+        Args:
+            numbers: of the lists.
+            which: of each list's codes.
+
+        Returns:
+            fp32 `[n, d]`, or `[n, d + 2]`: the vector, its squared length and one; both sides are
+            relative to the middle of all. And where each list's begin, and the last one's end.
+        """
+        ivf, d = self.ivf, self.ivf.d
+        codes = [self._codes(number)[which] for number in numbers]
+        bounds = [0, *itertools.accumulate(map(len, codes))]
+        codes = np.concatenate(codes)
         if isinstance(ivf, faiss.IndexIVFFlat):
             stored = codes.view(np.float32)
+        elif isinstance(ivf, faiss.IndexIVFPQ):
+            stored = ivf.pq.decode(codes)
+        elif ivf.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
+            stored = codes.view(np.float16)
         else:
-            if ivf.by_residual:
-                middle = middle - self.centroids[number]
-            if (
-                isinstance(ivf, faiss.IndexIVFScalarQuantizer)
-                and ivf.sq.qtype == faiss.ScalarQuantizer.QT_fp16
-            ):
-                stored = codes.view(np.float16)
-            else:
-                coder = ivf.pq if isinstance(ivf, faiss.IndexIVFPQ) else ivf.sq
-                stored = coder.decode(codes)
+            stored = ivf.sq.decode(codes)
         right = np.empty((len(codes), d if self.similar else d + 2), dtype=np.float32)
         vectors = right[:, :d]
-        # torch converts and subtracts at once, several times faster than numpy.
-        torch.sub(*map(torch.from_numpy, (stored, middle)), out=torch.from_numpy(vectors))
+        if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
+            subtract(stored, self.middle, vectors)
+        else:
+            for number, (a, b) in zip(numbers, itertools.pairwise(bounds), strict=True):
+                if a == b:  # may be the one that stands in for those that are missing
+                    continue
+                middle = self.middle - self.probing.centroids[number]
+                subtract(stored[a:b], middle, vectors[a:b])
         if not self.similar:
             np.vecdot(vectors, vectors, out=right[:, d])
             right[:, d + 1] = 1
-        return right
+        return right, bounds
+
+    def _codes(self, number: int) -> np.ndarray:
+        """Those of a list, uint8 `[n, code_size]`."""
+        shape = (int(self.sizes[number]), self.ivf.code_size)
+        begin = int(self.codes_at[number])
+        return self.file[begin : begin + math.prod(shape)].reshape(shape)
+
+    def together(self, numbers: np.ndarray, stride: int = 1) -> list[slice]:
+        """Parts of so many lists that `right` of them, every `stride`-th vector, stays in the
+        cache."""
+        bytes_so_far = np.cumsum(4 * (self.ivf.d + 2) * -(-self.sizes[numbers] // stride))
+        cuts = np.flatnonzero(np.diff(bytes_so_far // DECODED_BYTES)) + 1
+        return [slice(*of) for of in itertools.pairwise([0, *cuts.tolist(), len(numbers)])]
 
     def visits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The lists int64 `[Q, probes]` in ascending order of their numbers: which one each of
@@ -128,6 +154,12 @@ class InvertedLists:
         order = np.argsort(flat.astype(smallest_type), kind="stable")
         numbers, firsts = np.unique(flat[order], return_index=True)
         return numbers, order, np.append(firsts, len(order))
+
+
+def subtract(stored: np.ndarray, middle: np.ndarray, out: np.ndarray) -> None:
+    """Writes vectors less a middle to fp32 `[n, d]`; torch converts and subtracts at once, several
+    times faster than numpy."""
+    torch.sub(*map(torch.from_numpy, (stored, middle)), out=torch.from_numpy(out))
 
 
 def _layout(lists: faiss.OnDiskInvertedLists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -40,9 +40,8 @@ def neighbor_scores(distances: np.ndarray, rows: np.ndarray, metric: Metric) -> 
         fp32 `[Q, k]`.
     """
     scores = -distances if metric == "l2" else distances.copy()
-    missing = rows < 0
-    if missing.any():
-        scores[missing] = -np.inf
+    if rows.size and rows.min() < 0:
+        scores[rows < 0] = -np.inf
     return torch.from_numpy(scores)
 
 

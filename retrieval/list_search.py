@@ -7,19 +7,20 @@ distances of all queries that visit it, and the k nearest of each query are cut 
 than a bound are dropped at once (`Sieve`), so that many more queries share what is decoded.
 """
 
+import itertools
 import threading
 from typing import NamedTuple
 
 import faiss
 import numpy as np
 from numpy.typing import DTypeLike
-from threadpoolctl import ThreadpoolController
 
 from retrieval.inverted_lists import InvertedLists
-from retrieval.probing import Probing
+from retrieval.parallel import product
+from retrieval.retriever import Take
 from retrieval.selection import k_smallest, kth_smallest, sort_rows
 
-BUFFER_BYTES = 256 << 20
+BUFFER_BYTES = 320 << 20
 """What the distances of the queries that are worked on at a time may take."""
 GROUP = 64
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
@@ -34,15 +35,7 @@ ROWS, COLUMNS = 512, 1024
 
 class ListSearch(InvertedLists):
     """Finds what `faiss.Index.search` finds: the same lists are visited, and distances are those to
-    the vectors that the codes stand for.
-
-    Args:
-        ivf, probing: see `InvertedLists`.
-    """
-
-    def __init__(self, ivf: faiss.IndexIVF, probing: Probing | None = None) -> None:
-        super().__init__(ivf, probing)
-        self.blas = ThreadpoolController().select(user_api="blas")
+    the vectors that the codes stand for."""
 
     def pays(self, queries: int) -> bool:
         """Whether so many queries share lists often enough."""
@@ -61,24 +54,31 @@ class ListSearch(InvertedLists):
         Returns:
             distances fp32 and ids int64 `[Q, k]`; -1 where missing.
         """
-        self.threads = faiss.omp_get_max_threads()
         distances = np.empty((len(queries), k), dtype=np.float32)
         ids = np.empty((len(queries), k), dtype=np.int64)
-        with self.blas.limit(limits=1):
-            lists = self.nearest(queries)
-            visited = self.sizes[lists].sum(1)
-            everyone = np.arange(len(queries))
-            left = everyone
-            if sieve_pays(visited.mean(), k):
-                sieve = Sieve(self, k, int(visited.mean()), ordered)
-                parts = np.array_split(everyone, -(-len(queries) // sieve.queries_at_once))
-                left = [part[sieve.into(distances, ids, part, queries, lists)] for part in parts]
-                left = np.concatenate(left)
-            bytes_so_far = np.cumsum(4 * np.maximum(visited[left], k))
-            cuts = np.flatnonzero(np.diff(bytes_so_far // BUFFER_BYTES)) + 1
-            for part in np.split(left, cuts) if len(left) else ():
-                Visit(self, queries[part], lists[part], k, ordered).into(distances, ids, part)
+
+        def write(which: np.ndarray, *found: np.ndarray) -> None:
+            distances[which], ids[which] = found
+
+        self.search_in_parts(queries, k, write, ordered)
         return distances, ids
+
+    def search_in_parts(self, queries: np.ndarray, k: int, take: Take, ordered: bool) -> None:
+        """As `search`; see `Retriever.search_in_parts`."""
+        self.threads = faiss.omp_get_max_threads()
+        lists = self.nearest(queries)
+        visited = self.sizes[lists].sum(1)
+        everyone = np.arange(len(queries))
+        left = everyone
+        if sieve_pays(visited.mean(), k):
+            sieve = Sieve(self, k, int(visited.mean()), ordered)
+            parts = np.array_split(everyone, -(-len(queries) // sieve.queries_at_once))
+            left = [part[sieve.hand_over(take, part, queries, lists)] for part in parts]
+            left = np.concatenate(left)
+        bytes_so_far = np.cumsum(4 * np.maximum(visited[left], k))
+        cuts = np.flatnonzero(np.diff(bytes_so_far // BUFFER_BYTES)) + 1
+        for part in np.split(left, cuts) if len(left) else ():
+            Visit(self, queries[part], lists[part], k, ordered).hand_over(take, part)
 
 
 def sieve_pays(visited: float, k: int) -> bool:
@@ -151,16 +151,14 @@ class Visit:
         for first in range(0, len(self.rows), GROUP):
             self._values(first)[:, self.found[first] :] = np.inf  # the rest is filled by `_measure`
 
-    def into(self, distances: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Writes what is found to these rows of the results."""
+    def hand_over(self, take: Take, which: np.ndarray) -> None:
+        """Gives what is found of the queries, whose numbers are these, to `take`."""
         self._measure()
-        firsts = range(0, len(self.order), GROUP)
 
         def select(first: int) -> None:
-            here = rows[self.order[first : first + GROUP]]
-            distances[here], ids[here] = self._select(first)
+            take(which[self.order[first : first + GROUP]], *self._select(first))
 
-        self.search.map(select, firsts)
+        self.search.map(select, range(0, len(self.order), GROUP))
 
     def farthest(self) -> np.ndarray:
         """The distance of the k-th nearest of each query, fp32 `[Q]`; infinite where there are
@@ -189,20 +187,23 @@ class Visit:
         places = (self.rows[:, None] + self.columns).ravel()[order]
         left = search.left(self.queries)
 
-        visits = list(zip(numbers.tolist(), bounds[:-1], bounds[1:], strict=True))
+        bounds = bounds.tolist()
 
-        def measure(visits: list) -> None:
-            for number, a, b in visits:
-                size = int(self.sizes[number])
-                if size == 0:
+        def measure(some: slice) -> None:
+            right, starts = search.right(numbers[some].tolist(), slice(None, None, self.stride))
+            ends = bounds[some.start : some.stop + 1]
+            mine = np.take(left, visitors[ends[0] : ends[-1]], axis=0)
+            for here, (start, end) in zip(itertools.pairwise(ends), itertools.pairwise(starts)):
+                if start == end:
                     continue
                 # Windows of the list's size on the buffer, one from each of its places.
-                shape = (len(self.buffer) - size + 1, size)
+                shape = (len(self.buffer) - (end - start) + 1, end - start)
                 windows = np.ndarray(shape, np.float32, self.buffer, strides=(4, 4))
-                right = search.right(number, slice(None, None, self.stride))
-                windows[places[a:b]] = left[visitors[a:b]] @ right.T
+                near = mine[here[0] - ends[0] : here[1] - ends[0]]
+                block = scratch(len(near) * (end - start)).reshape(len(near), -1)
+                windows[places[slice(*here)]] = product(near, right[start:end].T, out=block)
 
-        search.map(measure, [visits[i :: search.threads] for i in range(search.threads)])
+        search.map(measure, search.together(numbers, self.stride))
 
     def _select(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids of the k nearest of a group."""
@@ -268,18 +269,12 @@ class Sieve:
         kept = 32 * self.stride * self.rank  # a number, a place and a distance, and their copies
         self.queries_at_once = max(BUFFER_BYTES // max(kept, 4 * visited // self.stride), 1)
 
-    def into(
-        self,
-        distances: np.ndarray,
-        ids: np.ndarray,
-        part: np.ndarray,
-        queries: np.ndarray,
-        lists: np.ndarray,
+    def hand_over(
+        self, take: Take, part: np.ndarray, queries: np.ndarray, lists: np.ndarray
     ) -> np.ndarray:
-        """Writes what is found to these rows of the results.
+        """Gives what is found of some queries to `take`.
 
         Args:
-            distances, ids: `[Q, k]`.
             part: int64 `[n]`, which queries.
             queries, lists: fp32 `[Q, d]` and int64 `[Q, probes]`.
 
@@ -323,8 +318,7 @@ class Sieve:
             enough = counts[first : first + GROUP] >= self.k
             found = (distances_kept[here], places_kept[here])
             group = part[first : first + GROUP][enough]
-            found = self._nearest(*(column.reshape(-1, width)[enough] for column in found))
-            distances[group], ids[group] = found
+            take(group, *self._nearest(*(column.reshape(-1, width)[enough] for column in found)))
 
         self.search.map(select, firsts.tolist())
         return counts < self.k
@@ -347,10 +341,10 @@ class Sieve:
                 number = int(numbers[i])
                 size, at = int(search.sizes[number]), int(search.ids_at[number])
                 for column in range(0, size, COLUMNS):
-                    right = search.right(number, slice(column, column + COLUMNS)).T
+                    right = search.right([number], slice(column, column + COLUMNS))[0].T
                     for row in range(int(firsts[i]), int(firsts[i + 1]), ROWS):
                         who = visitors[row : min(row + ROWS, int(firsts[i + 1]))]
-                        block = left[who] @ right
+                        block = product(left[who], right)
                         near = true_places(block < bounds[who, None])
                         starts = np.arange(len(who) + 1) * block.shape[1]
                         counts = np.diff(np.searchsorted(near, starts))

@@ -1,14 +1,17 @@
-"""Work in parts, by threads that take one core each.
+"""Work in parts, by threads that take one core each, also in torch's matrix products.
 
 OpenMP's threads wait for one another at the end of every loop, spinning; loops are short here, and
 beside a model that computes at the same time they would wait longer than they work.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 
@@ -16,8 +19,7 @@ from threadpoolctl import ThreadpoolController
 def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
     """What a function gives for each part, by at most so many threads; raises what it raises.
 
-    Its matrix products are one thread's only where the caller limits those of BLAS, which are
-    everyone's.
+    Its matrix products should be `product`: how many threads numpy's take is everyone's affair.
     """
     parts = list(parts)
     results = [None] * len(parts)
@@ -38,6 +40,19 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), initializer=_take_one_core)
 
 
+def product(left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """The matrix product of fp32 `[n, d]` and `[d, m]`, by as many threads as torch has here."""
+    left, right = torch.from_numpy(left), torch.from_numpy(right)
+    if out is None:
+        return torch.mm(left, right).numpy()
+    torch.mm(left, right, out=torch.from_numpy(out))
+    return out
+
+
 def _take_one_core() -> None:
     torch.get_num_threads()  # from its first call in a thread on it leaves the number alone
     ThreadpoolController().select(user_api="openmp").limit(limits=1)
+    # MKL, by which torch multiplies on x86, has a number of its own for each thread.
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.is_file():
+        getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", int)(1)

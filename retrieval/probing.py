@@ -1,19 +1,25 @@
 """Which inverted lists of an index a query visits."""
 
+from functools import cached_property
 from typing import Literal
 
 import faiss
 import numpy as np
 
+from retrieval.parallel import in_parallel, product
+from retrieval.selection import k_smallest
+
 NProbe = int | Literal["auto"]
 """How many lists, or `auto`: those that are not much farther than the nearest one."""
 FEWEST, MOST = 8, 32
 """Lists that `auto` visits."""
-SLACK = 1.25
+SLACK = 0.75
 """How much farther than the nearest one a list may be for `auto`, in mean squared distances between
 a centroid and the nearest other one; docs/index.md has what others cost."""
 SAMPLE = 1024
 """Centroids whose distance to the nearest other one is looked up."""
+BLOCK = 1 << 18
+"""Distances to centroids that are looked at together: they stay in the cache."""
 
 
 class Probing:
@@ -39,26 +45,67 @@ class Probing:
         self.ivf = ivf
         self.most = min(MOST if nprobe == "auto" else nprobe, ivf.nlist)
         self.slack = np.inf
+        self.similar = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
         ivf.nprobe = self.most
+        self.centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
+        self.middle = np.zeros(ivf.d, dtype=np.float32)
+        if not self.similar:  # distances from far away would lose their digits
+            self.middle = self.centroids.mean(0)
+        self.compares_all = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat)
         if nprobe == "auto" and self.most > FEWEST:
-            centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
-            sample = np.ascontiguousarray(centroids[:: -(-ivf.nlist // SAMPLE)])
-            self.slack = SLACK * faiss.knn(sample, centroids, 2)[0][:, 1].mean()
-            if ivf.metric_type == faiss.METRIC_INNER_PRODUCT:
+            sample = np.ascontiguousarray(self.centroids[:: -(-ivf.nlist // SAMPLE)])
+            self.slack = SLACK * faiss.knn(sample, self.centroids, 2)[0][:, 1].mean()
+            if self.similar:
                 self.slack /= 2
 
-    def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The lists to visit, nearest first.
+    def nearest(self, queries: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The lists to visit, in any order.
+
+        faiss keeps the nearest in a heap, which takes longer than all distances; where it compares
+        a query with every centroid it is done here, by a partition.
 
         Args:
             queries: fp32 `[Q, d]`, as the index's lists see them.
+            threads: how many may work at a time.
 
         Returns:
             distances to their centroids fp32 and numbers int64 `[Q, most]`; -1 where there are
             fewer.
         """
-        distances, lists = self.ivf.quantizer.search(queries, self.most)
+        if self.compares_all:
+            rows = max(BLOCK // self.ivf.nlist, 1)
+            blocks = [queries[first : first + rows] for first in range(0, len(queries), rows)]
+            found = in_parallel(self._of_all, blocks or [queries], threads)
+            distances, lists = map(np.concatenate, zip(*found, strict=True))
+        else:
+            distances, lists = self.ivf.quantizer.search(queries, self.most)
         if self.slack < np.inf:
-            farther = np.abs(distances[:, FEWEST:] - distances[:, :1])
-            lists[:, FEWEST:][farther > self.slack] = -1
+            far = -distances if self.similar else distances
+            nearest, fewest = np.partition(far, [0, FEWEST - 1], axis=1)[:, [0, FEWEST - 1]].T
+            lists[far > np.maximum(nearest + self.slack, fewest)[:, None]] = -1
         return distances, lists
+
+    def _of_all(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distances to the nearest of all centroids and their numbers."""
+        relative = queries - self.middle
+        far = product(relative, self._to_all)
+        if not self.similar:
+            far += self._lengths
+        lists = k_smallest(far, self.most)
+        far = np.take_along_axis(far, lists, axis=1)
+        if self.similar:
+            return -far, lists
+        far += np.vecdot(relative, relative)[:, None]
+        return np.maximum(far, 0, out=far), lists
+
+    @cached_property
+    def _to_all(self) -> np.ndarray:
+        """What is multiplied with queries, fp32 `[d, nlist]`: less is nearer."""
+        scale = -1 if self.similar else -2
+        return np.ascontiguousarray((self.centroids - self.middle).T) * np.float32(scale)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Squared lengths of the centroids, fp32 `[nlist]`."""
+        relative = self.centroids - self.middle
+        return np.vecdot(relative, relative)

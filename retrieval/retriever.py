@@ -1,12 +1,14 @@
 """What everything that searches looks like, and the exact search."""
 
 import re
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import faiss
 import numpy as np
 
 from retrieval.datastore import Datastore
+from retrieval.parallel import in_parallel
 
 Metric = Literal["l2", "ip", "cosine"]
 FAISS_METRICS = {
@@ -14,6 +16,12 @@ FAISS_METRICS = {
     "ip": faiss.METRIC_INNER_PRODUCT,
     "cosine": faiss.METRIC_INNER_PRODUCT,
 }
+
+
+Take = Callable[..., None]
+"""Takes numbers of queries, a slice or int64 `[n]`, with arrays of what was found of them."""
+TAKEN_AT_ONCE = 128
+"""Queries whose neighbours are handed over at a time: they stay in the cache."""
 
 
 class Retriever(Protocol):
@@ -43,6 +51,32 @@ class Retriever(Protocol):
         """
         ...
 
+    def search_in_parts(
+        self, queries: np.ndarray, k: int, take: Take, ordered: bool = True
+    ) -> None:
+        """As `search`, but what is found of a few queries is handed over at once, where it can be
+        while the others are still searched for: it is in the cache then, and not all of it need be
+        in memory.
+
+        Args:
+            queries, k, ordered: see `search`.
+            take: gets numbers of queries, their distances and their rows, once for every query,
+                from several threads at the same time.
+        """
+        hand_over(take, *self.search(queries, k, ordered))
+
+
+def hand_over(take: Take, *found: np.ndarray) -> None:
+    """Gives arrays `[Q, k]` to `take`, some rows at a time, by as many threads as faiss would take
+    here."""
+    firsts = range(0, len(found[0]), TAKEN_AT_ONCE)
+    parts = [slice(first, first + TAKEN_AT_ONCE) for first in firsts]
+
+    def give(part: slice) -> None:
+        take(part, *(array[part] for array in found))
+
+    in_parallel(give, parts, faiss.omp_get_max_threads())
+
 
 def normalized(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     """Unit vectors for `cosine`, the vectors themselves otherwise; fp32 `[n, d]`, contiguous."""
@@ -58,7 +92,7 @@ def faiss_reason(error: RuntimeError) -> str:
     return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
 
 
-class FlatRetriever:
+class FlatRetriever(Retriever):
     """Exact search by reading all keys, block by block: no index file, no copy of the keys.
 
     Args:

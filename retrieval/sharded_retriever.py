@@ -8,7 +8,7 @@ from retrieval.retriever import Metric, Retriever
 from retrieval.selection import k_smallest, sort_rows
 
 
-class ShardedRetriever:
+class ShardedRetriever(Retriever):
     """See `Retriever`.
 
     Args:

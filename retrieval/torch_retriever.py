@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from retrieval.datastore import BLOCK_BYTES, Datastore
-from retrieval.retriever import Metric, normalized
+from retrieval.retriever import Metric, Retriever, normalized
 from retrieval.selection import k_smallest, sort_rows
 
 BUFFER_BYTES = 256 << 20
@@ -32,7 +32,7 @@ SAMPLE = 1024
 """Keys whose mean stands for that of all."""
 
 
-class TorchRetriever:
+class TorchRetriever(Retriever):
     """Exact search on one device; see `Retriever`.
 
     Squared distances are |q|^2 - 2 q.k + |k|^2, from queries and keys from which the mean of some

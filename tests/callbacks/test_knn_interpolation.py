@@ -16,7 +16,7 @@ from models.language_model import TokenScores
 from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import DatastoreBuilder
 from retrieval.index import IndexBuilding, open_retriever
-from retrieval.retriever import FlatRetriever
+from retrieval.retriever import FlatRetriever, Retriever
 
 N, D, Q, K, LMBDA, TEMPERATURE = 200, 6, 70, 9, 0.3, 2.0
 
@@ -85,7 +85,7 @@ def test_equals_brute_force(world, batch, queries_at_once, monkeypatch):
     np.testing.assert_allclose(np.exp(table["knn_log_prob"]), p_knn[order], rtol=1e-4, atol=1e-9)
 
 
-class Finds:
+class Finds(Retriever):
     """A retriever that finds what it is told."""
 
     metric = "l2"

@@ -48,8 +48,8 @@ def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threa
     monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)
     monkeypatch.setattr(list_search, "ROWS", 17)
     monkeypatch.setattr(list_search, "COLUMNS", 50)
-    left, real = [], list_search.Sieve.into
-    monkeypatch.setattr(list_search.Sieve, "into", lambda *a: left.append(real(*a)) or left[-1])
+    left, real = [], list_search.Sieve.hand_over
+    monkeypatch.setattr(list_search.Sieve, "hand_over", lambda *a: left.append(real(*a)) or left[-1])
     index = opened(tmp_path, factory, metric)
     assert ListSearch.serves(index)
     expected = index.search(queries(), k)
