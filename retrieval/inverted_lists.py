@@ -12,7 +12,6 @@ import torch
 from retrieval.parallel import in_parallel
 from retrieval.probing import Probing
 
-
 DECODED_BYTES = 1 << 20
 """What vectors of several lists that are decoded together may take."""
 
@@ -95,17 +94,38 @@ class InvertedLists:
     def right(
         self, numbers: Sequence[int], which: slice = slice(None)
     ) -> tuple[np.ndarray, list[int]]:
+        """What some of the codes of lists stand for, with what `left` is multiplied with.
+
+        Args:
+            numbers, which: see `vectors`.
+
+        Returns:
+            fp32 `[n, d]`, or `[n, d + 2]`: the vector, its squared length and one. And where each
+            list's begin, and the last one's end.
+        """
+        d = self.ivf.d
+        right, bounds = self.vectors(numbers, which, 0 if self.similar else 2)
+        if not self.similar:
+            vectors = right[:, :d]
+            np.vecdot(vectors, vectors, out=right[:, d])
+            right[:, d + 1] = 1
+        return right, bounds
+
+    def vectors(
+        self, numbers: Sequence[int], which: slice = slice(None), more: int = 0
+    ) -> tuple[np.ndarray, list[int]]:
         """What some of the codes of lists stand for.
 
         Args:
             numbers: of the lists.
             which: of each list's codes.
+            more: columns to leave for others.
 
         Returns:
-            fp32 `[n, d]`, or `[n, d + 2]`: the vector, its squared length and one; both sides are
-            relative to the middle of all. And where each list's begin, and the last one's end.
+            fp32 `[n, d + more]`, relative to the middle. And where each list's begin, and the last
+            one's end.
         """
-        ivf, d = self.ivf, self.ivf.d
+        ivf = self.ivf
         codes = [self._codes(number)[which] for number in numbers]
         bounds = [0, *itertools.accumulate(map(len, codes))]
         codes = np.concatenate(codes)
@@ -117,8 +137,8 @@ class InvertedLists:
             stored = codes.view(np.float16)
         else:
             stored = ivf.sq.decode(codes)
-        right = np.empty((len(codes), d if self.similar else d + 2), dtype=np.float32)
-        vectors = right[:, :d]
+        result = np.empty((len(codes), ivf.d + more), dtype=np.float32)
+        vectors = result[:, : ivf.d]
         if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
             subtract(stored, self.middle, vectors)
         else:
@@ -127,10 +147,7 @@ class InvertedLists:
                     continue
                 middle = self.middle - self.probing.centroids[number]
                 subtract(stored[a:b], middle, vectors[a:b])
-        if not self.similar:
-            np.vecdot(vectors, vectors, out=right[:, d])
-            right[:, d + 1] = 1
-        return right, bounds
+        return result, bounds
 
     def _codes(self, number: int) -> np.ndarray:
         """Those of a list, uint8 `[n, code_size]`."""

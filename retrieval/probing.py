@@ -13,7 +13,7 @@ NProbe = int | Literal["auto"]
 """How many lists, or `auto`: those that are not much farther than the nearest one."""
 FEWEST, MOST = 8, 32
 """Lists that `auto` visits."""
-SLACK = 0.75
+SLACK = 1.25
 """How much farther than the nearest one a list may be for `auto`, in mean squared distances between
 a centroid and the nearest other one; docs/index.md has what others cost."""
 SAMPLE = 1024

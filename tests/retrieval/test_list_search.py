@@ -2,7 +2,7 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval import list_search
+from retrieval import list_search, sieve, visit
 from retrieval.index import make_index, read_index
 from retrieval.list_search import ListSearch
 
@@ -42,14 +42,15 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
 @pytest.mark.parametrize("factory", ["IVF20,Flat", "IVF20,SQfp16", "IVF20,SQ8", "IVF20,PQ8"])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("k", [70, 20, 3])
-def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threads, k):
+@pytest.mark.parametrize(("k", "by_bytes"), [(70, False), (20, False), (20, True), (3, True)])
+def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threads, k, by_bytes):
     """With a sieve where k is small, and in several parts."""
+    monkeypatch.setattr(sieve, "BY_BYTES", by_bytes)
     monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)
-    monkeypatch.setattr(list_search, "ROWS", 17)
-    monkeypatch.setattr(list_search, "COLUMNS", 50)
-    left, real = [], list_search.Sieve.hand_over
-    monkeypatch.setattr(list_search.Sieve, "hand_over", lambda *a: left.append(real(*a)) or left[-1])
+    monkeypatch.setattr(sieve, "ROWS", 17)
+    monkeypatch.setattr(sieve, "COLUMNS", 50)
+    left, real = [], sieve.Sieve.hand_over
+    monkeypatch.setattr(sieve.Sieve, "hand_over", lambda *a: left.append(real(*a)) or left[-1])
     index = opened(tmp_path, factory, metric)
     assert ListSearch.serves(index)
     expected = index.search(queries(), k)
@@ -63,18 +64,82 @@ def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threa
     assert not left or np.concatenate(left).mean() < 0.02
 
 
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_products_of_bytes_lose_nothing_below_the_bound(tmp_path, metric, outlier, shift):
+    """Whatever the bound is, and where one dimension takes most of a byte's steps."""
+    rng = np.random.default_rng(2)
+    scale = np.ones(DIM, dtype=np.float32)
+    scale[3] = outlier
+    keys = scale * rng.standard_normal((N, DIM), dtype=np.float32) + np.float32(shift)
+    looking = scale * queries(40) + np.float32(shift)
+    lists = ListSearch(opened(tmp_path, "IVF20,Flat", metric, keys=keys))
+    vectors, _ = lists.vectors([7])
+    relative = (looking - lists.middle).astype(np.float64)
+    if metric == faiss.METRIC_L2:
+        exact = ((relative[:, None] - vectors) ** 2).sum(-1)
+    else:
+        exact = -relative @ vectors.T.astype(np.float64)
+    for share in (0.01, 0.1, 0.7, 1.1):
+        bounds = np.quantile(exact, min(share, 1), axis=1).astype(np.float32)
+        bounds[: 40 if share > 1 else 0] = np.inf
+        who = np.arange(3, 40, 2)
+        near, distances, computed = sieve.Bytes(lists, looking, bounds).sift(7, slice(0, None))(who)
+        below = exact[who] < bounds[who, None].astype(np.float64)
+        close = np.isclose(exact[who], bounds[who, None], rtol=1e-5, atol=1e-5)
+        found = np.zeros_like(below)
+        found.ravel()[near] = True
+        assert np.array_equal(found | close, below | close)
+        expected = exact[who].ravel()[near]
+        assert np.allclose(distances, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+        assert computed >= len(near)
+        if share < 0.5 and outlier == 1 and not (shift and metric != faiss.METRIC_L2):
+            assert computed < 3 * len(near) + 100  # it spares most of the work
+
+
+def test_where_bytes_tell_too_little_numbers_do(tmp_path, monkeypatch):
+    """One vector far away takes all steps of a byte."""
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
+    keys[:20] = 100 * np.eye(20, DIM, dtype=np.float32)
+    index = opened(tmp_path, "IVF2,Flat", keys=keys)
+    index.nprobe = 2
+    monkeypatch.setattr(sieve, "BY_BYTES", True)
+    monkeypatch.setattr(sieve, "ROWS", 20)
+    monkeypatch.setattr(sieve, "COLUMNS", 50)
+    used, real = [], sieve.Numbers.sift
+    monkeypatch.setattr(sieve.Numbers, "sift", lambda *a: used.append(1) or real(*a))
+    assert_same(ListSearch(index).search(queries(), 3), index.search(queries(), 3))
+    assert used
+
+
+@pytest.mark.parametrize("k", [70, 3])
+def test_parts_are_the_whole(tmp_path, k):
+    search = ListSearch(opened(tmp_path, "IVF20,SQfp16"))
+    expected, expected_ids = search.search(queries(), k)
+    seen = np.zeros(200, dtype=int)
+
+    def take(which, distances, ids):
+        seen[which] += 1
+        assert np.array_equal(ids, expected_ids[which])
+        assert np.allclose(distances, expected[which], rtol=1e-6)
+
+    search.search_in_parts(queries(), k, take, ordered=True)
+    assert (seen == 1).all()
+
+
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
 def test_a_bound_that_is_too_near_loses_nothing(tmp_path, monkeypatch, metric):
     """Half of the queries get one below which fewer than k vectors are left."""
     index = opened(tmp_path, "IVF20,Flat", metric)
-    real = list_search.Visit.farthest
+    real = visit.Visit.farthest
 
     def too_near(visit):
         bounds = real(visit)
         bounds[::2] -= 0.5 * np.abs(bounds[::2])
         return bounds
 
-    monkeypatch.setattr(list_search.Visit, "farthest", too_near)
+    monkeypatch.setattr(visit.Visit, "farthest", too_near)
     assert_same(ListSearch(index).search(queries(), 30), index.search(queries(), 30))
 
 

@@ -104,3 +104,34 @@ def test_of_many_centroids_a_sample_is_compared(tmp_path, keys, monkeypatch):
     of_all = retriever.probing.slack
     monkeypatch.setattr(probing, "SAMPLE", 32)
     assert Probing(retriever.probing.ivf, "auto").slack == pytest.approx(of_all, rel=0.5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_the_lists_and_their_distances_are_those_of_faiss(
+    tmp_path, keys, metric, shift, monkeypatch
+):
+    """Also of keys far from the origin, and where centroids are compared in several blocks."""
+    monkeypatch.setattr(probing, "BLOCK", 7 * LISTS)
+    keys = keys + np.float32(shift)
+    retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", metric, 9)
+    found, queries = retriever.probing, keys[:100]
+    distances, lists = found.nearest(queries, threads=2)
+    centroids = found.centroids.astype(np.float64)
+    if metric == "l2":
+        exact = ((queries[:, None] - centroids) ** 2).sum(-1)
+    else:
+        exact = queries.astype(np.float64) @ centroids.T
+    sign = 1 if metric == "l2" else -1
+    nearest = np.sort(sign * exact, axis=1)[:, :9]
+    tolerance = {"rtol": 1e-4, "atol": 1e-6 * np.abs(exact).max()}
+    assert np.allclose(np.sort(sign * distances, axis=1), nearest, **tolerance)
+    assert np.allclose(distances, np.take_along_axis(exact, lists, axis=1), **tolerance)
+    assert all(len(set(row)) == 9 for row in lists.tolist())
+
+
+def test_centroids_that_are_not_all_compared_are_left_to_faiss(tmp_path, keys):
+    retriever = opened(tmp_path, keys, f"IVF{LISTS}_HNSW8,Flat", "l2", 5)
+    found = retriever.probing
+    _, expected = found.ivf.quantizer.search(keys[:50], 5)
+    assert np.array_equal(found.nearest(keys[:50])[1], expected)
