@@ -15,7 +15,7 @@ from retrieval.retriever import Take
 from retrieval.sieve import Sieve
 from retrieval.visit import Visit
 
-BUFFER_BYTES = 320 << 20
+BUFFER_BYTES = 256 << 20
 """What the distances of the queries that are worked on at a time may take."""
 QUERIES_A_LIST = 4
 """Queries that must visit a list, on average, for this to be worth while."""
@@ -67,9 +67,12 @@ class ListSearch(InvertedLists):
             parts = np.array_split(everyone, -(-len(queries) // at_once))
             left = [part[sieve.hand_over(take, part, queries, lists)] for part in parts]
             left = np.concatenate(left)
-        bytes_so_far = np.cumsum(4 * np.maximum(visited[left], k))
-        cuts = np.flatnonzero(np.diff(bytes_so_far // BUFFER_BYTES)) + 1
-        for part in np.split(left, cuts) if len(left) else ():
+        sizes = np.cumsum(4 * np.maximum(visited[left], k))
+        if not len(left):
+            return
+        parts = -(-int(sizes[-1]) // BUFFER_BYTES)  # alike, as each decodes what it visits
+        cuts = np.searchsorted(sizes, sizes[-1] * np.arange(1, parts) // parts)
+        for part in np.split(left, cuts):
             Visit(self, queries[part], lists[part], k, ordered).hand_over(take, part)
 
 
