@@ -5,7 +5,8 @@
 DIR holds `checkpoint.pt`, `data-bin/`, raw datastores `dstore_<name>_keys.npy` and `_vals.npy`,
 indexes `knn_<name>.index`, `expected.json` (case -> the original's command line and printed
 figures) and `npz/<case>.npz` (its per-token scores). Every case's settings are read from its
-command line. Prints a Markdown table. A directory with `world.npz` holds outputs of GNN-LM:
+command line. A datastore that DIR has only the values of, and its index, are made as the original
+makes them. Prints a Markdown table. A directory with `world.npz` holds outputs of GNN-LM:
 `benchmarks/fidelity_gnn.py` compares those.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -88,6 +90,7 @@ class Fixtures:
     def __init__(self, folder: Path, scratch: Path) -> None:
         self.folder = folder
         self.scratch = scratch
+        self.expected = json.loads((folder / "expected.json").read_text())
         self.model = load_model(folder / "checkpoint.pt")
         self.model.key_type = "last_ffn_input"
         self.score = cache(self.score)
@@ -95,9 +98,8 @@ class Fixtures:
 
     def cases(self) -> list[Case]:
         """All cases that have per-token scores, and artifacts to compute them with."""
-        expected = json.loads((self.folder / "expected.json").read_text())
         cases = []
-        for name, described in expected.items():
+        for name, described in self.expected.items():
             if (self.folder / "npz" / f"{name}.npz").is_file():
                 case = Case.read(name, described)
                 if not case.args.knnlm or self.has_datastore(case):
@@ -109,8 +111,9 @@ class Fixtures:
         return Path(case.args.dstore_filename).name.rpartition("_")[2]
 
     def has_datastore(self, case: Case) -> bool:
-        """Whether the keys that a case searched are in the fixture."""
-        return (self.folder / f"dstore_{self.datastore_name(case)}_keys.npy").is_file()
+        """Whether the keys that a case searched are in the fixture, or the values to make them."""
+        prefix = self.folder / f"dstore_{self.datastore_name(case)}"
+        return Path(f"{prefix}_keys.npy").is_file() or Path(f"{prefix}_vals.npy").is_file()
 
     def score(
         self, split: str, break_mode: str, context_window: int, longest: int | None, drop: bool
@@ -143,7 +146,7 @@ class Fixtures:
     def datastore(self, name: str, size: int) -> Datastore:
         """A raw datastore of the original, in place."""
         width = self.model.key_width("last_ffn_input")
-        source = self.folder / f"dstore_{name}"
+        source = self.artifacts(name) / f"dstore_{name}"
         return import_datastore(source, self.scratch / name, size, width)
 
     def retriever(self, case: Case, datastore: Datastore) -> Retriever:
@@ -151,8 +154,48 @@ class Fixtures:
         name = self.datastore_name(case)
         if "flat" in case.args.indexfile:
             return FlatRetriever(datastore, "l2")
-        index = read_index(self.folder / f"knn_{name}.index")
+        index = read_index(self.artifacts(name) / f"knn_{name}.index")
         return FaissRetriever(index, datastore, "l2", case.args.probe)
+
+    def artifacts(self, name: str) -> Path:
+        """The folder of a datastore's keys and index: the fixture's, or the scratch folder, where
+        they are made as eval_lm.py and build_dstore.py make them."""
+        if (self.folder / f"dstore_{name}_keys.npy").is_file():
+            return self.folder
+        keys_path = self.scratch / f"dstore_{name}_keys.npy"
+        if keys_path.is_file():
+            return self.scratch
+        dumped, built = (self.made(name, flag) for flag in ("--dstore-mmap", "--faiss_index"))
+        values = np.load(self.folder / f"dstore_{name}_vals.npy").ravel()
+        context = int(dumped["--context-window"])
+        scores = self.score(dumped["--gen-subset"], "none", context, None, True)
+        first = self.model.hparams.max_target_positions - context  # it loses the first block
+        rows = slice(first, first + len(values))
+        if not np.array_equal(scores.targets[rows], values):
+            raise RuntimeError(f"{name}: the original's datastore has other values than ours")
+        keys = scores.keys[rows].numpy()
+        values.astype(np.int64).tofile(self.scratch / f"dstore_{name}_vals.npy")
+        lists, code_bytes = int(built["--ncentroids"]), int(built["--code_size"])
+        width = keys.shape[1]
+        coarse = faiss.IndexFlatL2(width)
+        index = faiss.IndexIVFPQ(coarse, width, lists, code_bytes, 8)
+        # As the original draws them: another generator gives another index.
+        order = np.random.RandomState(1).choice(len(keys), min(1_000_000, len(keys)), replace=False)
+        index.train(keys[order])
+        index.add(keys)
+        faiss.write_index(index, str(self.scratch / f"knn_{name}.index"))
+        keys.tofile(keys_path)
+        return self.scratch
+
+    def made(self, name: str, flag: str) -> dict[str, str]:
+        """The command line, by flags, that made a datastore, or its index, of this name."""
+        for described in self.expected.values():
+            args = described.get("args", [])
+            if flag in args:
+                values = dict(zip(args, [*args[1:], ""], strict=True))
+                if Path(values[flag]).stem.rpartition("_")[2] == name:
+                    return values
+        raise InputError(f"{self.folder / 'expected.json'}: does not say how {name} was made")
 
 
 class KeepScores(pl.Callback):

@@ -179,7 +179,7 @@ class KNNInterpolation(Callback):
         start = time.perf_counter()
         if isinstance(self.retriever, DistributedRetriever):
             found = self.retriever.find(queries, self.k)
-        elif self.rescores or self.missing == "last_row":
+        elif self.rescoring is not None or self.rescores or self.missing == "last_row":
             found = self.retriever.search(queries, self.k, self.ordered)
         else:
             found = None

@@ -12,8 +12,8 @@ import torch
 from retrieval.parallel import in_parallel
 from retrieval.probing import Probing
 
-DECODED_BYTES = 1 << 20
-"""What vectors of several lists that are decoded together may take."""
+TOGETHER_BYTES = 2 << 20
+"""What vectors that are decoded together, and queries that visit their lists, may take."""
 
 
 class InvertedLists:
@@ -155,11 +155,12 @@ class InvertedLists:
         begin = int(self.codes_at[number])
         return self.file[begin : begin + math.prod(shape)].reshape(shape)
 
-    def together(self, numbers: np.ndarray, stride: int = 1) -> list[slice]:
-        """Parts of so many lists that `right` of them, every `stride`-th vector, stays in the
-        cache."""
-        bytes_so_far = np.cumsum(4 * (self.ivf.d + 2) * -(-self.sizes[numbers] // stride))
-        cuts = np.flatnonzero(np.diff(bytes_so_far // DECODED_BYTES)) + 1
+    def together(self, numbers: np.ndarray, visits: np.ndarray, stride: int = 1) -> list[slice]:
+        """Parts of lists that are worked on at a time: `right` of them, every `stride`-th vector,
+        and so many queries that visit each stay in the cache."""
+        rows = -(-self.sizes[numbers] // stride) + visits
+        bytes_so_far = np.cumsum(4 * (self.ivf.d + 2) * rows)
+        cuts = np.flatnonzero(np.diff(bytes_so_far // TOGETHER_BYTES)) + 1
         return [slice(*of) for of in itertools.pairwise([0, *cuts.tolist(), len(numbers)])]
 
     def visits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -57,7 +57,8 @@ class ListSearch(InvertedLists):
     def search_in_parts(self, queries: np.ndarray, k: int, take: Take, ordered: bool) -> None:
         """As `search`; see `Retriever.search_in_parts`."""
         self.threads = faiss.omp_get_max_threads()
-        lists = self.nearest(queries)
+        lists = self.nearest(queries)  # none for a query that is not finite
+        queries = np.where(np.isfinite(queries).all(axis=1, keepdims=True), queries, np.float32(0))
         visited = self.sizes[lists].sum(1)
         everyone = np.arange(len(queries))
         left = everyone
@@ -72,7 +73,7 @@ class ListSearch(InvertedLists):
             return
         parts = -(-int(sizes[-1]) // BUFFER_BYTES)  # alike, as each decodes what it visits
         cuts = np.searchsorted(sizes, sizes[-1] * np.arange(1, parts) // parts)
-        for part in np.split(left, cuts):
+        for part in filter(len, np.split(left, cuts)):
             Visit(self, queries[part], lists[part], k, ordered).hand_over(take, part)
 
 

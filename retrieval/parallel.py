@@ -7,7 +7,7 @@ beside a model that computes at the same time they would wait longer than they w
 import ctypes
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from threadpoolctl import ThreadpoolController
 
 
 def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
-    """What a function gives for each part, by at most so many threads; raises what it raises.
+    """What a function gives for each part, by at most so many threads; raises what it raises, when
+    all threads have ended.
 
     Its matrix products should be `product`: how many threads numpy's take is everyone's affair.
     """
@@ -30,6 +31,7 @@ def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
             results[number] = function(parts[number])
 
     workers = [_pool().submit(work) for _ in range(min(threads, len(parts)))]
+    wait(workers)
     for worker in workers:
         worker.result()
     return results

@@ -70,8 +70,11 @@ class Probing:
 
         Returns:
             distances to their centroids fp32 and numbers int64 `[Q, most]`; -1 where there are
-            fewer.
+            fewer, and for a query that is not finite.
         """
+        finite = np.isfinite(queries).all(axis=1)
+        if not finite.all():
+            queries = np.where(finite[:, None], queries, np.float32(0))
         if self.compares_all:
             rows = max(BLOCK // self.ivf.nlist, 1)
             blocks = [queries[first : first + rows] for first in range(0, len(queries), rows)]
@@ -83,6 +86,7 @@ class Probing:
             far = -distances if self.similar else distances
             nearest, fewest = np.partition(far, [0, FEWEST - 1], axis=1)[:, [0, FEWEST - 1]].T
             lists[far > np.maximum(nearest + self.slack, fewest)[:, None]] = -1
+        lists[~finite] = -1
         return distances, lists
 
     def _of_all(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,9 @@ first what may be below (`Bytes`), with errors that are known, and distances are
 alone.
 """
 
+import math
 from collections.abc import Callable
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import faiss
@@ -22,13 +24,6 @@ from retrieval.visit import GROUP, Visit, scratch
 
 ROWS, COLUMNS = 512, 1024
 """Queries and vectors whose distances are looked at together: they stay in the cache."""
-BY_BYTES = (
-    torch.backends.mkldnn.is_available()
-    and "AVX512" in torch.backends.cpu.get_cpu_capability()
-    and hasattr(torch, "_int_mm")
-)
-"""Whether products of bytes are likely to be worth while: nearly all processors with AVX-512 have
-instructions for them."""
 LENGTHS = 4
 """Bytes of a vector that stand for its squared length."""
 TOO_MANY = 8
@@ -36,8 +31,28 @@ TOO_MANY = 8
 to be worth while."""
 
 
+COMMON = 0.99
+"""Share of the queries whose largest number decides the scale of all."""
 LIMIT = 2**30
 """More than any product of bytes comes to, and a number that fp32 and int32 both have."""
+
+
+@cache
+def bytes_are_exact() -> bool:
+    """Whether torch multiplies bytes without losing any bit. On processors that lack instructions
+    for it sums of pairs are cut off at 16 bits."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm")):
+        return False
+    one = torch.full((33, 260), 127, dtype=torch.int8)
+    one[1::3], one[2::3, ::2] = -127, -127
+    found = torch._int_mm(one.repeat(8, 1), one.T)
+    return torch.equal(found.double(), one.repeat(8, 1).double() @ one.T.double())
+
+
+@cache
+def bytes_pay() -> bool:
+    """Whether products of bytes are likely to be worth while here."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and bytes_are_exact()
 
 
 class Kept(NamedTuple):
@@ -62,28 +77,31 @@ were computed."""
 
 
 class Numbers:
-    """Computes all distances.
+    """Computes all distances, and those that are near again, one by one: large terms of the first,
+    |q|^2 - 2 q x + |x|^2, cancel. So what is found does not depend on how it was sifted.
 
     Args:
         lists: whose vectors are compared.
-        queries: fp32 `[n, d]`.
+        queries: fp32 `[n, d]`, finite.
         bounds: fp32 `[n]`.
     """
 
     def __init__(self, lists: InvertedLists, queries: np.ndarray, bounds: np.ndarray) -> None:
         self.lists = lists
+        self.queries = queries - lists.middle
         self.bounds = bounds
         self.left = lists.left(queries)
 
     def sift(self, number: int, which: slice) -> Sift:
         """Compares with some vectors of a list."""
-        right = self.lists.right([number], which)[0].T
+        right = self.lists.right([number], which)[0]
+        vectors = np.ascontiguousarray(right[:, : self.lists.ivf.d])
 
         def sift(who: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-            block = scratch(len(who) * right.shape[1]).reshape(len(who), -1)
-            product(np.take(self.left, who, axis=0), right, out=block)
+            block = scratch(len(who) * len(right)).reshape(len(who), -1)
+            product(np.take(self.left, who, axis=0), right.T, out=block)
             near = true_places(block < self.bounds[who, None])
-            return near, np.take(block, near), len(near)
+            return near, distances_at(near, who, self, vectors), len(near)
 
         return sift
 
@@ -92,8 +110,8 @@ class Bytes:
     """Computes the distances that may be below the bounds.
 
     With queries a = A + e_A and vectors x = X + e_X, where A and X are bytes times a scale, the
-    product a x differs from A X by no more than |a| |e_X| + |e_A| |X| (Cauchy-Schwarz). Squared
-    lengths of vectors are further columns of X.
+    product a x differs from A X by no more than |a| |e_X| + |e_A| |X| (Cauchy-Schwarz), up to the
+    rounding of fp32. Squared lengths of vectors are further columns of X.
 
     Args:
         lists, queries, bounds: see `Numbers`.
@@ -101,33 +119,42 @@ class Bytes:
 
     def __init__(self, lists: InvertedLists, queries: np.ndarray, bounds: np.ndarray) -> None:
         self.lists = lists
+        self.given = queries
         self.queries = queries - lists.middle
-        self.sign, factor = (-1, -1) if lists.similar else (1, -2)
-        self.scale = float(max(np.abs(self.queries).max(), np.finfo(np.float32).tiny)) / 127
-        rounded = np.rint(self.queries / self.scale)
-        self.errors = np.linalg.norm(self.queries - rounded * self.scale, axis=1)
-        self.lengths = np.linalg.norm(self.queries, axis=1)
-        self.scale *= -factor
-        self.errors *= -factor
+        self.bounds = bounds
+        factor = 1 if lists.similar else 2
+        # A query with larger numbers than nearly all others has the larger error.
+        largest = np.quantile(np.abs(self.queries).max(axis=1), COMMON)
+        scale = max(float(largest), float(np.finfo(np.float32).tiny)) / 127
+        rounded = np.clip(np.rint(self.queries / scale), -127, 127)
+        self.scale = factor * scale
+        self.errors = factor * np.linalg.norm(self.queries - rounded * scale, axis=1)
+        lengths = np.linalg.norm(self.queries, axis=1)
+        self.lengths = factor * lengths
+        self.below = bounds if lists.similar else bounds - lengths**2
         self.left = np.empty((len(queries), lists.ivf.d + LENGTHS), dtype=np.int8)
         self.left[:, : lists.ivf.d] = -rounded
         self.left[:, lists.ivf.d :] = 127
         self.left[:, -1] = 1
-        self.bounds = bounds
-        self.below = bounds if lists.similar else bounds - self.lengths**2
-        self.lengths *= -factor
+
+    @cached_property
+    def exactly(self) -> Numbers:
+        """The same for all distances."""
+        return Numbers(self.lists, self.given, self.bounds)
 
     def sift(self, number: int, which: slice) -> Sift:
         """Compares with some vectors of a list."""
         d = self.lists.ivf.d
         vectors = self.lists.vectors([number], which)[0]
-        scale = max(abs(float(vectors.max())), abs(float(vectors.min()))) / 127
         squares = np.zeros(len(vectors), dtype=np.float32)
         if not self.lists.similar:
             np.vecdot(vectors, vectors, out=squares)
         middle = (float(squares.max()) + float(squares.min())) / 2
         reach = (float(squares.max()) - middle) / (self.scale * 126 * 127 * (LENGTHS - 1))
+        scale = max(abs(float(vectors.max())), abs(float(vectors.min()))) / 127
         scale = max(scale, reach, float(np.finfo(np.float32).tiny))
+        if not math.isfinite(scale + middle + reach):
+            return self.exactly.sift(number, which)
         rounded = torch.from_numpy(vectors).div(scale).round_()
         right = torch.empty(len(vectors), d + LENGTHS, dtype=torch.int8)
         right[:, :d] = rounded
@@ -143,28 +170,42 @@ class Bytes:
         error += self.lengths * np.vecdot(rounded, rounded).max() ** 0.5
         limits = np.ceil((self.below - middle + error) / unit) + 2
         limits = np.clip(limits, -LIMIT, LIMIT).astype(np.int32)
-        columns = right.T
-        pairwise = (
-            faiss.pairwise_indexed_inner_product
-            if self.lists.similar
-            else faiss.pairwise_indexed_L2sqr
-        )
 
         def sift(who: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
             left = torch.from_numpy(np.take(self.left, who, axis=0))
             block = scratch(len(who) * len(vectors), np.int32).reshape(len(who), -1)
-            torch._int_mm(left, columns, out=torch.from_numpy(block))
+            torch._int_mm(left, right.T, out=torch.from_numpy(block))
             near = true_places(block < limits[who, None])
-            query, vector = np.divmod(near, len(vectors))
-            query = np.take(who, query)
-            distances = np.empty(len(near), dtype=np.float32)
-            arrays = (self.queries, query, vectors, vector, distances)
-            pairwise(d, len(near), *map(faiss.swig_ptr, arrays))
-            distances *= self.sign
-            below = np.flatnonzero(distances < np.take(self.bounds, query))
+            distances = distances_at(near, who, self, vectors)
+            bounds = np.repeat(self.bounds[who], counts_of_rows(near, len(who), len(vectors)))
+            below = np.flatnonzero(distances < bounds)
             return np.take(near, below), np.take(distances, below), len(near)
 
         return sift
+
+
+def distances_at(
+    places: np.ndarray, who: np.ndarray, by: Numbers | Bytes, vectors: np.ndarray
+) -> np.ndarray:
+    """Distances fp32 `[n]` at some places int64 `[n]` of the array of all, flattened; less is
+    nearer.
+
+    Args:
+        who: int64 `[m]`, numbers of the queries, one a row.
+        vectors: fp32 `[v, d]`, one a column.
+    """
+    similar, d = by.lists.similar, vectors.shape[1]
+    pairwise = faiss.pairwise_indexed_inner_product if similar else faiss.pairwise_indexed_L2sqr
+    rows, columns = np.divmod(places, len(vectors))
+    distances = np.empty(len(places), dtype=np.float32)
+    arrays = (by.queries, np.take(who, rows), vectors, columns, distances)
+    pairwise(d, len(places), *map(faiss.swig_ptr, arrays))
+    return -distances if similar else distances
+
+
+def counts_of_rows(places: np.ndarray, rows: int, width: int) -> np.ndarray:
+    """How many of the ascending places are in each row, int64 `[rows]`."""
+    return np.diff(np.searchsorted(places, np.arange(rows + 1) * width))
 
 
 def true_places(mask: np.ndarray) -> np.ndarray:
@@ -253,6 +294,8 @@ class Sieve:
             here, width = of_group(first), int(widths[first])
             enough = counts[first : first + GROUP] >= self.k
             found = (distances_kept[here], places_kept[here])
+            if not enough.any():
+                return
             group = part[first : first + GROUP][enough]
             take(group, *self._nearest(*(column.reshape(-1, width)[enough] for column in found)))
 
@@ -266,8 +309,7 @@ class Sieve:
         search = self.search
         numbers, order, firsts = search.visits(lists)
         visitors = order // lists.shape[1]
-        exact = Numbers(search, queries, bounds)
-        first = Bytes(search, queries, bounds) if BY_BYTES else exact
+        first = (Bytes if bytes_pay() else Numbers)(search, queries, bounds)
         work = np.cumsum(np.diff(firsts) * search.sizes[numbers])
         shares = work[-1] * np.arange(1, search.threads) // search.threads
         ranges = np.split(np.arange(len(numbers)), np.searchsorted(work, shares))
@@ -283,13 +325,13 @@ class Sieve:
                     for row in range(int(firsts[i]), int(firsts[i + 1]), ROWS):
                         who = visitors[row : min(row + ROWS, int(firsts[i + 1]))]
                         near, distances, n = nearer(who)
-                        starts = np.arange(len(who) + 1) * width
-                        counts = np.diff(np.searchsorted(near, starts))
-                        places = near + np.repeat(at + column - starts[:-1], counts)
+                        counts = counts_of_rows(near, len(who), width)
+                        shifts = at + column - np.arange(len(who)) * width
+                        places = near + np.repeat(shifts, counts)
                         found.append(Kept(who, counts, places, distances))
                         computed, below = computed + n, below + len(near)
-                    if computed > TOO_MANY * (below + ROWS):
-                        by = exact
+                    if by is first and computed > TOO_MANY * (below + ROWS):
+                        by = first.exactly
             return found
 
         return search.map(sift, ranges)

@@ -17,6 +17,8 @@ from retrieval.selection import k_smallest, kth_smallest, sort_rows
 
 GROUP = 64
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
+BLOCK = 1 << 19
+"""Distances of a list that are computed at a time, for the same reason."""
 
 _memory = threading.local()
 
@@ -111,9 +113,9 @@ class Visit:
 
         bounds = bounds.tolist()
 
-        def measure(some: slice) -> None:
-            right, starts = search.right(numbers[some].tolist(), slice(None, None, self.stride))
-            ends = bounds[some.start : some.stop + 1]
+        def measure(part: slice) -> None:
+            right, starts = search.right(numbers[part].tolist(), slice(None, None, self.stride))
+            ends = bounds[part.start : part.stop + 1]
             mine = np.take(left, visitors[ends[0] : ends[-1]], axis=0)
             of_lists = zip(itertools.pairwise(ends), itertools.pairwise(starts), strict=True)
             for here, (start, end) in of_lists:
@@ -122,11 +124,14 @@ class Visit:
                 # Windows of the list's size on the buffer, one from each of its places.
                 shape = (len(self.buffer) - (end - start) + 1, end - start)
                 windows = np.ndarray(shape, np.float32, self.buffer, strides=(4, 4))
-                near = mine[here[0] - ends[0] : here[1] - ends[0]]
-                block = scratch(len(near) * (end - start)).reshape(len(near), -1)
-                windows[places[slice(*here)]] = product(near, right[start:end].T, out=block)
+                rows = max(BLOCK // (end - start), 1)
+                for first in range(here[0], here[1], rows):
+                    some = slice(first, min(first + rows, here[1]))
+                    near = mine[some.start - ends[0] : some.stop - ends[0]]
+                    block = scratch(len(near) * (end - start)).reshape(len(near), -1)
+                    windows[places[some]] = product(near, right[start:end].T, out=block)
 
-        search.map(measure, search.together(numbers, self.stride))
+        search.map(measure, search.together(numbers, np.diff(bounds), self.stride))
 
     def _select(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids of the k nearest of a group."""

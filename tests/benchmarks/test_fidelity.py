@@ -9,11 +9,12 @@ import pytest
 import torch
 from small import ROOT, write_corpus
 
-from benchmarks.fidelity import run
+from benchmarks.fidelity import Fixtures, run
 from datamodules.databin import write_databin
 from datamodules.lm import LMDataModule
 from models.fairseq import export_args, export_state_dict
 from models.transformer_lm import TransformerLM
+from retrieval.index import read_index
 
 REFERENCE = ROOT.parent / "shared" / "parity" / "knnlm"
 
@@ -37,6 +38,16 @@ def test_reference_outputs(tmp_path):
         assert gaps.get("lm", 0) < 1e-4, row
         # A near tie at the k-th place may put another neighbour in for a token.
         assert gaps.get("mixed_tokens_above_1e-3", 0) <= 2, row
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference outputs are not at hand")
+def test_a_datastore_that_is_not_there_is_made_as_the_original_makes_it(tmp_path):
+    fixtures = Fixtures(REFERENCE, tmp_path)
+    keys = fixtures.datastore("full", 217472).keys
+    sample = np.load(REFERENCE / "dstore_full_keys_sample.npz")
+    np.testing.assert_allclose(keys[sample["idx"]], sample["keys"], atol=1e-5)
+    index = read_index(fixtures.artifacts("full") / "knn_full.index")
+    assert (index.ntotal, index.nlist, index.pq.M) == (217472, 64, 16)
 
 
 @pytest.fixture

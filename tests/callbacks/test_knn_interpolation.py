@@ -85,6 +85,31 @@ def test_equals_brute_force(world, batch, queries_at_once, monkeypatch):
     np.testing.assert_allclose(np.exp(table["knn_log_prob"]), p_knn[order], rtol=1e-4, atol=1e-9)
 
 
+def test_other_keys_weigh_what_an_exact_search_finds(world, tmp_path):
+    store, keys, values, scores = world
+    rng = np.random.default_rng(1)
+    others = rng.normal(size=(N, 4)).astype(np.float32)
+    builder = DatastoreBuilder(tmp_path / "o", N, 4, "fp32", 12, {}, np.empty(0, np.int64))
+    builder.write(np.arange(N), others, values)
+    builder.sync()
+    asked = torch.from_numpy(rng.normal(size=(Q, 4)).astype(np.float32))
+    retriever = open_retriever(store, "torch", "l2", 32)
+    assert retriever.exact
+    callback = KNNInterpolation(store, retriever, K, LMBDA, rescoring=builder.finish())
+    callback.on_test_epoch_start(None, FakeModule)
+    outputs = scores._replace(rescoring_keys=asked)
+    callback.on_test_batch_end(None, FakeModule, outputs, None, 0)
+    callback.on_test_epoch_end(None, FakeModule)
+
+    distances = ((scores.keys.double().numpy()[:, None] - keys) ** 2).sum(-1)
+    nearest = np.argsort(distances, 1)[:, :K]
+    weights = np.exp(-((asked.double().numpy()[:, None] - others[nearest]) ** 2).sum(-1))
+    hits = values[nearest] == scores.targets.numpy()[:, None]
+    p_knn = (weights * hits).sum(1) / weights.sum(1)
+    mixed = np.log(LMBDA * p_knn + (1 - LMBDA) * scores.log_probs.double().exp().numpy())
+    assert callback.mixture.loss.compute()["loss"].item() == pytest.approx(-mixed.mean(), rel=1e-6)
+
+
 class Finds(Retriever):
     """A retriever that finds what it is told."""
 
