@@ -57,4 +57,6 @@ def _take_one_core() -> None:
     # MKL, by which torch multiplies on x86, has a number of its own for each thread.
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if library.is_file():
-        getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", int)(1)
+        set_threads = getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", None)
+        if set_threads is not None:
+            set_threads(1)
