@@ -5,8 +5,9 @@ partitions, a compressing store, is microcoded: selecting 1,024 of 6,000 numbers
 long as with AVX2 (https://github.com/numpy/x86-simd-sort/issues/6). numpy is told not to use
 AVX-512 there. torch and faiss go on using it.
 
-faiss brings a version of OpenBLAS that does not know Intel's processors from 2022 on, and takes them
-for one of 2004: training an index takes three times as long as it need. It is told what they have.
+faiss brings a version of OpenBLAS that does not know Intel's processors from 2022 on, and takes
+them for one of 2004: training an index takes three times as long as it need. It is told what they
+have.
 
 What the environment says already is left as it is.
 """
