@@ -98,9 +98,9 @@ def run(output: Path, rows: int = 100_000, width: int = 512, work_dir: Path | No
                 results.append({"stage": stage, "rows": size, "limit": limit, **peaks})
             if limit is None:
                 largest = max(result["allocated"] for result in results)
-                limit = largest + 8 * rows * width * 4 // 2
+                limit = largest + 8 * rows * width * 2  # what its keys take in halves
     table = new_table(
-        f"own memory in MB; keys {rows * width * 4 / 1e6:.0f} MB and eight times as much, then "
+        f"own memory in MB; keys {rows * width * 2 / 1e6:.0f} MB and eight times as much, then "
         f"under a limit of {limit / 1e6:.0f} MB",
         *("keys", "resident", "allocated"),
     )
