@@ -145,8 +145,7 @@ class InvertedLists:
             for number, (a, b) in zip(numbers, itertools.pairwise(bounds), strict=True):
                 if a == b:  # may be the one that stands in for those that are missing
                     continue
-                middle = self.middle - self.probing.centroids[number]
-                subtract(stored[a:b], middle, vectors[a:b])
+                subtract(stored[a:b], -self.probing.centroids[number], vectors[a:b])
         return result, bounds
 
     def _codes(self, number: int) -> np.ndarray:

@@ -36,6 +36,9 @@ class Probing:
 
     Attributes:
         most: lists that a query visits at most.
+        similar: whether large is near.
+        middle: fp32 `[d]`, of all centroids, or zeros for inner products.
+        centroids: fp32 `[nlist, d]`, relative to the middle.
         slack: squared distance, for inner products half of one; infinite where all `most` are
             visited. It grows with the keys as distances do, and indexes with the same centroids,
             such as those of a datastore's shards, have the same.
@@ -51,6 +54,7 @@ class Probing:
         self.middle = np.zeros(ivf.d, dtype=np.float32)
         if not self.similar:  # distances from far away would lose their digits
             self.middle = self.centroids.mean(0)
+            self.centroids -= self.middle
         self.compares_all = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat)
         if nprobe == "auto" and self.most > FEWEST:
             sample = np.ascontiguousarray(self.centroids[:: -(-ivf.nlist // SAMPLE)])
@@ -92,7 +96,7 @@ class Probing:
     def _of_all(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Distances to the nearest of all centroids and their numbers."""
         relative = queries - self.middle
-        far = product(relative, self._to_all)
+        far = product(relative * np.float32(-1 if self.similar else -2), self.centroids.T)
         if not self.similar:
             far += self._lengths
         lists = k_smallest(far, self.most)
@@ -103,13 +107,6 @@ class Probing:
         return np.maximum(far, 0, out=far), lists
 
     @cached_property
-    def _to_all(self) -> np.ndarray:
-        """What is multiplied with queries, fp32 `[d, nlist]`: less is nearer."""
-        scale = -1 if self.similar else -2
-        return np.ascontiguousarray((self.centroids - self.middle).T) * np.float32(scale)
-
-    @cached_property
     def _lengths(self) -> np.ndarray:
         """Squared lengths of the centroids, fp32 `[nlist]`."""
-        relative = self.centroids - self.middle
-        return np.vecdot(relative, relative)
+        return np.vecdot(self.centroids, self.centroids)

@@ -117,7 +117,7 @@ def test_the_lists_and_their_distances_are_those_of_faiss(
     retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", metric, 9)
     found, queries = retriever.probing, keys[:100]
     distances, lists = found.nearest(queries, threads=2)
-    centroids = found.centroids.astype(np.float64)
+    centroids = found.ivf.quantizer.reconstruct_n(0, LISTS).astype(np.float64)
     if metric == "l2":
         exact = ((queries[:, None] - centroids) ** 2).sum(-1)
     else:
