@@ -29,8 +29,6 @@ LENGTHS = 4
 TOO_MANY = 8
 """How many times more than there are may seem to be below the bound by products of bytes, for these
 to be worth while."""
-
-
 COMMON = 0.99
 """Share of the queries whose largest number decides the scale of all."""
 LIMIT = 2**30
@@ -165,17 +163,18 @@ class Bytes:
             right[:, d + column] = torch.from_numpy((high + column) // (LENGTHS - 1))
         right[:, -1] = torch.from_numpy(steps - 127 * high)
         rounded = rounded.mul_(scale).numpy()
-        error = self.errors * np.vecdot(rounded, rounded).max() ** 0.5
+        longest = np.vecdot(rounded, rounded).max() ** 0.5
         np.subtract(vectors, rounded, out=rounded)
-        error += self.lengths * np.vecdot(rounded, rounded).max() ** 0.5
-        limits = np.ceil((self.below - middle + error) / unit) + 2
-        limits = np.clip(limits, -LIMIT, LIMIT).astype(np.int32)
+        farthest_off = np.vecdot(rounded, rounded).max() ** 0.5
 
         def sift(who: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+            error = self.errors[who] * longest + self.lengths[who] * farthest_off
+            limits = np.ceil((self.below[who] - middle + error) / unit) + 2
+            limits = np.clip(limits, -LIMIT, LIMIT).astype(np.int32)
             left = torch.from_numpy(np.take(self.left, who, axis=0))
             block = scratch(len(who) * len(vectors), np.int32).reshape(len(who), -1)
             torch._int_mm(left, right.T, out=torch.from_numpy(block))
-            near = true_places(block < limits[who, None])
+            near = true_places(block < limits[:, None])
             distances = distances_at(near, who, self, vectors)
             bounds = np.repeat(self.bounds[who], counts_of_rows(near, len(who), len(vectors)))
             below = np.flatnonzero(distances < bounds)
