@@ -9,6 +9,7 @@ import faiss
 import numpy as np
 import torch
 
+from retrieval.compiled import summing
 from retrieval.parallel import in_parallel
 from retrieval.probing import Probing
 
@@ -72,48 +73,9 @@ class InvertedLists:
         """Results for each part, by as many threads as are allowed."""
         return in_parallel(function, parts, self.threads)
 
-    def left(self, queries: np.ndarray) -> np.ndarray:
-        """What is multiplied with the transpose of `right` for negative inner products or squared
-        distances.
-
-        Args:
-            queries: fp32 `[n, d]`.
-
-        Returns:
-            fp32 `[n, d]`, or `[n, d + 2]`: -2 times the query, one, and its squared length.
-        """
-        if self.similar:
-            return -queries
-        left = np.empty((len(queries), self.ivf.d + 2), dtype=np.float32)
-        relative = np.subtract(queries, self.middle, out=left[:, :-2])
-        left[:, -2] = 1
-        np.vecdot(relative, relative, out=left[:, -1])
-        relative *= -2
-        return left
-
-    def right(
-        self, numbers: Sequence[int], which: slice = slice(None)
-    ) -> tuple[np.ndarray, list[int]]:
-        """What some of the codes of lists stand for, with what `left` is multiplied with.
-
-        Args:
-            numbers, which: see `vectors`.
-
-        Returns:
-            fp32 `[n, d]`, or `[n, d + 2]`: the vector, its squared length and one. And where each
-            list's begin, and the last one's end.
-        """
-        d = self.ivf.d
-        right, bounds = self.vectors(numbers, which, 0 if self.similar else 2)
-        if not self.similar:
-            vectors = right[:, :d]
-            np.vecdot(vectors, vectors, out=right[:, d])
-            right[:, d + 1] = 1
-        return right, bounds
-
     def vectors(
         self, numbers: Sequence[int], which: slice = slice(None), more: int = 0
-    ) -> tuple[np.ndarray, list[int]]:
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """What some of the codes of lists stand for.
 
         Args:
@@ -122,8 +84,8 @@ class InvertedLists:
             more: columns to leave for others.
 
         Returns:
-            fp32 `[n, d + more]`, relative to the middle. And where each list's begin, and the last
-            one's end.
+            fp32 `[n, d + more]`, relative to the middle. Their squared lengths fp32 `[n]`, or zeros
+            for inner products. And where each list's begin, and the last one's end.
         """
         ivf = self.ivf
         codes = [self._codes(number)[which] for number in numbers]
@@ -134,19 +96,19 @@ class InvertedLists:
         elif isinstance(ivf, faiss.IndexIVFPQ):
             stored = ivf.pq.decode(codes)
         elif ivf.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
-            stored = codes.view(np.float16)
+            stored = torch.from_numpy(codes.view(np.float16)).float().numpy()
         else:
             stored = ivf.sq.decode(codes)
-        result = np.empty((len(codes), ivf.d + more), dtype=np.float32)
-        vectors = result[:, : ivf.d]
         if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
-            subtract(stored, self.middle, vectors)
-        else:
-            for number, (a, b) in zip(numbers, itertools.pairwise(bounds), strict=True):
-                if a == b:  # may be the one that stands in for those that are missing
-                    continue
-                subtract(stored[a:b], -self.probing.centroids[number], vectors[a:b])
-        return result, bounds
+            shifts = np.tile(-self.middle, (len(numbers), 1))
+        else:  # one that stands in for those that are missing has none, and no codes
+            shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
+        vectors = np.empty((len(stored), ivf.d + more), dtype=np.float32)
+        squares = np.empty(len(stored), dtype=np.float32)
+        _shift(stored, np.array(bounds), shifts, vectors, squares)
+        if self.similar:
+            squares[:] = 0
+        return vectors, squares, bounds
 
     def _codes(self, number: int) -> np.ndarray:
         """Those of a list, uint8 `[n, code_size]`."""
@@ -155,10 +117,10 @@ class InvertedLists:
         return self.file[begin : begin + math.prod(shape)].reshape(shape)
 
     def together(self, numbers: np.ndarray, visits: np.ndarray, stride: int = 1) -> list[slice]:
-        """Parts of lists that are worked on at a time: `right` of them, every `stride`-th vector,
-        and so many queries that visit each stay in the cache."""
+        """Parts of lists that are worked on at a time: every `stride`-th of their vectors, and so
+        many queries that visit each, stay in the cache."""
         rows = -(-self.sizes[numbers] // stride) + visits
-        bytes_so_far = np.cumsum(4 * (self.ivf.d + 2) * rows)
+        bytes_so_far = np.cumsum(4 * self.ivf.d * rows)
         cuts = np.flatnonzero(np.diff(bytes_so_far // TOGETHER_BYTES)) + 1
         return [slice(*of) for of in itertools.pairwise([0, *cuts.tolist(), len(numbers)])]
 
@@ -173,10 +135,19 @@ class InvertedLists:
         return numbers, order, np.append(firsts, len(order))
 
 
-def subtract(stored: np.ndarray, middle: np.ndarray, out: np.ndarray) -> None:
-    """Writes vectors less a middle to fp32 `[n, d]`; torch converts and subtracts at once, several
-    times faster than numpy."""
-    torch.sub(*map(torch.from_numpy, (stored, middle)), out=torch.from_numpy(out))
+@summing
+def _shift(stored, bounds, shifts, vectors, squares):
+    """Writes what is stored fp32 `[n, d]` with a shift `[d]` of its list added, and its squared
+    length."""
+    for number in range(len(shifts)):
+        shift = shifts[number]
+        for i in range(bounds[number], bounds[number + 1]):
+            here, vector = stored[i], vectors[i]
+            square = np.float32(0)
+            for j in range(len(here)):
+                vector[j] = here[j] + shift[j]
+                square += vector[j] * vector[j]
+            squares[i] = square
 
 
 def _layout(lists: faiss.OnDiskInvertedLists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

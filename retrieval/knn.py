@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrieval.compiled import summing
 from retrieval.datastore import Datastore
 from retrieval.parallel import in_parallel
 from retrieval.retriever import Metric, normalized
 
 PLACE_BITS = 20
 """Of this many bits are the places of neighbours that are sorted by their rows at a time."""
-KEY_BYTES = 8 << 20
+KEY_BYTES = 1 << 20
 """What the keys that are compared at a time may take."""
 LIGHTEST = -80.0
 """Logarithm of the least weight, relative to the largest: no sum in fp32 changes by those below it,
@@ -68,9 +69,6 @@ def exact_distances(
     sorted_pairs = in_parallel(_sorted_pairs, parts, threads)
     distinct = np.sort(np.concatenate(in_parallel(_rows_of, sorted_pairs, threads)))
     distinct = distinct[_firsts(distinct)]
-    pairwise = (
-        faiss.pairwise_indexed_L2sqr if metric == "l2" else faiss.pairwise_indexed_inner_product
-    )
     result = np.zeros(flat.shape, dtype=np.float32)
 
     def measure(block: np.ndarray) -> None:
@@ -78,26 +76,44 @@ def exact_distances(
         bounds = np.array([block[0], block[-1] + 1]) << PLACE_BITS
         for number, pairs in enumerate(sorted_pairs):
             begin, end = np.searchsorted(pairs, bounds)
-            places = (pairs[begin:end] & (size - 1)) + number * size
-            of_query = places // rows.shape[1]
-            firsts = _firsts(pairs[begin:end] >> PLACE_BITS)
-            numbers = np.searchsorted(block, pairs[begin:end][firsts] >> PLACE_BITS)
-            of_key = np.repeat(numbers, np.diff(firsts, append=end - begin))
-            out = np.empty(len(places), dtype=np.float32)
-            pairwise(
-                datastore.dim,
-                len(places),
-                faiss.swig_ptr(queries),
-                faiss.swig_ptr(of_query),
-                faiss.swig_ptr(keys),
-                faiss.swig_ptr(of_key),
-                faiss.swig_ptr(out),
-            )
-            result[places] = out
+            which = (pairs[begin:end], PLACE_BITS, number * size, rows.shape[1], block)
+            part = result[number * size : (number + 1) * size]
+            _measure(*which, keys, queries, metric == "l2", part)
 
     step = max(KEY_BYTES // (4 * datastore.dim), 1)
     in_parallel(measure, [distinct[i : i + step] for i in range(0, len(distinct), step)], threads)
     return result.reshape(rows.shape)
+
+
+@summing
+def _measure(pairs, bits, first, k, rows, keys, queries, squared, distances):
+    """Writes the distances of some neighbours of a part.
+
+    Args:
+        pairs: int64, see `_sorted_pairs`.
+        bits: how many of a pair's are the place in the part.
+        first: the place of the part's first neighbour among those of all queries.
+        k: neighbours of a query.
+        rows, keys: int64 `[n]`, ascending, all that the neighbours are, and fp32 `[n, d]`.
+        queries: fp32 `[Q, d]`.
+        squared: Euclidean distances, not products.
+        distances: fp32, of all neighbours of the part.
+    """
+    number = 0
+    for pair in pairs:
+        place, row = pair & ((1 << bits) - 1), pair >> bits
+        while rows[number] != row:
+            number += 1
+        query = (first + place) // k
+        distance = np.float32(0)
+        if squared:
+            for j in range(keys.shape[1]):
+                difference = queries[query, j] - keys[number, j]
+                distance += difference * difference
+        else:
+            for j in range(keys.shape[1]):
+                distance += queries[query, j] * keys[number, j]
+        distances[place] = distance
 
 
 def _sorted_pairs(rows: np.ndarray) -> np.ndarray:
@@ -138,8 +154,8 @@ def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tens
     0.6667
     """
     best, weights = _weights(scores, temperature)
-    total = weights.sum(dim=1)
-    of_target = weights.mul_(hits).sum(dim=1).log()
+    total, of_target = map(torch.from_numpy, _add_up(weights.numpy(), hits.numpy()))
+    of_target = of_target.log()
     small = (of_target < SMALL) & ~of_target.isneginf()
     if small.any():
         of_hits = scores[small].masked_fill(~hits[small], -torch.inf)
@@ -152,8 +168,23 @@ def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tens
 def _weights(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The best score of each row `[Q, 1]`, and what all weigh relative to it `[Q, k]`."""
     best = scores.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
-    below = (scores - best).div_(temperature)  # only differences matter, and these are exact
+    below = scores - best  # only differences matter, and these are exact
+    if temperature != 1:
+        below.div_(temperature)
     return best, below.clamp_(min=LIGHTEST).exp_()
+
+
+@summing
+def _add_up(weights, hits):
+    """Sums of the weights `[Q, k]` of each row, and of those of hits."""
+    totals, of_hits = np.zeros_like(weights[:, 0]), np.zeros_like(weights[:, 0])
+    for i in range(len(weights)):
+        total = of_hit = weights.dtype.type(0)
+        for j in range(weights.shape[1]):
+            total += weights[i, j]
+            of_hit += weights[i, j] * hits[i, j]
+        totals[i], of_hits[i] = total, of_hit
+    return totals, of_hits
 
 
 def knn_distribution(

@@ -7,32 +7,29 @@ first what may be below (`Bytes`), with errors that are known, and distances are
 alone.
 """
 
-import math
-from collections.abc import Callable
-from functools import cache, cached_property
-from typing import NamedTuple
+import threading
+from functools import cache
 
-import faiss
 import numpy as np
 import torch
 
+from retrieval.compiled import compiled, summing
 from retrieval.inverted_lists import InvertedLists
-from retrieval.parallel import product
 from retrieval.retriever import Take
-from retrieval.selection import k_smallest, sort_rows
+from retrieval.selection import choose, sort_rows
 from retrieval.visit import GROUP, Visit, scratch
 
-ROWS, COLUMNS = 512, 1024
+ROWS, COLUMNS = 256, 1024
 """Queries and vectors whose distances are looked at together: they stay in the cache."""
-LENGTHS = 4
-"""Bytes of a vector that stand for its squared length."""
 TOO_MANY = 8
 """How many times more than there are may seem to be below the bound by products of bytes, for these
 to be worth while."""
-COMMON = 0.99
-"""Share of the queries whose largest number decides the scale of all."""
-LIMIT = 2**30
-"""More than any product of bytes comes to, and a number that fp32 and int32 both have."""
+ROUNDING = np.float32(2**-20)
+"""More than the rounding of fp32 adds to a number."""
+SMALLEST = np.float32(2**-100)
+"""The largest number of a vector counts as no less, so that one over its scale is finite."""
+KEPT_AT_ONCE = 1 << 20
+"""Distances that are kept in one piece of memory, and room for those of a block."""
 
 
 @cache
@@ -53,168 +50,147 @@ def bytes_pay() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and bytes_are_exact()
 
 
-class Kept(NamedTuple):
-    """What is nearer than their bounds to some queries, of some vectors of a list.
+class Kept:
+    """What is nearer to queries than their bounds, in the order in which it was found.
 
     Attributes:
-        queries: int64 `[n]`.
-        counts: int64 `[n]`, how many are kept of each.
-        places, distances: int64 and fp32 `[sum of counts]`, places among the ids.
+        queries, places, distances: int32, int64 and fp32 `[room]`: numbers of the queries, places
+            among the ids.
+        n: how many there are.
     """
 
-    queries: np.ndarray
-    counts: np.ndarray
-    places: np.ndarray
-    distances: np.ndarray
+    def __init__(self) -> None:
+        room = KEPT_AT_ONCE + ROWS * COLUMNS
+        self.queries = np.empty(room, dtype=np.int32)
+        self.places = np.empty(room, dtype=np.int64)
+        self.distances = np.empty(room, dtype=np.float32)
+        self.n = 0
 
 
-Sift = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, int]]
-"""From numbers of queries int64 `[n]`, to what is nearer to them than their bounds: where it is in
-the array of all distances `[n, m]`, flattened, int64 ascending, these distances fp32, and how many
-were computed."""
+class Pieces:
+    """As many pieces of memory for what is kept as are needed, each used again by later searches:
+    new memory costs more than what is written to it."""
+
+    def __init__(self) -> None:
+        self.all: list[Kept] = []
+        self.used = 0
+
+    def clear(self) -> None:
+        """Forgets what was kept."""
+        self.used = 0
+
+    def last(self) -> Kept:
+        """One with room for the distances of another block."""
+        if not self.used or self.all[self.used - 1].n > KEPT_AT_ONCE:
+            if self.used == len(self.all):
+                self.all.append(Kept())
+            self.all[self.used].n = 0
+            self.used += 1
+        return self.all[self.used - 1]
+
+
+_memory = threading.local()
 
 
 class Numbers:
-    """Computes all distances, and those that are near again, one by one: large terms of the first,
-    |q|^2 - 2 q x + |x|^2, cancel. So what is found does not depend on how it was sifted.
+    """Tells by distances what is below the bounds.
+
+    A product of query and vector is `scale_q scale_x` times that of what is multiplied for them,
+    up to `error_q length_x + length_q error_x`; these, the query's limit for the product with the
+    vector's square, and the square are the rows of `of_queries` and of what `of` gives.
 
     Args:
-        lists: whose vectors are compared.
-        queries: fp32 `[n, d]`, finite.
-        bounds: fp32 `[n]`.
+        similar: whether large products are near, not small distances.
+        queries: fp32 `[Q, d]`, finite.
+        bounds: fp32 `[Q]`.
+
+    Attributes:
+        left: `[Q, d]`, what is multiplied.
+        of_queries: fp32 `[4, Q]`: scale, error, length and limit.
+        multiply: the matrix product.
+        type: of what it gives.
     """
 
-    def __init__(self, lists: InvertedLists, queries: np.ndarray, bounds: np.ndarray) -> None:
-        self.lists = lists
-        self.queries = queries - lists.middle
-        self.bounds = bounds
-        self.left = lists.left(queries)
+    multiply = staticmethod(torch.mm)
+    type = np.float32
 
-    def sift(self, number: int, which: slice) -> Sift:
-        """Compares with some vectors of a list."""
-        right = self.lists.right([number], which)[0]
-        vectors = np.ascontiguousarray(right[:, : self.lists.ivf.d])
+    def __init__(self, similar: bool, queries: np.ndarray, bounds: np.ndarray) -> None:
+        self.left = torch.from_numpy(queries)
+        self.of_queries = np.zeros((4, len(queries)), dtype=np.float32)
+        self.of_queries[0] = -1 if similar else -2
+        self.of_queries[3] = bounds if similar else bounds - np.vecdot(queries, queries)
 
-        def sift(who: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-            block = scratch(len(who) * len(right)).reshape(len(who), -1)
-            product(np.take(self.left, who, axis=0), right.T, out=block)
-            near = true_places(block < self.bounds[who, None])
-            return near, distances_at(near, who, self, vectors), len(near)
-
-        return sift
+    def of(self, vectors: np.ndarray, squares: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """For vectors fp32 `[m, d]` and their squared lengths `[m]`, what `left` is multiplied
+        with, `[d, m]`, and fp32 `[4, m]`: scale, length, error and square."""
+        of_vectors = np.zeros((4, len(vectors)), dtype=np.float32)
+        of_vectors[0], of_vectors[3] = 1, squares
+        return torch.from_numpy(vectors).T, of_vectors
 
 
 class Bytes:
-    """Computes the distances that may be below the bounds.
+    """Tells what is below the bounds, and a little more, by products of bytes.
 
-    With queries a = A + e_A and vectors x = X + e_X, where A and X are bytes times a scale, the
-    product a x differs from A X by no more than |a| |e_X| + |e_A| |X| (Cauchy-Schwarz), up to the
-    rounding of fp32. Squared lengths of vectors are further columns of X.
+    With queries q = Q + e_Q and vectors x = X + e_X, where Q and X are bytes times a scale of each,
+    the product q x differs from Q X by no more than |e_Q| |X| + |q| |e_X| (Cauchy-Schwarz).
 
-    Args:
-        lists, queries, bounds: see `Numbers`.
+    Args, attributes: see `Numbers`.
     """
 
-    def __init__(self, lists: InvertedLists, queries: np.ndarray, bounds: np.ndarray) -> None:
-        self.lists = lists
-        self.given = queries
-        self.queries = queries - lists.middle
-        self.bounds = bounds
-        factor = 1 if lists.similar else 2
-        # A query with larger numbers than nearly all others has the larger error.
-        largest = np.quantile(np.abs(self.queries).max(axis=1), COMMON)
-        scale = max(float(largest), float(np.finfo(np.float32).tiny)) / 127
-        rounded = np.clip(np.rint(self.queries / scale), -127, 127)
-        self.scale = factor * scale
-        self.errors = factor * np.linalg.norm(self.queries - rounded * scale, axis=1)
-        lengths = np.linalg.norm(self.queries, axis=1)
-        self.lengths = factor * lengths
-        self.below = bounds if lists.similar else bounds - lengths**2
-        self.left = np.empty((len(queries), lists.ivf.d + LENGTHS), dtype=np.int8)
-        self.left[:, : lists.ivf.d] = -rounded
-        self.left[:, lists.ivf.d :] = 127
-        self.left[:, -1] = 1
+    multiply = staticmethod(getattr(torch, "_int_mm", None))
+    type = np.int32
 
-    @cached_property
-    def exactly(self) -> Numbers:
-        """The same for all distances."""
-        return Numbers(self.lists, self.given, self.bounds)
+    def __init__(self, similar: bool, queries: np.ndarray, bounds: np.ndarray) -> None:
+        left = np.empty(queries.shape, dtype=np.int8)
+        scales, _, errors, lengths = _round(queries, left)
+        self.left = torch.from_numpy(left)
+        factor = np.float32(1 if similar else 2)
+        limits = bounds + ROUNDING * np.abs(bounds)
+        if not similar:
+            limits -= (1 - ROUNDING) * lengths**2
+        self.of_queries = np.stack([-factor * scales, factor * errors, factor * lengths, limits])
 
-    def sift(self, number: int, which: slice) -> Sift:
-        """Compares with some vectors of a list."""
-        d = self.lists.ivf.d
-        vectors = self.lists.vectors([number], which)[0]
-        squares = np.zeros(len(vectors), dtype=np.float32)
-        if not self.lists.similar:
-            np.vecdot(vectors, vectors, out=squares)
-        middle = (float(squares.max()) + float(squares.min())) / 2
-        reach = (float(squares.max()) - middle) / (self.scale * 126 * 127 * (LENGTHS - 1))
-        scale = max(abs(float(vectors.max())), abs(float(vectors.min()))) / 127
-        scale = max(scale, reach, float(np.finfo(np.float32).tiny))
-        if not math.isfinite(scale + middle + reach):
-            return self.exactly.sift(number, which)
-        rounded = torch.from_numpy(vectors).div(scale).round_()
-        right = torch.empty(len(vectors), d + LENGTHS, dtype=torch.int8)
-        right[:, :d] = rounded
-        unit = scale * self.scale
-        steps = np.rint((squares - middle) / unit).astype(np.int32)
-        high = (steps + 63) // 127  # of which each column takes its share, rounded down or up
-        for column in range(LENGTHS - 1):
-            right[:, d + column] = torch.from_numpy((high + column) // (LENGTHS - 1))
-        right[:, -1] = torch.from_numpy(steps - 127 * high)
-        rounded = rounded.mul_(scale).numpy()
-        longest = np.vecdot(rounded, rounded).max() ** 0.5
-        np.subtract(vectors, rounded, out=rounded)
-        farthest_off = np.vecdot(rounded, rounded).max() ** 0.5
-
-        def sift(who: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-            error = self.errors[who] * longest + self.lengths[who] * farthest_off
-            limits = np.ceil((self.below[who] - middle + error) / unit) + 2
-            limits = np.clip(limits, -LIMIT, LIMIT).astype(np.int32)
-            left = torch.from_numpy(np.take(self.left, who, axis=0))
-            block = scratch(len(who) * len(vectors), np.int32).reshape(len(who), -1)
-            torch._int_mm(left, right.T, out=torch.from_numpy(block))
-            near = true_places(block < limits[:, None])
-            distances = distances_at(near, who, self, vectors)
-            bounds = np.repeat(self.bounds[who], counts_of_rows(near, len(who), len(vectors)))
-            below = np.flatnonzero(distances < bounds)
-            return np.take(near, below), np.take(distances, below), len(near)
-
-        return sift
+    def of(self, vectors: np.ndarray, squares: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """See `Numbers.of`."""
+        right = np.empty(vectors.shape, dtype=np.int8)
+        scales, rounded, errors, lengths = _round(vectors, right)
+        errors += ROUNDING * lengths
+        of_vectors = np.stack([scales, rounded, errors, (1 - ROUNDING) * squares])
+        return torch.from_numpy(right).T, of_vectors
 
 
-def distances_at(
-    places: np.ndarray, who: np.ndarray, by: Numbers | Bytes, vectors: np.ndarray
-) -> np.ndarray:
-    """Distances fp32 `[n]` at some places int64 `[n]` of the array of all, flattened; less is
-    nearer.
+@summing
+def _round(vectors, rounded):
+    """Rounds vectors fp32 `[m, d]` to int8 times a scale of each.
 
-    Args:
-        who: int64 `[m]`, numbers of the queries, one a row.
-        vectors: fp32 `[v, d]`, one a column.
+    Returns:
+        fp32 `[4, m]`: the scale, the length of the rounded vector, of the error, and of the vector.
+        Where it is not finite the error is infinite, and the rest zero.
     """
-    similar, d = by.lists.similar, vectors.shape[1]
-    pairwise = faiss.pairwise_indexed_inner_product if similar else faiss.pairwise_indexed_L2sqr
-    rows, columns = np.divmod(places, len(vectors))
-    distances = np.empty(len(places), dtype=np.float32)
-    arrays = (by.queries, np.take(who, rows), vectors, columns, distances)
-    pairwise(d, len(places), *map(faiss.swig_ptr, arrays))
-    return -distances if similar else distances
-
-
-def counts_of_rows(places: np.ndarray, rows: int, width: int) -> np.ndarray:
-    """How many of the ascending places are in each row, int64 `[rows]`."""
-    return np.diff(np.searchsorted(places, np.arange(rows + 1) * width))
-
-
-def true_places(mask: np.ndarray) -> np.ndarray:
-    """`np.flatnonzero` of a contiguous array of bools with few true ones, eight at a time."""
-    flat = mask.ravel()
-    eights = flat[: len(flat) // 8 * 8].view(np.uint64)
-    some = np.flatnonzero(eights != 0)
-    inside = np.flatnonzero(eights[some].view(bool))
-    rest = np.flatnonzero(flat[8 * len(eights) :]) + 8 * len(eights)
-    return np.concatenate([8 * some[inside >> 3] + (inside & 7), rest])
+    result = np.zeros((4, len(vectors)), dtype=np.float32)
+    for i in range(len(vectors)):
+        vector, whole = vectors[i], rounded[i]
+        bits, of_largest = vector.view(np.int32), np.int32(0)
+        for j in range(len(bits)):  # without the sign they ascend with the size
+            of_largest = max(of_largest, np.int32(bits[j] & np.int32(0x7FFFFFFF)))
+        largest = np.int32(of_largest).view(np.float32)
+        if not largest < np.inf:
+            whole[:] = 0
+            result[2, i] = np.inf
+            continue
+        scale = max(largest, SMALLEST) / np.float32(127)
+        inverse = np.float32(1) / scale
+        length = off = of_rounded = np.float32(0)
+        for j in range(len(vector)):
+            steps = np.int32(np.int32(vector[j] * inverse + np.float32(128.5)) - np.int32(128))
+            whole[j] = steps
+            near = np.float32(steps) * scale
+            length += vector[j] * vector[j]
+            of_rounded += near * near
+            off += (vector[j] - near) * (vector[j] - near)
+        result[0, i], result[1, i] = scale, of_rounded**0.5
+        result[2, i], result[3, i] = off**0.5, length**0.5
+    return result
 
 
 class Sieve:
@@ -239,10 +215,10 @@ class Sieve:
         self.search = search
         self.k = k
         self.ordered = ordered
-        self.stride = min(max(visited // 8192, 8), 64)
+        self.stride = min(max(visited // 4096, 8), 64)
         in_sample = k / self.stride
-        self.rank = int(in_sample + 5 * in_sample**0.5 + 5)
-        kept = 32 * self.stride * self.rank  # a number, a place and a distance, and their copies
+        self.rank = int(in_sample + 4 * in_sample**0.5 + 4)
+        kept = 28 * self.stride * self.rank  # numbers, places and distances, and copies of two
         self.bytes_a_query = max(kept, 4 * visited // self.stride)
 
     def hand_over(
@@ -259,93 +235,165 @@ class Sieve:
         """
         queries, lists = queries[part], lists[part]
         bounds = Visit(self.search, queries, lists, self.rank, stride=self.stride).farthest()
-        kept = self._kept(queries, lists, bounds)
-        of_ranges = np.zeros((len(kept), len(part)), dtype=np.int64)
-        for counts, parts in zip(of_ranges, kept, strict=True):
-            for of_block in parts:
-                counts[of_block.queries] += of_block.counts
-        counts = of_ranges.sum(0)
-        firsts = np.arange(0, len(part), GROUP)
-        widths = np.repeat(np.maximum(np.maximum.reduceat(counts, firsts), self.k), GROUP)
-        rows = (np.cumsum(widths) - widths)[: len(part)]
-        distances_kept = scratch(int(widths[: len(part)].sum()))
-        places_kept = scratch(len(distances_kept), np.int64)
+        pieces = self._kept(queries - self.search.middle, lists, bounds)
+        of_pieces = [np.bincount(piece.queries[: piece.n], minlength=len(part)) for piece in pieces]
+        counts = np.sum(of_pieces, axis=0)
+        rows = np.cumsum(counts) - counts
+        distances, places = scratch(int(counts.sum())), scratch(int(counts.sum()), np.int64)
 
-        def of_group(first: int) -> slice:
-            n = len(part[first : first + GROUP])
-            return slice(int(rows[first]), int(rows[first] + n * widths[first]))
+        def bring_together(number: int) -> None:
+            piece, free = pieces[number], rows + np.sum(of_pieces[:number], axis=0, dtype=np.int64)
+            kept = (piece.queries[: piece.n], piece.places, piece.distances)
+            _bring_together(*kept, free, places, distances)
 
-        for first in firsts.tolist():
-            of_queries = distances_kept[of_group(first)].reshape(-1, widths[first])
-            of_queries[:, counts[first : first + GROUP].min() :] = np.inf
-
-        def place(number: int) -> None:
-            free = rows + of_ranges[:number].sum(0)
-            for queries, counts, places, values in kept[number]:
-                before = np.cumsum(counts) - counts
-                at = np.repeat(free[queries] - before, counts) + np.arange(len(values))
-                distances_kept[at], places_kept[at] = values, places
-                free[queries] += counts
-
-        self.search.map(place, range(len(kept)))
+        self.search.map(bring_together, range(len(pieces)))
+        enough = np.flatnonzero(counts >= self.k)
 
         def select(first: int) -> None:
-            here, width = of_group(first), int(widths[first])
-            enough = counts[first : first + GROUP] >= self.k
-            found = (distances_kept[here], places_kept[here])
-            if not enough.any():
-                return
-            group = part[first : first + GROUP][enough]
-            take(group, *self._nearest(*(column.reshape(-1, width)[enough] for column in found)))
+            group = enough[first : first + GROUP]
+            found = np.empty((len(group), self.k), dtype=np.float32)
+            ids = np.empty((len(group), self.k), dtype=np.int64)
+            kept = (distances, places, rows[group], counts[group])
+            _nearest(*kept, self.search.ids, found, ids)
+            if self.ordered:
+                found, nearest = sort_rows(found)
+                ids = np.take(ids, nearest)
+            take(part[group], -found if self.search.similar else found, ids)
 
-        self.search.map(select, firsts.tolist())
+        self.search.map(select, range(0, len(enough), GROUP))
         return counts < self.k
 
-    def _kept(
-        self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray
-    ) -> "list[list[Kept]]":
-        """What is nearer than the bounds fp32 `[n]`, of ascending ranges of lists, one a thread."""
+    def _kept(self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray) -> list[Kept]:
+        """What is nearer than the bounds fp32 `[n]`, of ascending ranges of lists."""
         search = self.search
         numbers, order, firsts = search.visits(lists)
         visitors = order // lists.shape[1]
-        first = (Bytes if bytes_pay() else Numbers)(search, queries, bounds)
+        first = (Bytes if bytes_pay() else Numbers)(search.similar, queries, bounds)
         work = np.cumsum(np.diff(firsts) * search.sizes[numbers])
         shares = work[-1] * np.arange(1, search.threads) // search.threads
         ranges = np.split(np.arange(len(numbers)), np.searchsorted(work, shares))
+        exactly = cache(lambda: Numbers(search.similar, queries, bounds))
 
-        def sift(mine: np.ndarray) -> list[Kept]:
-            found, by, computed, below = [], first, 0, 0
-            for i in mine.tolist():
-                number = int(numbers[i])
+        memory = vars(_memory).setdefault("of_ranges", [])
+        memory.extend(Pieces() for _ in ranges[len(memory) :])
+
+        def sift(of_range: int) -> list[Kept]:
+            pieces, by, seemed, below = memory[of_range], first, 0, 0
+            pieces.clear()
+            for i in ranges[of_range].tolist():
+                number, who = int(numbers[i]), visitors[firsts[i] : firsts[i + 1]]
                 size, at = int(search.sizes[number]), int(search.ids_at[number])
+                left, of_queries = by.left[torch.from_numpy(who)], by.of_queries[:, who]
                 for column in range(0, size, COLUMNS):
-                    width = min(COLUMNS, size - column)
-                    nearer = by.sift(number, slice(column, column + width))
-                    for row in range(int(firsts[i]), int(firsts[i + 1]), ROWS):
-                        who = visitors[row : min(row + ROWS, int(firsts[i + 1]))]
-                        near, distances, n = nearer(who)
-                        counts = counts_of_rows(near, len(who), width)
-                        shifts = at + column - np.arange(len(who)) * width
-                        places = near + np.repeat(shifts, counts)
-                        found.append(Kept(who, counts, places, distances))
-                        computed, below = computed + n, below + len(near)
-                    if by is first and computed > TOO_MANY * (below + ROWS):
-                        by = first.exactly
-            return found
+                    part = slice(column, min(column + COLUMNS, size))
+                    vectors, squares, _ = search.vectors([number], part)
+                    right, of_vectors = by.of(vectors, squares)
+                    for row in range(0, len(who), ROWS):
+                        rows = slice(row, row + ROWS)
+                        piece = pieces.last()
+                        before = piece.n
+                        of_both = scratch(len(who[rows]) * len(vectors), by.type)
+                        of_both = of_both.reshape(-1, len(vectors))
+                        by.multiply(left[rows], right, out=torch.from_numpy(of_both))
+                        products = (of_both, of_queries[:, rows], of_vectors)
+                        these = (who[rows], queries, vectors, bounds, search.similar, at + column)
+                        kept = (piece.queries, piece.places, piece.distances, before)
+                        piece.n, more = keep(*products, *these, *kept)
+                        seemed, below = seemed + more, below + piece.n - before
+                if by is first and seemed > TOO_MANY * (below + ROWS):
+                    by = exactly()
+            return pieces.all[: pieces.used]
 
-        return search.map(sift, ranges)
+        return [piece for found in search.map(sift, range(len(ranges))) for piece in found]
 
-    def _nearest(self, values: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and ids `[n, k]` of the nearest.
 
-        Args:
-            values: fp32 `[n, width]`, distances of at least k, then infinite ones.
-            places: int64 `[n, width]`, among the ids.
-        """
-        chosen = k_smallest(values, self.k) + np.arange(0, values.size, values.shape[1])[:, None]
-        distances, places = np.take(values, chosen), np.take(places, chosen)
-        if self.ordered:
-            distances, nearest = sort_rows(distances)
-            places = np.take(places, nearest)
-        ids = np.take(self.search.ids, places)
-        return (-distances if self.search.similar else np.maximum(distances, 0)), ids
+@summing
+def keep(
+    of_both,
+    of_queries,
+    of_vectors,
+    who,
+    queries,
+    vectors,
+    bounds,
+    similar,
+    at,
+    kept_queries,
+    kept_places,
+    kept_distances,
+    n,
+):
+    """Computes the distances of what may be near, and keeps those below the bounds.
+
+    Args:
+        of_both: fp32 or int32 `[n, m]`, products.
+        of_queries, of_vectors: fp32 `[4, n]` and `[4, m]`, see `Numbers`.
+        who: int64 `[n]`, the queries.
+        queries, vectors: fp32 `[Q, d]` and `[m, d]`.
+        bounds: fp32 `[Q]`.
+        similar: whether large products are near.
+        at: the place of the first vector.
+        kept_queries, kept_places, kept_distances: see `Kept`.
+        n: how many there are already.
+
+    Returns:
+        how many there are then, and how many distances were computed.
+    """
+    width = of_both.shape[1]
+    scales, lengths = of_vectors[0], of_vectors[1]
+    errors, squares = of_vectors[2], of_vectors[3]
+    below = np.zeros((width + 7) // 8 * 8, dtype=np.uint8)
+    eights = below.view(np.uint64)  # of which most are zero
+    near = np.empty(len(below), dtype=np.int32)
+    computed = 0
+    for i in range(len(who)):
+        row = of_both[i]
+        scale, error = of_queries[0, i], of_queries[1, i]
+        length, limit = of_queries[2, i], of_queries[3, i]
+        for j in range(width):
+            least = squares[j] - error * lengths[j] - length * errors[j]
+            below[j] = np.float32(row[j]) * (scale * scales[j]) + least < limit
+        some = 0
+        for eight in range(len(eights)):
+            if eights[eight]:
+                for j in range(8 * eight, 8 * eight + 8):
+                    near[some] = j
+                    some += below[j]
+        computed += some
+        query, bound = who[i], bounds[who[i]]
+        for number in range(some):  # no function of its own: arrays as arguments cost more than it
+            vector = near[number]
+            distance = np.float32(0)
+            if similar:
+                for j in range(queries.shape[1]):
+                    distance -= queries[query, j] * vectors[vector, j]
+            else:
+                for j in range(queries.shape[1]):
+                    difference = queries[query, j] - vectors[vector, j]
+                    distance += difference * difference
+            kept_queries[n], kept_places[n], kept_distances[n] = query, at + vector, distance
+            n += distance < bound
+    return n, computed
+
+
+@compiled
+def _bring_together(queries, places, distances, free, places_of_rows, distances_of_rows):
+    """Writes what was kept of each query to where the next of its row is free."""
+    for i in range(len(queries)):
+        place = free[queries[i]]
+        places_of_rows[place], distances_of_rows[place] = places[i], distances[i]
+        free[queries[i]] += 1
+
+
+@compiled
+def _nearest(distances, places, rows, counts, ids, nearest, ids_of_nearest):
+    """Selects the k nearest, fp32 and int64 `[n, k]`, of rows that begin here and have at least so
+    many."""
+    k = nearest.shape[1]
+    chosen = np.empty(counts.max(), dtype=np.int32)
+    for i in range(len(rows)):
+        row = distances[rows[i] : rows[i] + counts[i]]
+        choose(row, k, chosen)
+        for j in range(k):
+            nearest[i, j] = row[chosen[j]]
+            ids_of_nearest[i, j] = ids[places[rows[i] + chosen[j]]]

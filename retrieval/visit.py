@@ -1,7 +1,7 @@
 """The k nearest of all vectors of the inverted lists that queries visit.
 
-One matrix product a list gives the distances of all queries that visit it; those of a query lie in
-a row, from which a partition cuts the k nearest off.
+One matrix product a list gives the distances of all queries that visit it; those of a query are
+brought together, and the k nearest are chosen.
 """
 
 import itertools
@@ -10,15 +10,16 @@ import threading
 import numpy as np
 from numpy.typing import DTypeLike
 
+from retrieval.compiled import compiled
 from retrieval.inverted_lists import InvertedLists
 from retrieval.parallel import product
 from retrieval.retriever import Take
-from retrieval.selection import k_smallest, kth_smallest, sort_rows
+from retrieval.selection import choose, kth_smallest, sort_rows
 
-GROUP = 64
+GROUP = 128
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
-BLOCK = 1 << 19
-"""Distances of a list that are computed at a time, for the same reason."""
+FARTHEST = np.finfo(np.float32).max
+"""The distance of missing neighbours."""
 
 _memory = threading.local()
 
@@ -35,12 +36,12 @@ def scratch(size: int, dtype: DTypeLike = np.float32) -> np.ndarray:
 class Visit:
     """Distances of some queries to all vectors of the lists they visit.
 
-    They lie in one buffer, a row a query; queries are in the order of how many there are, in groups
-    of `GROUP` with rows of one width, filled up with infinity.
+    Those of the queries that visit a list lie together, a row a query. Squared distances lack the
+    query's squared length, which changes no order.
 
     Args:
         search: where.
-        queries: fp32 `[Q, d]`.
+        queries: fp32 `[Q, d]`, finite.
         lists: int64 `[Q, probes]`.
         k: neighbours to select.
         ordered: nearest first.
@@ -57,101 +58,140 @@ class Visit:
         stride: int = 1,
     ) -> None:
         self.search = search
+        self.lists = lists
         self.k = k
         self.ordered = ordered
         self.stride = stride
-        self.sizes = -(-search.sizes // stride)
-        found = self.sizes[lists].sum(1)
-        self.order = np.argsort(found, kind="stable")
-        self.lists = lists[self.order]
-        self.queries = queries[self.order]
-        self.found = found[self.order]
-        last = np.minimum(np.arange(GROUP - 1, len(found) + GROUP - 1, GROUP), len(found) - 1)
-        self.widths = np.repeat(np.maximum(self.found[last], k), GROUP)[: len(found)]
-        self.rows = np.cumsum(self.widths) - self.widths
-        sizes = self.sizes[self.lists]
-        self.columns = np.cumsum(sizes, axis=1) - sizes
-        self.buffer = scratch(int(self.widths.sum()))
-        for first in range(0, len(self.rows), GROUP):
-            self._values(first)[:, self.found[first] :] = np.inf  # the rest is filled by `_measure`
+        self.sizes = -(-search.sizes // stride)[lists]
+        self.rows = np.empty(lists.shape, dtype=np.int64)
+        self.queries = queries - search.middle
+        self.lengths = np.zeros(len(queries), dtype=np.float32)
+        if not search.similar:
+            np.vecdot(self.queries, self.queries, out=self.lengths)
+        self.buffer = scratch(int(self.sizes.sum()))
 
     def hand_over(self, take: Take, which: np.ndarray) -> None:
         """Gives what is found of the queries, whose numbers are these, to `take`."""
         self._measure()
 
         def select(first: int) -> None:
-            take(which[self.order[first : first + GROUP]], *self._select(first))
+            take(which[first : first + GROUP], *self._select(slice(first, first + GROUP)))
 
-        self.search.map(select, range(0, len(self.order), GROUP))
+        self.search.map(select, range(0, len(which), GROUP))
 
     def farthest(self) -> np.ndarray:
         """The distance of the k-th nearest of each query, fp32 `[Q]`; infinite where there are
         fewer."""
         self._measure()
-        result = np.empty(len(self.order), dtype=np.float32)
+        result = np.empty(len(self.rows), dtype=np.float32)
 
         def find(first: int) -> None:
-            group = self.order[first : first + GROUP]
-            result[group] = kth_smallest(self._values(first), self.k)
+            group = slice(first, first + GROUP)
+            _farthest(self.buffer, self.rows[group], self.sizes[group], self.k, result[group])
 
-        self.search.map(find, range(0, len(self.order), GROUP))
-        return result
-
-    def _values(self, first: int) -> np.ndarray:
-        """The part of the buffer that is of the group from `first` on, `[n, width]`."""
-        n, width = len(self.rows[first : first + GROUP]), int(self.widths[first])
-        begin = int(self.rows[first])
-        return self.buffer[begin : begin + n * width].reshape(n, width)
+        self.search.map(find, range(0, len(self.rows), GROUP))
+        return result + self.lengths
 
     def _measure(self) -> None:
         """Fills the buffer, list by list."""
         search = self.search
         numbers, order, bounds = search.visits(self.lists)
-        visitors = order // self.lists.shape[1]
-        places = (self.rows[:, None] + self.columns).ravel()[order]
-        left = search.left(self.queries)
-
-        bounds = bounds.tolist()
+        sizes = self.sizes.ravel()[order]
+        rows = np.cumsum(sizes) - sizes
+        self.rows.ravel()[order] = rows
+        visitors, bounds, more = order // self.lists.shape[1], bounds.tolist(), not search.similar
+        left = np.ones((len(self.queries), search.ivf.d + more), dtype=np.float32)
+        left[:, : search.ivf.d] = self.queries * np.float32(-1 if search.similar else -2)
 
         def measure(part: slice) -> None:
-            right, starts = search.right(numbers[part].tolist(), slice(None, None, self.stride))
+            vectors, squares, starts = search.vectors(
+                numbers[part].tolist(), slice(None, None, self.stride), more
+            )
+            if more:
+                vectors[:, -1] = squares
             ends = bounds[part.start : part.stop + 1]
             mine = np.take(left, visitors[ends[0] : ends[-1]], axis=0)
             of_lists = zip(itertools.pairwise(ends), itertools.pairwise(starts), strict=True)
-            for here, (start, end) in of_lists:
+            for (first, last), (start, end) in of_lists:
                 if start == end:
                     continue
-                # Windows of the list's size on the buffer, one from each of its places.
-                shape = (len(self.buffer) - (end - start) + 1, end - start)
-                windows = np.ndarray(shape, np.float32, self.buffer, strides=(4, 4))
-                rows = max(BLOCK // (end - start), 1)
-                for first in range(here[0], here[1], rows):
-                    some = slice(first, min(first + rows, here[1]))
-                    near = mine[some.start - ends[0] : some.stop - ends[0]]
-                    block = scratch(len(near) * (end - start)).reshape(len(near), -1)
-                    windows[places[some]] = product(near, right[start:end].T, out=block)
+                row = rows[first]
+                block = self.buffer[row : row + (last - first) * (end - start)]
+                near = mine[first - ends[0] : last - ends[0]]
+                product(near, vectors[start:end].T, out=block.reshape(len(near), -1))
 
         search.map(measure, search.together(numbers, np.diff(bounds), self.stride))
 
-    def _select(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+    def _select(self, group: slice) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids of the k nearest of a group."""
-        group = slice(first, first + GROUP)
-        values = self._values(first)
-        n, width = values.shape
-        row_starts = np.arange(0, n * width, width)[:, None]
-        chosen = k_smallest(values, self.k)
-        chosen += row_starts
-        # From places in the buffer to places among the ids: shifted alike for all of a visit.
-        bounds = (self.columns[group] + row_starts).ravel()
-        counts = np.diff(np.searchsorted(chosen.ravel(), np.append(bounds, n * width)))
-        shifts = self.search.ids_at[self.lists[group]].ravel() - bounds
-        places = chosen.ravel() + np.repeat(shifts, counts)
-        distances = np.take(values, chosen)
+        search, rows = self.search, self.rows[group]
+        distances = np.empty((len(rows), self.k), dtype=np.float32)
+        ids = np.empty((len(rows), self.k), dtype=np.int64)
+        of_lists = (rows, self.sizes[group], search.ids_at[self.lists[group]])
+        _nearest(self.buffer, *of_lists, search.ids, self.lengths[group], distances, ids)
         if self.ordered:
             distances, nearest = sort_rows(distances)
-            places = np.take(places, nearest)
-        ids = np.take(self.search.ids, places, mode="clip").reshape(distances.shape)
-        if self.found[first] < self.k:
-            missing = np.isinf(distances)
-            ids[missing], distances[missing] = -1, np.finfo(np.float32).max
-        return (-distances if self.search.similar else np.maximum(distances, 0)), ids
+            ids = np.take(ids, nearest)
+        return (-distances if search.similar else np.maximum(distances, 0)), ids
+
+
+@compiled
+def _bring_together(buffer, rows, sizes, distances):
+    """Writes the distances of a query to the vectors of all lists it visits one after another,
+    infinite where they are no numbers.
+
+    Args:
+        rows, sizes: int64 `[probes]`, where those to a list are in the buffer.
+    """
+    n = 0
+    for visit in range(len(rows)):
+        row = buffer[rows[visit] : rows[visit] + sizes[visit]]
+        place = distances[n : n + len(row)]
+        for j in range(len(row)):
+            place[j] = row[j] if row[j] == row[j] else np.float32(np.inf)
+        n += len(row)
+
+
+@compiled
+def _farthest(buffer, rows, sizes, k, distances):
+    for i in range(len(rows)):
+        found = np.empty(sizes[i].sum(), dtype=np.float32)
+        _bring_together(buffer, rows[i], sizes[i], found)
+        distances[i] = kth_smallest(found, k) if k <= len(found) else np.inf
+
+
+@compiled
+def _nearest(buffer, rows, sizes, ids_at, ids_of_lists, lengths, distances, ids):
+    """Selects the k nearest of some queries.
+
+    Args:
+        rows, sizes: int64 `[n, probes]`, see `_bring_together`.
+        ids_at: int64 `[n, probes]`, where the ids of a list's vectors begin among all.
+        ids_of_lists: int64.
+        lengths: fp32 `[n]`, to be added to distances.
+        distances, ids: fp32 and int64 `[n, k]`, to be written.
+    """
+    k = distances.shape[1]
+    for i in range(len(rows)):
+        found = np.empty(sizes[i].sum(), dtype=np.float32)
+        chosen = np.empty(max(len(found), k), dtype=np.int32)
+        _bring_together(buffer, rows[i], sizes[i], found)
+        n = min(k, len(found))
+        if n < len(found):
+            choose(found, n, chosen)
+        else:
+            for j in range(n):
+                chosen[j] = j
+        for j in range(n):
+            distances[i, j] = found[chosen[j]] + lengths[i]
+        j = begin = 0
+        for visit in range(sizes.shape[1]):
+            shift = ids_at[i, visit] - begin
+            begin += sizes[i, visit]
+            while j < n and chosen[j] < begin:
+                ids[i, j] = ids_of_lists[chosen[j] + shift]
+                j += 1
+        distances[i, n:] = np.inf
+        for j in range(k):
+            if distances[i, j] == np.inf:
+                distances[i, j], ids[i, j] = FARTHEST, -1

@@ -1,6 +1,7 @@
 import faiss
 import numpy as np
 import pytest
+import torch
 
 from retrieval import list_search, sieve, visit
 from retrieval.index import make_index, read_index
@@ -83,42 +84,52 @@ def test_products_of_bytes_lose_nothing_below_the_bound(tmp_path, metric, outlie
     keys = scale * rng.standard_normal((N, DIM), dtype=np.float32) + np.float32(shift)
     looking = scale * queries(40) + np.float32(shift)
     lists = ListSearch(opened(tmp_path, "IVF20,Flat", metric, keys=keys))
-    vectors, _ = lists.vectors([7])
-    relative = (looking - lists.middle).astype(np.float64)
+    vectors, squares, _ = lists.vectors([7])
+    relative = looking - lists.middle
     if metric == faiss.METRIC_L2:
-        exact = ((relative[:, None] - vectors) ** 2).sum(-1)
+        exact = ((relative[:, None].astype(np.float64) - vectors) ** 2).sum(-1)
     else:
-        exact = -relative @ vectors.T.astype(np.float64)
+        exact = -relative.astype(np.float64) @ vectors.T.astype(np.float64)
+    who = np.arange(3, 40, 2)
     for share in (0.01, 0.1, 0.7, 1.1):
         bounds = np.quantile(exact, min(share, 1), axis=1).astype(np.float32)
         bounds[: 40 if share > 1 else 0] = np.inf
-        who = np.arange(3, 40, 2)
-        near, distances, computed = sieve.Bytes(lists, looking, bounds).sift(7, slice(0, None))(who)
+        by = sieve.Bytes(lists.similar, relative, bounds)
+        right, of_vectors = by.of(vectors, squares)
+        products = (torch._int_mm(by.left[who], right).numpy(), by.of_queries[:, who], of_vectors)
+        room = (np.empty(exact.size, type) for type in (np.int32, np.int64, np.float32))
+        asked, near, distances = kept = tuple(room)
+        n, computed = sieve.keep(
+            *products, who, relative, vectors, bounds, lists.similar, 0, *kept, 0
+        )
         below = exact[who] < bounds[who, None].astype(np.float64)
         close = np.isclose(exact[who], bounds[who, None], rtol=1e-5, atol=1e-5)
         found = np.zeros_like(below)
-        found.ravel()[near] = True
+        found[np.searchsorted(who, asked[:n]), near[:n]] = True
         assert np.array_equal(found | close, below | close)
-        expected = exact[who].ravel()[near]
-        assert np.allclose(distances, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-        assert computed >= len(near)
+        expected = exact[asked[:n], near[:n]]
+        assert np.allclose(distances[:n], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+        assert computed >= n
         if share < 0.5 and outlier == 1 and not (shift and metric != faiss.METRIC_L2):
-            assert computed < 3 * len(near) + 100  # it spares most of the work
+            assert computed < 2 * n + 100  # it spares most of the work
 
 
 @needs_exact_bytes
 def test_where_bytes_tell_too_little_numbers_do(tmp_path, monkeypatch):
-    """One vector far away takes all steps of a byte."""
+    """One dimension takes all steps of a byte, and of others the distances are made."""
     keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
-    keys[:20] = 60 * np.eye(20, DIM, dtype=np.float32)
-    index = opened(tmp_path, "IVF2,Flat", keys=keys)
+    keys[:, 0] = 5000
+    asked = queries()
+    asked[:, 0] = 5000
+    index = opened(tmp_path, "IVF2,Flat", faiss.METRIC_INNER_PRODUCT, keys=keys)
     index.nprobe = 2
     monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
     monkeypatch.setattr(sieve, "ROWS", 20)
     monkeypatch.setattr(sieve, "COLUMNS", 50)
-    used, real = [], sieve.Numbers.sift
-    monkeypatch.setattr(sieve.Numbers, "sift", lambda *a: used.append(1) or real(*a))
-    assert_same(ListSearch(index).search(queries(), 3), index.search(queries(), 3))
+    used, real = [], sieve.Numbers.of
+    monkeypatch.setattr(sieve.Numbers, "of", lambda *a: used.append(1) or real(*a))
+    distances, _ = ListSearch(index).search(asked, 3)
+    assert np.allclose(distances, index.search(asked, 3)[0], rtol=1e-6)
     assert used
 
 
