@@ -19,7 +19,7 @@ from retrieval.retriever import Take
 from retrieval.selection import choose, sort_rows
 from retrieval.visit import GROUP, Visit, scratch
 
-ROWS, COLUMNS = 256, 1024
+ROWS, COLUMNS = 512, 1024
 """Queries and vectors whose distances are looked at together: they stay in the cache."""
 TOO_MANY = 8
 """How many times more than there are may seem to be below the bound by products of bytes, for these
