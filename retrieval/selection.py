@@ -15,9 +15,14 @@ def k_smallest(values: np.ndarray, k: int) -> np.ndarray:
 
     Returns:
         int64 `[n, k]`; of equal numbers at the k-th place, the first.
+
+    Raises:
+        ValueError: k is more than w.
     """
+    if k > values.shape[1]:
+        raise ValueError(f"{k} of {values.shape[1]} numbers")
     columns = np.empty((len(values), k), dtype=np.int64)
-    _of_rows(np.ascontiguousarray(values), columns)
+    _of_rows(np.ascontiguousarray(values, dtype=np.float32), columns)
     return columns
 
 
@@ -39,6 +44,10 @@ def choose(row, k, chosen):
         k: at most w.
         chosen: int32, at least `[w]`; gets their k columns, in ascending order.
     """
+    if k == len(row):
+        for j in range(k):
+            chosen[j] = j
+        return
     limit = kth_smallest(row, k)
     n = 0
     for j in range(len(row)):  # without a branch, which nobody could predict
@@ -72,7 +81,7 @@ def kth_smallest(row, k):
 
     Args:
         row: fp32 `[w]`, without NaN.
-        k: from 1 to w.
+        k: from 1 to w, which is at least 1.
     """
     bits = row.view(np.int32)
     low = high = _ascending(bits[0])

@@ -28,8 +28,8 @@ ROUNDING = np.float32(2**-20)
 """More than the rounding of fp32 adds to a number."""
 SMALLEST = np.float32(2**-100)
 """The largest number of a vector counts as no less, so that one over its scale is finite."""
-KEPT_AT_ONCE = 1 << 20
-"""Distances that are kept in one piece of memory, and room for those of a block."""
+ROOM = 3 << 19
+"""Distances that one piece of memory holds; at least those of a block."""
 
 
 @cache
@@ -54,16 +54,15 @@ class Kept:
     """What is nearer to queries than their bounds, in the order in which it was found.
 
     Attributes:
-        queries, places, distances: int32, int64 and fp32 `[room]`: numbers of the queries, places
+        queries, places, distances: int32, int64 and fp32 `[ROOM]`: numbers of the queries, places
             among the ids.
         n: how many there are.
     """
 
     def __init__(self) -> None:
-        room = KEPT_AT_ONCE + ROWS * COLUMNS
-        self.queries = np.empty(room, dtype=np.int32)
-        self.places = np.empty(room, dtype=np.int64)
-        self.distances = np.empty(room, dtype=np.float32)
+        self.queries = np.empty(ROOM, dtype=np.int32)
+        self.places = np.empty(ROOM, dtype=np.int64)
+        self.distances = np.empty(ROOM, dtype=np.float32)
         self.n = 0
 
 
@@ -79,9 +78,9 @@ class Pieces:
         """Forgets what was kept."""
         self.used = 0
 
-    def last(self) -> Kept:
-        """One with room for the distances of another block."""
-        if not self.used or self.all[self.used - 1].n > KEPT_AT_ONCE:
+    def last(self, needed: int) -> Kept:
+        """One with room for so many more, at most `ROOM`."""
+        if not self.used or ROOM - self.all[self.used - 1].n < needed:
             if self.used == len(self.all):
                 self.all.append(Kept())
             self.all[self.used].n = 0
@@ -290,10 +289,9 @@ class Sieve:
                     right, of_vectors = by.of(vectors, squares)
                     for row in range(0, len(who), ROWS):
                         rows = slice(row, row + ROWS)
-                        piece = pieces.last()
-                        before = piece.n
                         of_both = scratch(len(who[rows]) * len(vectors), by.type)
-                        of_both = of_both.reshape(-1, len(vectors))
+                        piece = pieces.last(len(of_both))
+                        of_both, before = of_both.reshape(-1, len(vectors)), piece.n
                         by.multiply(left[rows], right, out=torch.from_numpy(of_both))
                         products = (of_both, of_queries[:, rows], of_vectors)
                         these = (who[rows], queries, vectors, bounds, search.similar, at + column)

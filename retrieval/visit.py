@@ -157,7 +157,7 @@ def _farthest(buffer, rows, sizes, k, distances):
     for i in range(len(rows)):
         found = np.empty(sizes[i].sum(), dtype=np.float32)
         _bring_together(buffer, rows[i], sizes[i], found)
-        distances[i] = kth_smallest(found, k) if k <= len(found) else np.inf
+        distances[i] = kth_smallest(found, k) if 0 < k <= len(found) else np.inf
 
 
 @compiled
@@ -174,14 +174,10 @@ def _nearest(buffer, rows, sizes, ids_at, ids_of_lists, lengths, distances, ids)
     k = distances.shape[1]
     for i in range(len(rows)):
         found = np.empty(sizes[i].sum(), dtype=np.float32)
-        chosen = np.empty(max(len(found), k), dtype=np.int32)
+        chosen = np.empty(len(found), dtype=np.int32)
         _bring_together(buffer, rows[i], sizes[i], found)
         n = min(k, len(found))
-        if n < len(found):
-            choose(found, n, chosen)
-        else:
-            for j in range(n):
-                chosen[j] = j
+        choose(found, n, chosen)
         for j in range(n):
             distances[i, j] = found[chosen[j]] + lengths[i]
         j = begin = 0

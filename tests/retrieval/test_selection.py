@@ -23,6 +23,24 @@ def test_of_equal_numbers_at_the_last_place_some_are_taken():
     assert np.array_equal(chosen, np.sort(values, axis=1)[:, :25])
 
 
+def test_all_none_and_too_many():
+    values = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
+    assert np.array_equal(k_smallest(values, 4), np.tile(np.arange(4), (3, 1)))
+    assert k_smallest(values[:, :0], 0).shape == (3, 0)
+    with pytest.raises(ValueError, match="5 of 4"):
+        k_smallest(values, 5)
+
+
+def test_numbers_of_every_size_and_sign_are_told_apart():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((200, 60)) * 10.0 ** rng.integers(-44, 38, (200, 60))
+    values = values.astype(np.float32)
+    values[::7, ::5], values[::11, ::3], values[::13, 4] = 0.0, -0.0, -np.inf
+    for k in (1, 7, 59):
+        chosen = np.take_along_axis(values, k_smallest(values, k), 1)
+        assert np.array_equal(np.sort(chosen, axis=1), np.sort(values, axis=1)[:, :k])
+
+
 def test_sorted_rows_and_where_their_numbers_were():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((20, 33), dtype=np.float32) * 10.0 ** rng.integers(-9, 9, (20, 33))
