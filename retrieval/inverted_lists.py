@@ -56,12 +56,15 @@ class InvertedLists:
             return False
         return len(np.unique(_layout(lists)[2] % 8)) == 1
 
-    def nearest(self, queries: np.ndarray) -> np.ndarray:
-        """The lists to visit, int64 `[Q, probes]`; where there are fewer an empty one stands in."""
-        _, lists = self.probing.nearest(queries, self.threads)
+    def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The lists to visit, int64 `[Q, probes]`, where there are fewer an empty one stands in;
+        and the nearest of them `[Q]`."""
+        distances, lists = self.probing.nearest(queries, self.threads)
+        far = -distances if self.similar else distances
+        first = np.take_along_axis(lists, far.argmin(axis=1)[:, None], axis=1)[:, 0]
         if (lists < 0).any():
             lists[lists < 0] = self._empty
-        return lists
+        return lists, first
 
     @cached_property
     def _empty(self) -> int:

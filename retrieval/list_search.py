@@ -57,10 +57,10 @@ class ListSearch(InvertedLists):
     def search_in_parts(self, queries: np.ndarray, k: int, take: Take, ordered: bool) -> None:
         """As `search`; see `Retriever.search_in_parts`."""
         self.threads = faiss.omp_get_max_threads()
-        lists = self.nearest(queries)  # none for a query that is not finite
+        lists, first = self.nearest(queries)  # none for a query that is not finite
         queries = np.where(np.isfinite(queries).all(axis=1, keepdims=True), queries, np.float32(0))
         visited = self.sizes[lists].sum(1)
-        everyone = np.arange(len(queries))
+        everyone = np.argsort(first, kind="stable")  # those that share lists lie together
         left = everyone
         if sieve_pays(visited.mean(), k):
             sieve = Sieve(self, k, int(visited.mean()), ordered)
