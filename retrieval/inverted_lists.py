@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import torch
 
-from retrieval.compiled import summing
+from retrieval.loops import shift
 from retrieval.parallel import in_parallel
 from retrieval.probing import Probing
 
@@ -108,7 +108,7 @@ class InvertedLists:
             shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
         vectors = np.empty((len(stored), ivf.d + more), dtype=np.float32)
         squares = np.empty(len(stored), dtype=np.float32)
-        _shift(stored, np.array(bounds), shifts, vectors, squares)
+        shift(stored, np.array(bounds), shifts, vectors, squares)
         if self.similar:
             squares[:] = 0
         return vectors, squares, bounds
@@ -136,21 +136,6 @@ class InvertedLists:
         order = np.argsort(flat.astype(smallest_type), kind="stable")
         numbers, firsts = np.unique(flat[order], return_index=True)
         return numbers, order, np.append(firsts, len(order))
-
-
-@summing
-def _shift(stored, bounds, shifts, vectors, squares):
-    """Writes what is stored fp32 `[n, d]` with a shift `[d]` of its list added, and its squared
-    length."""
-    for number in range(len(shifts)):
-        shift = shifts[number]
-        for i in range(bounds[number], bounds[number + 1]):
-            here, vector = stored[i], vectors[i]
-            square = np.float32(0)
-            for j in range(len(here)):
-                vector[j] = here[j] + shift[j]
-                square += vector[j] * vector[j]
-            squares[i] = square
 
 
 def _layout(lists: faiss.OnDiskInvertedLists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

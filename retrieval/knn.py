@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval.compiled import summing
 from retrieval.datastore import Datastore
+from retrieval.loops import add_up, distances_of_pairs
 from retrieval.parallel import in_parallel
 from retrieval.retriever import Metric, normalized
 
@@ -60,7 +60,12 @@ def exact_distances(
 
     Returns:
         fp32 `[Q, k]`; what stands at missing neighbours has no meaning.
+
+    Raises:
+        ValueError: there are not as many queries as rows, or not as wide as keys.
     """
+    if queries.shape != (len(rows), datastore.dim):
+        raise ValueError(f"{queries.shape} queries, {rows.shape} rows, {datastore.dim} wide keys")
     queries = normalized(queries, metric)
     threads = faiss.omp_get_max_threads()
     flat = rows.reshape(-1)
@@ -78,42 +83,11 @@ def exact_distances(
             begin, end = np.searchsorted(pairs, bounds)
             which = (pairs[begin:end], PLACE_BITS, number * size, rows.shape[1], block)
             part = result[number * size : (number + 1) * size]
-            _measure(*which, keys, queries, metric == "l2", part)
+            distances_of_pairs(*which, keys, queries, metric == "l2", part)
 
     step = max(KEY_BYTES // (4 * datastore.dim), 1)
     in_parallel(measure, [distinct[i : i + step] for i in range(0, len(distinct), step)], threads)
     return result.reshape(rows.shape)
-
-
-@summing
-def _measure(pairs, bits, first, k, rows, keys, queries, squared, distances):
-    """Writes the distances of some neighbours of a part.
-
-    Args:
-        pairs: int64, see `_sorted_pairs`.
-        bits: how many of a pair's are the place in the part.
-        first: the place of the part's first neighbour among those of all queries.
-        k: neighbours of a query.
-        rows, keys: int64 `[n]`, ascending, all that the neighbours are, and fp32 `[n, d]`.
-        queries: fp32 `[Q, d]`.
-        squared: Euclidean distances, not products.
-        distances: fp32, of all neighbours of the part.
-    """
-    number = 0
-    for pair in pairs:
-        place, row = pair & ((1 << bits) - 1), pair >> bits
-        while rows[number] != row:
-            number += 1
-        query = (first + place) // k
-        distance = np.float32(0)
-        if squared:
-            for j in range(keys.shape[1]):
-                difference = queries[query, j] - keys[number, j]
-                distance += difference * difference
-        else:
-            for j in range(keys.shape[1]):
-                distance += queries[query, j] * keys[number, j]
-        distances[place] = distance
 
 
 def _sorted_pairs(rows: np.ndarray) -> np.ndarray:
@@ -142,19 +116,24 @@ def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tens
     """log p_kNN of the target.
 
     Args:
-        scores: fp32 `[Q, k]`, -inf where missing.
+        scores: fp32 or fp64 `[Q, k]`, on the CPU, -inf where missing.
         hits: bool `[Q, k]`, whether the neighbour's value is the target.
         temperature: divides the scores.
 
     Returns:
-        fp32 `[Q]`, -inf where no neighbour carries the target.
+        `[Q]`, -inf where no neighbour carries the target.
+
+    Raises:
+        ValueError: the shapes differ.
 
     >>> scores = torch.tensor([[0.0, 0.0, 0.0, float("-inf")]])
     >>> round(knn_log_prob(scores, torch.tensor([[True, False, True, True]])).exp().item(), 4)
     0.6667
     """
+    if scores.shape != hits.shape:
+        raise ValueError(f"{tuple(scores.shape)} scores and {tuple(hits.shape)} hits")
     best, weights = _weights(scores, temperature)
-    total, of_target = map(torch.from_numpy, _add_up(weights.numpy(), hits.numpy()))
+    total, of_target = map(torch.from_numpy, add_up(weights.numpy(), hits.numpy()))
     of_target = of_target.log()
     small = (of_target < SMALL) & ~of_target.isneginf()
     if small.any():
@@ -172,19 +151,6 @@ def _weights(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature != 1:
         below.div_(temperature)
     return best, below.clamp_(min=LIGHTEST).exp_()
-
-
-@summing
-def _add_up(weights, hits):
-    """Sums of the weights `[Q, k]` of each row, and of those of hits."""
-    totals, of_hits = np.zeros_like(weights[:, 0]), np.zeros_like(weights[:, 0])
-    for i in range(len(weights)):
-        total = of_hit = weights.dtype.type(0)
-        for j in range(weights.shape[1]):
-            total += weights[i, j]
-            of_hit += weights[i, j] * hits[i, j]
-        totals[i], of_hits[i] = total, of_hit
-    return totals, of_hits
 
 
 def knn_distribution(

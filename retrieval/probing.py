@@ -6,9 +6,9 @@ from typing import Literal
 import faiss
 import numpy as np
 
-from retrieval.compiled import compiled
+from retrieval.loops import leave_out
 from retrieval.parallel import in_parallel, product
-from retrieval.selection import k_smallest, kth_smallest
+from retrieval.selection import k_smallest
 
 NProbe = int | Literal["auto"]
 """How many lists, or `auto`: those that are not much farther than the nearest one."""
@@ -67,7 +67,7 @@ class Probing:
         """The lists to visit, in any order.
 
         faiss keeps the nearest in a heap, which takes longer than all distances; where it compares
-        a query with every centroid it is done here, by a partition.
+        a query with every centroid it is done here.
 
         Args:
             queries: fp32 `[Q, d]`, as the index's lists see them.
@@ -89,7 +89,7 @@ class Probing:
             distances, lists = self.ivf.quantizer.search(queries, self.most)
         if self.slack < np.inf:
             far = -distances if self.similar else distances
-            _leave_out(np.ascontiguousarray(far), FEWEST, np.float32(self.slack), lists)
+            leave_out(np.ascontiguousarray(far), FEWEST, np.float32(self.slack), lists)
         lists[~finite] = -1
         return distances, lists
 
@@ -110,15 +110,3 @@ class Probing:
     def _lengths(self) -> np.ndarray:
         """Squared lengths of the centroids, fp32 `[nlist]`."""
         return np.vecdot(self.centroids, self.centroids)
-
-
-@compiled
-def _leave_out(far, fewest, slack, lists):
-    """Replaces by -1 the lists int64 `[Q, n]` that are more than `slack` farther, fp32 `[Q, n]`,
-    than the nearest one, except for the `fewest` nearest."""
-    for i in range(len(far)):
-        row = far[i]
-        limit = max(row.min() + slack, kth_smallest(row, fewest))
-        for j in range(len(row)):
-            if row[j] > limit:
-                lists[i, j] = -1

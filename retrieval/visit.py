@@ -10,16 +10,14 @@ import threading
 import numpy as np
 from numpy.typing import DTypeLike
 
-from retrieval.compiled import compiled
 from retrieval.inverted_lists import InvertedLists
+from retrieval.loops import farthest_of_visits, nearest_of_visits
 from retrieval.parallel import product
 from retrieval.retriever import Take
-from retrieval.selection import choose, kth_smallest, sort_rows
+from retrieval.selection import sort_rows
 
 GROUP = 128
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
-FARTHEST = np.finfo(np.float32).max
-"""The distance of missing neighbours."""
 
 _memory = threading.local()
 
@@ -28,7 +26,7 @@ def scratch(size: int, dtype: DTypeLike = np.float32) -> np.ndarray:
     """Memory `[size]`, one of each type, that this thread uses again and again: new memory costs
     more than what is written to it."""
     name = np.dtype(dtype).name
-    if len(getattr(_memory, name, ())) < size:
+    if not hasattr(_memory, name) or len(getattr(_memory, name)) < size:
         setattr(_memory, name, np.empty(size, dtype))
     return getattr(_memory, name)[:size]
 
@@ -45,7 +43,7 @@ class Visit:
         lists: int64 `[Q, probes]`.
         k: neighbours to select.
         ordered: nearest first.
-        stride: of each list look at every so-manieth vector only.
+        stride: of each list look at every so-manieth vector only; then `farthest` alone is right.
     """
 
     def __init__(
@@ -87,7 +85,9 @@ class Visit:
 
         def find(first: int) -> None:
             group = slice(first, first + GROUP)
-            _farthest(self.buffer, self.rows[group], self.sizes[group], self.k, result[group])
+            farthest_of_visits(
+                self.buffer, self.rows[group], self.sizes[group], self.k, result[group]
+            )
 
         self.search.map(find, range(0, len(self.rows), GROUP))
         return result + self.lengths
@@ -128,66 +128,8 @@ class Visit:
         distances = np.empty((len(rows), self.k), dtype=np.float32)
         ids = np.empty((len(rows), self.k), dtype=np.int64)
         of_lists = (rows, self.sizes[group], search.ids_at[self.lists[group]])
-        _nearest(self.buffer, *of_lists, search.ids, self.lengths[group], distances, ids)
+        nearest_of_visits(self.buffer, *of_lists, search.ids, self.lengths[group], distances, ids)
         if self.ordered:
             distances, nearest = sort_rows(distances)
             ids = np.take(ids, nearest)
         return (-distances if search.similar else np.maximum(distances, 0)), ids
-
-
-@compiled
-def _bring_together(buffer, rows, sizes, distances):
-    """Writes the distances of a query to the vectors of all lists it visits one after another,
-    infinite where they are no numbers.
-
-    Args:
-        rows, sizes: int64 `[probes]`, where those to a list are in the buffer.
-    """
-    n = 0
-    for visit in range(len(rows)):
-        row = buffer[rows[visit] : rows[visit] + sizes[visit]]
-        place = distances[n : n + len(row)]
-        for j in range(len(row)):
-            place[j] = row[j] if row[j] == row[j] else np.float32(np.inf)
-        n += len(row)
-
-
-@compiled
-def _farthest(buffer, rows, sizes, k, distances):
-    for i in range(len(rows)):
-        found = np.empty(sizes[i].sum(), dtype=np.float32)
-        _bring_together(buffer, rows[i], sizes[i], found)
-        distances[i] = kth_smallest(found, k) if 0 < k <= len(found) else np.inf
-
-
-@compiled
-def _nearest(buffer, rows, sizes, ids_at, ids_of_lists, lengths, distances, ids):
-    """Selects the k nearest of some queries.
-
-    Args:
-        rows, sizes: int64 `[n, probes]`, see `_bring_together`.
-        ids_at: int64 `[n, probes]`, where the ids of a list's vectors begin among all.
-        ids_of_lists: int64.
-        lengths: fp32 `[n]`, to be added to distances.
-        distances, ids: fp32 and int64 `[n, k]`, to be written.
-    """
-    k = distances.shape[1]
-    for i in range(len(rows)):
-        found = np.empty(sizes[i].sum(), dtype=np.float32)
-        chosen = np.empty(len(found), dtype=np.int32)
-        _bring_together(buffer, rows[i], sizes[i], found)
-        n = min(k, len(found))
-        choose(found, n, chosen)
-        for j in range(n):
-            distances[i, j] = found[chosen[j]] + lengths[i]
-        j = begin = 0
-        for visit in range(sizes.shape[1]):
-            shift = ids_at[i, visit] - begin
-            begin += sizes[i, visit]
-            while j < n and chosen[j] < begin:
-                ids[i, j] = ids_of_lists[chosen[j] + shift]
-                j += 1
-        distances[i, n:] = np.inf
-        for j in range(k):
-            if distances[i, j] == np.inf:
-                distances[i, j], ids[i, j] = FARTHEST, -1

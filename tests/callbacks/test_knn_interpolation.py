@@ -138,7 +138,7 @@ def test_missing_neighbours(world, missing, voters):
 
 def test_errors_of_the_search_surface(world):
     store, _, _, scores = world
-    callback = KNNInterpolation(store, Finds(np.array([[N + 5]])), 1, 0.5)
+    callback = KNNInterpolation(store, Finds(np.full((70, 1), N + 5)), 1, 0.5)
     with pytest.raises(IndexError):
         feed(callback, scores, 70)
 

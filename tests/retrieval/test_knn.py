@@ -156,6 +156,14 @@ def test_only_differences_of_scores_matter():
     )
 
 
+def test_what_does_not_fit_together_is_refused(make_store):
+    with pytest.raises(ValueError, match="hits"):
+        knn_log_prob(torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.bool))
+    store, _, _ = make_store()
+    with pytest.raises(ValueError, match="wide keys"):
+        exact_distances(np.ones((1, 8), np.float32), np.zeros((3, 2), np.int64), store, "l2")
+
+
 class Counting(Datastore):
     """A datastore that notes what is read of it."""
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import faiss
 import numpy as np
 import pytest
@@ -96,7 +98,7 @@ def test_products_of_bytes_lose_nothing_below_the_bound(tmp_path, metric, outlie
         bounds[: 40 if share > 1 else 0] = np.inf
         by = sieve.Bytes(lists.similar, relative, bounds)
         right, of_vectors = by.of(vectors, squares)
-        products = (torch._int_mm(by.left[who], right).numpy(), by.of_queries[:, who], of_vectors)
+        products = (torch._int_mm(by.left[who], right).numpy(), by.of_queries[who], of_vectors)
         room = (np.empty(exact.size, type) for type in (np.int32, np.int64, np.float32))
         asked, near, distances = kept = tuple(room)
         n, computed = sieve.keep(
@@ -152,6 +154,63 @@ def test_parts_with_one_query_that_fills_more_than_one(tmp_path, monkeypatch):
     index = opened(tmp_path, "IVF20,Flat")
     index.nprobe = 20
     assert_same(ListSearch(index).search(queries(8), 1000), index.search(queries(8), 1000))
+
+
+def in_a_new_thread(function, *args):
+    """Which has used no memory yet."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+@pytest.mark.parametrize("k", [70, 3])
+def test_only_queries_that_are_not_finite(tmp_path, k):
+    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+    asked = np.full((200, DIM), np.nan, dtype=np.float32)
+    _, ids = in_a_new_thread(search.search, asked, k)
+    assert (ids == -1).all()
+
+
+def test_a_part_of_which_no_query_is_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 16)
+    index = opened(tmp_path, "IVF20,Flat")
+    asked = queries(400)
+    asked[100:] = np.inf
+    distances, ids = ListSearch(index).search(asked, 3)
+    assert (ids[100:] == -1).all()
+    assert_same((distances[:100], ids[:100]), index.search(asked[:100], 3))
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_many_equal_keys_of_one_number(tmp_path, metric):
+    """Nothing is nearer than the bound."""
+    keys = np.repeat(np.float32([[1], [-1]]), 1500, axis=0)
+    index = make_index(1, "IVF2,Flat", "l2" if metric == faiss.METRIC_L2 else "ip")
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    index = read_index(tmp_path / "x.faiss")
+    index.nprobe = 2
+    asked = np.random.default_rng(1).standard_normal((200, 1), dtype=np.float32)
+    distances, _ = in_a_new_thread(ListSearch(index).search, asked, 20)
+    assert np.allclose(distances, index.search(asked, 20)[0], rtol=1e-5, atol=1e-6)
+
+
+@needs_exact_bytes
+@pytest.mark.parametrize(("of_queries", "of_keys"), [(1.0, 1e20), (1e20, 1.0), (1e-18, 1e-18)])
+def test_numbers_that_are_very_large_or_small(tmp_path, monkeypatch, of_queries, of_keys):
+    """Where errors, or their bounds, are infinite or vanish, nothing is lost."""
+    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
+    keys[7], keys[8] = 0, np.float32(of_keys) * keys[8]
+    keys = keys if of_keys > 1 else keys * np.float32(of_keys)
+    index = opened(tmp_path, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT, keys=keys)
+    index.nprobe = 4
+    asked = queries()
+    asked[:DIM] = np.eye(DIM)
+    asked *= np.float32(of_queries)
+    distances, _ = ListSearch(index).search(asked, 20)
+    expected = np.sort(asked.astype(np.float64) @ keys.T.astype(np.float64))[:, ::-1][:, :20]
+    assert np.allclose(distances / expected, 1, rtol=1e-4)
 
 
 @pytest.mark.parametrize("by_bytes", [False, pytest.param(True, marks=needs_exact_bytes)])

@@ -1,0 +1,438 @@
+"""Loops over numbers, compiled when they first run and kept beside this file.
+
+numpy goes through memory once for every step of a computation; a compiled loop takes all steps
+while a number is in a register. Other threads run meanwhile.
+
+All are in this file: numba tells by it alone, its time and size, whether what was kept is still
+what the file says, and would not see that a function elsewhere has changed. Nothing is checked, an
+index is not either; `NUMBA_BOUNDSCHECK=1` with an empty `NUMBA_CACHE_DIR` has them checked.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+
+FARTHEST = np.finfo(np.float32).max
+"""The distance of missing neighbours."""
+SMALLEST = np.float32(2**-100)
+"""The largest number of a vector counts as no less, so that one over its scale is finite."""
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """The function, of arrays and numbers, as machine code.
+
+    Args:
+        options: see `numba.njit`.
+    """
+    try:
+        return njit(function, nogil=True, cache=True, **options)
+    except RuntimeError:  # nothing can be kept here, nor among the user's own files
+        return njit(function, nogil=True, **options)
+
+
+summing = partial(compiled, fastmath={"reassoc", "contract"})
+"""For sums: the order of their terms is the compiler's, so that it can add several at a time."""
+
+
+# The smallest numbers of a row
+
+
+@compiled
+def choose_of_rows(values, columns):
+    """Finds the smallest of each row of fp32 `[n, w]`: their columns, int64 `[n, k]`."""
+    k = columns.shape[1]
+    chosen = np.empty(values.shape[1], dtype=np.int32)
+    for i in range(len(values)):
+        choose(values[i], k, chosen)
+        columns[i] = chosen[:k]
+
+
+@compiled
+def choose(row, k, chosen):
+    """Finds the k smallest of a row; of those that equal the k-th the first.
+
+    Args:
+        row: fp32 `[w]`; where it has NaN, some k of it are chosen.
+        k: at most w.
+        chosen: int32, at least `[w]`; gets their k columns, in ascending order.
+    """
+    if k == 0:
+        return
+    if k == len(row):
+        for j in range(k):
+            chosen[j] = j
+        return
+    limit = kth_smallest(row, k)
+    n = 0
+    for j in range(len(row)):  # without a branch, which nobody could predict
+        chosen[n] = j
+        n += row[j] <= limit
+    if n != k:
+        _choose_equals(row, k, limit, chosen)
+
+
+@compiled
+def _choose_equals(row, k, limit, chosen):
+    """As `choose`, where others equal the k-th smallest, which is the limit."""
+    equal = k
+    for j in range(len(row)):
+        equal -= row[j] < limit
+    n = 0
+    for j in range(len(row)):
+        below = row[j] < limit
+        if n < k and (below or (equal > 0 and not row[j] > limit)):
+            chosen[n] = j
+            n += 1
+            equal -= not below
+
+
+@compiled
+def kth_smallest(row, k):
+    """A number that just k of a row do not exceed, or the k-th smallest where others equal it.
+
+    Halves, like a search in a sorted array, the range of bits in which it lies: to count what is
+    below a number takes a processor a small part of the time that moving numbers takes.
+
+    Args:
+        row: fp32 `[w]`, without NaN.
+        k: from 1 to w.
+    """
+    bits = row.view(np.int32)
+    low = high = ascending(bits[0])
+    for j in range(len(bits)):
+        here = ascending(bits[j])
+        low = min(low, here)
+        high = max(high, here)
+    low, high = np.int64(low) - 1, np.int64(high)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        n = _count(row, _number(middle))
+        if n >= k:
+            high = middle
+            if n == k:
+                break
+        else:
+            low = middle
+    return _number(high)
+
+
+@compiled
+def _count(row, limit):
+    n = np.int32(0)
+    for j in range(len(row)):
+        n = np.int32(n + np.int32(row[j] <= limit))
+    return n
+
+
+@compiled
+def _number(bits):
+    return np.int32(ascending(np.int32(bits))).view(np.float32)
+
+
+@register_jitable
+def ascending(bits):
+    """Bits of fp32 numbers as int32 of the same order, and back: for negative numbers they would
+    ascend with the size."""
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+# Lists and what they hold
+
+
+@compiled
+def leave_out(far, fewest, slack, lists):
+    """Replaces by -1 the lists int64 `[Q, n]` that are more than `slack` farther, fp32 `[Q, n]`,
+    than the nearest one, except for the `fewest` nearest."""
+    for i in range(len(far)):
+        row = far[i]
+        limit = max(row.min() + slack, kth_smallest(row, fewest))
+        for j in range(len(row)):
+            if row[j] > limit:
+                lists[i, j] = -1
+
+
+@summing
+def shift(stored, bounds, shifts, vectors, squares):
+    """Adds something to what is stored in some lists.
+
+    Args:
+        stored: fp32 `[n, d]`.
+        bounds: int64 `[lists + 1]`, where each list's begin, and the last one's end.
+        shifts: fp32 `[lists, d]`.
+        vectors: fp32 `[n, at least d]`, gets the sums.
+        squares: fp32 `[n]`, gets their squared lengths.
+    """
+    for number in range(len(shifts)):
+        of_list = shifts[number]
+        for i in range(bounds[number], bounds[number + 1]):
+            here, vector = stored[i], vectors[i]
+            square = np.float32(0)
+            for j in range(len(here)):
+                vector[j] = here[j] + of_list[j]
+                square += vector[j] * vector[j]
+            squares[i] = square
+
+
+# What a query visits
+
+
+@compiled
+def _gather(buffer, rows, sizes, distances):
+    """Writes the distances of a query to the vectors of all lists it visits one after another,
+    infinite where they are no numbers.
+
+    Args:
+        buffer: fp32.
+        rows, sizes: int64 `[probes]`, where those to a list begin in the buffer, and how many.
+        distances: fp32 `[sum of sizes]`.
+    """
+    n = 0
+    for visit in range(len(rows)):
+        row = buffer[rows[visit] : rows[visit] + sizes[visit]]
+        place = distances[n : n + len(row)]
+        for j in range(len(row)):
+            place[j] = row[j] if row[j] == row[j] else np.float32(np.inf)
+        n += len(row)
+
+
+@compiled
+def farthest_of_visits(buffer, rows, sizes, k, distances):
+    """Finds a distance that the k nearest of some queries do not exceed, fp32 `[n]`; infinite where
+    there are fewer.
+
+    Args:
+        buffer, rows, sizes: fp32, int64 and int64 `[n, probes]`, see `_gather`.
+    """
+    for i in range(len(rows)):
+        found = np.empty(sizes[i].sum(), dtype=np.float32)
+        _gather(buffer, rows[i], sizes[i], found)
+        distances[i] = kth_smallest(found, k) if 0 < k <= len(found) else np.inf
+
+
+@compiled
+def nearest_of_visits(buffer, rows, sizes, ids_at, ids_of_lists, lengths, distances, ids):
+    """Finds the k nearest of some queries.
+
+    Args:
+        buffer, rows, sizes: fp32, int64 and int64 `[n, probes]`, see `_gather`.
+        ids_at: int64 `[n, probes]`, where the ids of a list's vectors begin among all.
+        ids_of_lists: int64, of all lists.
+        lengths: fp32 `[n]`, to be added to distances.
+        distances, ids: fp32 and int64 `[n, k]`, to be written; `FARTHEST` and -1 where missing.
+    """
+    k = distances.shape[1]
+    for i in range(len(rows)):
+        found = np.empty(sizes[i].sum(), dtype=np.float32)
+        chosen = np.empty(len(found), dtype=np.int32)
+        _gather(buffer, rows[i], sizes[i], found)
+        n = min(k, len(found))
+        choose(found, n, chosen)
+        for j in range(n):
+            distances[i, j] = found[chosen[j]] + lengths[i]
+        j = begin = 0
+        for visit in range(sizes.shape[1]):
+            first = ids_at[i, visit] - begin
+            begin += sizes[i, visit]
+            while j < n and chosen[j] < begin:
+                ids[i, j] = ids_of_lists[chosen[j] + first]
+                j += 1
+        distances[i, n:] = np.inf
+        for j in range(k):
+            if distances[i, j] == np.inf:
+                distances[i, j], ids[i, j] = FARTHEST, -1
+
+
+# What is nearer than a bound
+
+
+@summing
+def round_to_bytes(vectors, rounded):
+    """Rounds vectors fp32 `[m, d]` to int8 `[m, d]` times a scale of each.
+
+    Returns:
+        fp32 `[4, m]`: the scale, the length of the rounded vector, of the error, and of the vector.
+        Where it is not finite the error is infinite, and the rest zero.
+    """
+    result = np.zeros((4, len(vectors)), dtype=np.float32)
+    for i in range(len(vectors)):
+        vector, whole = vectors[i], rounded[i]
+        bits, of_largest = vector.view(np.int32), np.int32(0)
+        for j in range(len(bits)):  # without the sign they ascend with the size
+            of_largest = max(of_largest, np.int32(bits[j] & np.int32(0x7FFFFFFF)))
+        largest = np.int32(of_largest).view(np.float32)
+        if not largest < np.inf:
+            whole[:] = 0
+            result[2, i] = np.inf
+            continue
+        scale = max(largest, SMALLEST) / np.float32(127)
+        inverse = np.float32(1) / scale
+        length = off = of_rounded = np.float32(0)  # in units of the scale, none is too small
+        for j in range(len(vector)):
+            number = vector[j] * inverse
+            steps = np.int32(np.int32(number + np.float32(128.5)) - np.int32(128))
+            whole[j] = steps
+            near = np.float32(steps)
+            length += number * number
+            of_rounded += near * near
+            off += (number - near) * (number - near)
+        result[0, i], result[1, i] = scale, scale * of_rounded**0.5
+        result[2, i], result[3, i] = scale * off**0.5, scale * length**0.5
+    return result
+
+
+@summing
+def keep(
+    products,
+    of_queries,
+    of_vectors,
+    who,
+    queries,
+    vectors,
+    bounds,
+    similar,
+    at,
+    kept_queries,
+    kept_places,
+    kept_distances,
+    n,
+):
+    """Computes the distances of what may be near, and keeps those below the bounds.
+
+    Args:
+        products: fp32 or int32 `[q, m]`.
+        of_queries, of_vectors: fp32 `[q, 4]` and `[4, m]`, what the products stand for, see
+            `sieve.Numbers`.
+        who: int64 `[q]`, the queries.
+        queries, vectors: fp32 `[Q, d]` and `[m, d]`.
+        bounds: fp32 `[Q]`.
+        similar: whether large products are near.
+        at: the place of the first vector.
+        kept_queries, kept_places, kept_distances: see `sieve.Kept`; with room for all q m.
+        n: how many there are already.
+
+    Returns:
+        how many there are then, and how many distances were computed.
+    """
+    width = products.shape[1]
+    scales, lengths = of_vectors[0], of_vectors[1]
+    errors, squares = of_vectors[2], of_vectors[3]
+    below = np.zeros((width + 7) // 8 * 8, dtype=np.uint8)
+    eights = below.view(np.uint64)  # of which most are zero
+    near = np.empty(len(below), dtype=np.int32)
+    computed = 0
+    for i in range(len(who)):
+        row = products[i]
+        scale, length = of_queries[i, 0], of_queries[i, 1]
+        error, limit = of_queries[i, 2], of_queries[i, 3]
+        for j in range(width):
+            least = squares[j] - error * lengths[j] - length * errors[j]
+            # What is no number may be near.
+            below[j] = not (np.float32(row[j]) * scales[j] * scale + least >= limit)
+        some = 0
+        for eight in range(len(eights)):
+            if eights[eight]:
+                for j in range(8 * eight, 8 * eight + 8):
+                    near[some] = j
+                    some += below[j]
+        computed += some
+        query, bound = who[i], bounds[who[i]]
+        for number in range(some):  # no function of its own: arrays as arguments cost more than it
+            vector = near[number]
+            distance = np.float32(0)
+            if similar:
+                for j in range(queries.shape[1]):
+                    distance -= queries[query, j] * vectors[vector, j]
+            else:
+                for j in range(queries.shape[1]):
+                    difference = queries[query, j] - vectors[vector, j]
+                    distance += difference * difference
+            kept_queries[n], kept_places[n], kept_distances[n] = query, at + vector, distance
+            n += distance < bound
+    return n, computed
+
+
+@compiled
+def sort_by_query(queries, places, distances, free, places_of_rows, distances_of_rows):
+    """Writes what was kept to rows of the queries.
+
+    Args:
+        queries: int32 `[n]`.
+        places, distances: int64 and fp32, at least `[n]`.
+        free: int64 `[Q]`, where the next of each query's row is; is counted up.
+        places_of_rows, distances_of_rows: int64 and fp32, all rows.
+    """
+    for i in range(len(queries)):
+        place = free[queries[i]]
+        places_of_rows[place], distances_of_rows[place] = places[i], distances[i]
+        free[queries[i]] += 1
+
+
+@compiled
+def nearest_of_kept(distances, places, rows, counts, ids_of_lists, nearest, ids):
+    """Finds the k nearest of some queries.
+
+    Args:
+        distances, places: fp32 and int64, of all rows.
+        rows, counts: int64 `[n]`, where a query's row begins, and how many are in it; at least k.
+        ids_of_lists: int64.
+        nearest, ids: fp32 and int64 `[n, k]`, to be written.
+    """
+    k = nearest.shape[1]
+    chosen = np.empty(counts.max(), dtype=np.int32)
+    for i in range(len(rows)):
+        row = distances[rows[i] : rows[i] + counts[i]]
+        choose(row, k, chosen)
+        for j in range(k):
+            nearest[i, j] = row[chosen[j]]
+            ids[i, j] = ids_of_lists[places[rows[i] + chosen[j]]]
+
+
+# Neighbours
+
+
+@summing
+def distances_of_pairs(pairs, bits, first, k, rows, keys, queries, squared, distances):
+    """Writes the distances of some neighbours of a part.
+
+    Args:
+        pairs: int64, row and place in the part of each neighbour, in ascending order.
+        bits: how many of a pair's are the place.
+        first: the place of the part's first neighbour among those of all queries.
+        k: neighbours of a query.
+        rows, keys: int64 `[n]`, ascending, all that the neighbours are, and fp32 `[n, d]`.
+        queries: fp32 `[Q, d]`.
+        squared: Euclidean distances, not products.
+        distances: fp32, of all neighbours of the part.
+    """
+    number = 0
+    for pair in pairs:
+        place, row = pair & ((1 << bits) - 1), pair >> bits
+        while rows[number] != row:
+            number += 1
+        query = (first + place) // k
+        distance = np.float32(0)
+        if squared:
+            for j in range(keys.shape[1]):
+                difference = queries[query, j] - keys[number, j]
+                distance += difference * difference
+        else:
+            for j in range(keys.shape[1]):
+                distance += queries[query, j] * keys[number, j]
+        distances[place] = distance
+
+
+@summing
+def add_up(weights, hits):
+    """Sums of the weights, fp32 or fp64 `[Q, k]`, of each row, and of those of hits, bool `[Q, k]`;
+    `[Q]` each."""
+    totals, of_hits = np.zeros_like(weights[:, 0]), np.zeros_like(weights[:, 0])
+    for i in range(len(weights)):
+        total = of_hit = weights.dtype.type(0)
+        for j in range(weights.shape[1]):
+            total += weights[i, j]
+            of_hit += weights[i, j] * hits[i, j]
+        totals[i], of_hits[i] = total, of_hit
+    return totals, of_hits
