@@ -2,8 +2,9 @@
 
 faiss visits the lists of one query after another, and keeps the k nearest in a heap: for k = 1024
 the heap costs more than the distances. Here each list is decoded once, one matrix product gives the
-distances of all queries that visit it, and the k nearest of each query are cut off (`Visit`). Where a query visits many times more vectors than it has neighbours, all but those nearer
-than a bound are dropped at once (`Sieve`), so that many more queries share what is decoded.
+distances of all queries that visit it, and the k nearest of each query are cut off (`Visit`). Where
+a query visits many times more vectors than it has neighbours, all but those nearer than a bound are
+dropped at once (`Sieve`), so that many more queries share what is decoded.
 """
 
 import faiss
