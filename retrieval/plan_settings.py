@@ -88,8 +88,9 @@ class Constants:
     """Rates of one core and of one disk.
 
     Measured by benchmarks/constants.py on one core of an AMD EPYC (Zen 3, AVX2) with a virtual
-    disk, other work beside it, in fp32 and at width 128, unless said otherwise. That program's JSON
-    replaces them.
+    disk, other work beside it, in fp32 and at width 128, unless said otherwise; those of a search
+    before its loops were compiled, which took about twice as long. That program's JSON replaces
+    them.
 
     Args:
         list_gflops: products of some queries with a list (`Visit._measure`).
