@@ -124,26 +124,32 @@ class Numbers:
     type = np.float32
 
     def __init__(self, similar: bool, queries: np.ndarray, bounds: np.ndarray) -> None:
-        self.left = torch.from_numpy(queries)
-        scales = np.full(len(queries), -1 if similar else -2, dtype=np.float32)
-        lengths = np.linalg.norm(queries, axis=1)
-        limits = self._limits(similar, bounds, lengths, queries.shape[1])
-        columns = (scales, -scales * lengths, np.zeros_like(lengths), limits)
+        self.similar = similar
+        self.queries = queries
+        self.bounds = bounds
+        self.slack = rounding(queries.shape[1])
+        self.left, scales, _, errors, lengths = self.rounded(queries)
+        limits = bounds + self.slack * np.abs(bounds)
+        if not similar:
+            limits -= (1 - self.slack) * lengths**2
+        factor = np.float32(1 if similar else 2)
+        columns = (-factor * scales, factor * lengths, factor * errors, limits)
         self.of_queries = np.stack(columns, axis=1)
-
-    @staticmethod
-    def _limits(similar: bool, bounds: np.ndarray, lengths: np.ndarray, dim: int) -> np.ndarray:
-        limits = bounds + rounding(dim) * np.abs(bounds)
-        return limits if similar else limits - (1 - rounding(dim)) * lengths**2
 
     def of(self, vectors: np.ndarray, squares: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """For vectors fp32 `[m, d]` and their squared lengths `[m]`, what `left` is multiplied
-        with, `[d, m]`, and fp32 `[4, m]`: scale, length, error, and the square."""
-        errors = rounding(vectors.shape[1]) * np.linalg.norm(vectors, axis=1)
-        least = (1 - rounding(vectors.shape[1])) * squares
-        return torch.from_numpy(vectors).T, np.stack(
-            [np.ones_like(squares), np.zeros_like(squares), errors, least]
-        )
+        with, `[d, m]`, and fp32 `[4, m]`: scale, length when rounded, error, and the square."""
+        right, scales, rounded, errors, lengths = self.rounded(vectors)
+        errors = errors + self.slack * lengths
+        return right.T, np.stack([scales, rounded, errors, (1 - self.slack) * squares])
+
+    @staticmethod
+    def rounded(vectors: np.ndarray) -> tuple[torch.Tensor, *tuple[np.ndarray, ...]]:
+        """What is multiplied for vectors fp32 `[m, d]`, and fp32 `[m]` each: its scale, its length,
+        that of the error, and the vector's; here nothing is rounded."""
+        lengths = np.linalg.norm(vectors, axis=1)
+        ones, zeros = np.ones_like(lengths), np.zeros_like(lengths)
+        return torch.from_numpy(vectors), ones, lengths, zeros, lengths
 
 
 class Bytes(Numbers):
@@ -151,29 +157,16 @@ class Bytes(Numbers):
 
     With queries q = Q + e_Q and vectors x = X + e_X, where Q and X are bytes times a scale of each,
     the product q x differs from Q X by no more than |e_Q| |X| + |q| |e_X| (Cauchy-Schwarz).
-
-    Args, attributes: see `Numbers`; of vectors the length is |X|, of queries |q|.
     """
 
     multiply = staticmethod(getattr(torch, "_int_mm", None))
     type = np.int32
 
-    def __init__(self, similar: bool, queries: np.ndarray, bounds: np.ndarray) -> None:
-        left = np.empty(queries.shape, dtype=np.int8)
-        scales, _, errors, lengths = round_to_bytes(queries, left)
-        self.left = torch.from_numpy(left)
-        factor = np.float32(1 if similar else 2)
-        limits = self._limits(similar, bounds, lengths, queries.shape[1])
-        columns = (-factor * scales, factor * lengths, factor * errors, limits)
-        self.of_queries = np.stack(columns, axis=1)
-
-    def of(self, vectors: np.ndarray, squares: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """See `Numbers.of`."""
-        right = np.empty(vectors.shape, dtype=np.int8)
-        scales, rounded, errors, lengths = round_to_bytes(vectors, right)
-        errors += rounding(vectors.shape[1]) * lengths
-        least = (1 - rounding(vectors.shape[1])) * squares
-        return torch.from_numpy(right).T, np.stack([scales, rounded, errors, least])
+    @staticmethod
+    def rounded(vectors: np.ndarray) -> tuple[torch.Tensor, *tuple[np.ndarray, ...]]:
+        """See `Numbers.rounded`."""
+        whole = np.empty(vectors.shape, dtype=np.int8)
+        return torch.from_numpy(whole), *round_to_bytes(vectors, whole)
 
 
 class Sieve:
@@ -259,7 +252,6 @@ class Sieve:
         shares = work[-1] * np.arange(1, search.threads) // search.threads
         ranges = np.split(np.arange(len(numbers)), np.searchsorted(work, shares))
         exactly = cache(lambda: Numbers(search.similar, queries, bounds))
-
         memory = vars(_memory).setdefault("of_ranges", [])
         memory.extend(Pieces() for _ in ranges[len(memory) :])
 
@@ -267,26 +259,44 @@ class Sieve:
             pieces, by, seemed, below = memory[of_range], first, 0, 0
             pieces.clear()
             for i in ranges[of_range].tolist():
-                number, who = int(numbers[i]), visitors[firsts[i] : firsts[i + 1]]
-                size, at = int(search.sizes[number]), int(search.ids_at[number])
-                left, of_queries = by.left[torch.from_numpy(who)], by.of_queries[who]
-                for column in range(0, size, COLUMNS):
-                    part = slice(column, min(column + COLUMNS, size))
-                    vectors, squares, _ = search.vectors([number], part)
-                    right, of_vectors = by.of(vectors, squares)
-                    for row in range(0, len(who), ROWS):
-                        rows = slice(row, row + ROWS)
-                        products = scratch(len(who[rows]) * len(vectors), by.type)
-                        piece = pieces.last(len(products))
-                        products, before = products.reshape(-1, len(vectors)), piece.n
-                        by.multiply(left[rows], right, out=torch.from_numpy(products))
-                        compared = (products, of_queries[rows], of_vectors)
-                        these = (who[rows], queries, vectors, bounds, search.similar, at + column)
-                        kept = (piece.queries, piece.places, piece.distances, before)
-                        piece.n, more = keep(*compared, *these, *kept)
-                        seemed, below = seemed + more, below + piece.n - before
+                who = visitors[firsts[i] : firsts[i + 1]]
+                computed, kept = self._sift_list(int(numbers[i]), who, by, pieces)
+                seemed, below = seemed + computed, below + kept
                 if by is first and seemed > TOO_MANY * (below + ROWS):
                     by = exactly()
             return pieces.all[: pieces.used]
 
         return [piece for found in search.map(sift, range(len(ranges))) for piece in found]
+
+    def _sift_list(
+        self, number: int, who: np.ndarray, by: Numbers, pieces: Pieces
+    ) -> tuple[int, int]:
+        """Keeps what of a list is nearer than the bounds of the queries that visit it.
+
+        Args:
+            number: of the list.
+            who: int64 `[n]`, numbers of the queries.
+            by: tells what may be near.
+            pieces: where it is kept.
+
+        Returns:
+            how many distances were computed, and how many are kept.
+        """
+        search, computed, kept = self.search, 0, 0
+        left, of_queries = by.left[torch.from_numpy(who)], by.of_queries[who]
+        for column in range(0, int(search.sizes[number]), COLUMNS):
+            vectors, squares, _ = search.vectors([number], slice(column, column + COLUMNS))
+            right, of_vectors = by.of(vectors, squares)
+            place = int(search.ids_at[number]) + column
+            for row in range(0, len(who), ROWS):
+                rows = slice(row, row + ROWS)
+                products = scratch(len(who[rows]) * len(vectors), by.type)
+                piece = pieces.last(len(products))
+                products, before = products.reshape(-1, len(vectors)), piece.n
+                by.multiply(left[rows], right, out=torch.from_numpy(products))
+                compared = (products, of_queries[rows], of_vectors)
+                these = (who[rows], by.queries, vectors, by.bounds, by.similar, place)
+                where = (piece.queries, piece.places, piece.distances, before)
+                piece.n, more = keep(*compared, *these, *where)
+                computed, kept = computed + more, kept + piece.n - before
+        return computed, kept

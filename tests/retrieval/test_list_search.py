@@ -128,8 +128,10 @@ def test_where_bytes_tell_too_little_numbers_do(tmp_path, monkeypatch):
     monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
     monkeypatch.setattr(sieve, "ROWS", 20)
     monkeypatch.setattr(sieve, "COLUMNS", 50)
-    used, real = [], sieve.Numbers.of
-    monkeypatch.setattr(sieve.Numbers, "of", lambda *a: used.append(1) or real(*a))
+    used, real = [], sieve.Numbers.rounded
+    monkeypatch.setattr(
+        sieve.Numbers, "rounded", staticmethod(lambda *a: used.append(1) or real(*a))
+    )
     distances, _ = ListSearch(index).search(asked, 3)
     assert np.allclose(distances, index.search(asked, 3)[0], rtol=1e-6)
     assert used
@@ -180,37 +182,46 @@ def test_a_part_of_which_no_query_is_finite(tmp_path, monkeypatch):
     assert_same((distances[:100], ids[:100]), index.search(asked[:100], 3))
 
 
+@pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
-def test_many_equal_keys_of_one_number(tmp_path, metric):
-    """Nothing is nearer than the bound."""
-    keys = np.repeat(np.float32([[1], [-1]]), 1500, axis=0)
+def test_vectors_of_one_number(tmp_path, monkeypatch, metric, equal):
+    """Where they are equal, nothing is nearer than the bound."""
+    monkeypatch.setattr(sieve, "TOO_MANY", 1000)
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((N, 1), dtype=np.float32)
+    keys = np.sign(keys) if equal else keys
     index = make_index(1, "IVF2,Flat", "l2" if metric == faiss.METRIC_L2 else "ip")
     index.train(keys)
     index.add(keys)
     faiss.write_index(index, str(tmp_path / "x.faiss"))
     index = read_index(tmp_path / "x.faiss")
     index.nprobe = 2
-    asked = np.random.default_rng(1).standard_normal((200, 1), dtype=np.float32)
+    asked = rng.standard_normal((200, 1), dtype=np.float32)
     distances, _ = in_a_new_thread(ListSearch(index).search, asked, 20)
     assert np.allclose(distances, index.search(asked, 20)[0], rtol=1e-5, atol=1e-6)
 
 
 @needs_exact_bytes
-@pytest.mark.parametrize(("of_queries", "of_keys"), [(1.0, 1e20), (1e20, 1.0), (1e-18, 1e-18)])
+@pytest.mark.parametrize(
+    ("of_queries", "of_keys"), [(1.0, 1e20), (1.0, 2e38), (1e20, 1.0), (1e-18, 1e-18)]
+)
 def test_numbers_that_are_very_large_or_small(tmp_path, monkeypatch, of_queries, of_keys):
     """Where errors, or their bounds, are infinite or vanish, nothing is lost."""
     monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
     keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
-    keys[7], keys[8] = 0, np.float32(of_keys) * keys[8]
-    keys = keys if of_keys > 1 else keys * np.float32(of_keys)
-    index = opened(tmp_path, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT, keys=keys)
+    keys[8] = 1
+    keys[slice(8, 9) if of_keys > 1 else slice(None)] *= np.float32(of_keys)
+    keys[7] = 0
+    index = make_index(DIM, "IVF4,Flat", "ip")
+    index.train(keys[9:])
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    index = read_index(tmp_path / "x.faiss")
     index.nprobe = 4
-    asked = queries()
-    asked[:DIM] = np.eye(DIM)
-    asked *= np.float32(of_queries)
+    asked = np.eye(DIM, dtype=np.float32)[np.arange(200) % DIM] * np.float32(of_queries)
     distances, _ = ListSearch(index).search(asked, 20)
     expected = np.sort(asked.astype(np.float64) @ keys.T.astype(np.float64))[:, ::-1][:, :20]
-    assert np.allclose(distances / expected, 1, rtol=1e-4)
+    assert np.allclose(distances / expected, 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("by_bytes", [False, pytest.param(True, marks=needs_exact_bytes)])
