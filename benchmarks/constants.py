@@ -29,6 +29,8 @@ from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.index import make_index, read_index
 from retrieval.knn import exact_distances, knn_log_prob, neighbor_scores
 from retrieval.list_search import ListSearch
+from retrieval.loops import shift
+from retrieval.parallel import product
 from retrieval.plan_costs import HNSW_DISTANCES, Costs, entering, flops_of_token
 from retrieval.plan_settings import Constants, Wanted
 from retrieval.selection import k_smallest
@@ -62,7 +64,7 @@ def products() -> dict[str, float]:
     graph = faiss.IndexHNSWFlat(DIM, 32)
     graph.add(vectors)
     walking = quickest(lambda: graph.search(vectors[:1000], 1))
-    listing = quickest(lambda: [queries @ keys.T for _ in range(200)])
+    listing = quickest(lambda: [product(queries, keys.T) for _ in range(200)])
 
     model = TransformerLM(20_000, 512, 2048, 4, 8, max_target_positions=MODEL_CONTEXT).eval()
     tokens = torch.randint(4, 20_000, (2, MODEL_CONTEXT))
@@ -159,9 +161,10 @@ def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
     }
 
 
-def norms(vectors: np.ndarray) -> np.ndarray:
-    """Squared lengths, which a search by l2 takes of what it has decoded."""
-    return np.einsum("ij,ij->i", vectors, vectors)
+def norms(decoded: np.ndarray) -> None:
+    """Moves what was decoded to the middle and takes its squared lengths, as a search does."""
+    bounds, shifts = np.array([0, len(decoded)]), np.ones((1, decoded.shape[1]), dtype=np.float32)
+    shift(decoded, bounds, shifts, np.empty_like(decoded), np.empty_like(decoded[:, 0]))
 
 
 def storing(folder: Path, size: int) -> dict[str, float]:
