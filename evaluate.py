@@ -36,6 +36,7 @@ from retrieval.cache import RetrievalCache, RetrievalCacheBuilder
 from retrieval.datastore import Datastore, fingerprint_of
 from retrieval.distributed import DistributedRetriever, open_distributed
 from retrieval.index import is_path, lies_in_shards, open_retriever, resolve
+from retrieval.knn import weigh
 from retrieval.retriever import Retriever
 from retrieval.settings import KNNSettings, NeighborSettings
 from retrieval.tuning import Tuning, tune
@@ -348,11 +349,11 @@ class Evaluation:
             )
         cache, seconds = self.retrieved(split, datastore, Path(self.knn.cache))
         start = time.perf_counter()
-        mixture = Mixture(**mixed_by, similarity=self.similarity, keep_scores=keep_scores)
+        mixture = Mixture(mixed_by["lmbda"], self.similarity, keep_scores)
         lm_scores = ScoreTable()
         for block in islice(cache, *own_part()):
-            weighed = mixture.weigh(block.scores, block.hits)
-            mixture.add(block.positions, block.lm_log_prob, weighed)
+            said = weigh(block.scores, block.hits, mixed_by["temperature"])
+            mixture.add(block.positions, block.lm_log_prob, said)
             lm_scores.add(
                 position=block.positions.numpy(),
                 target=block.targets.numpy(),

@@ -18,7 +18,7 @@ from callbacks.mixture import Mixture
 from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import Datastore
 from retrieval.distributed import DistributedRetriever
-from retrieval.knn import exact_distances, neighbor_scores
+from retrieval.knn import Votes, exact_distances
 from retrieval.retriever import Metric, Retriever, hand_over
 
 FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 12288
@@ -75,7 +75,16 @@ class KNNInterpolation(Callback):
         self.ordered = cache is not None  # which gives the nearest few of them again
         self.rescoring = rescoring
         self.cache = cache
-        self.new_mixture = partial(Mixture, lmbda, temperature, self.similarity, keep_scores)
+        # Nobody asks who the neighbours are.
+        self.votes_at_once = not (
+            self.rescores
+            or rescoring is not None
+            or cache is not None
+            or missing == "last_row"
+            or isinstance(retriever, DistributedRetriever)
+        )
+        self.temperature = temperature
+        self.new_mixture = partial(Mixture, lmbda, self.similarity, keep_scores)
         self.mixture = self.new_mixture()
         self.waiting: list = []
         self.enough = FIRST_QUERIES
@@ -87,7 +96,8 @@ class KNNInterpolation(Callback):
         self.switch_seconds = sys.getswitchinterval()
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
-        waiting for them (`wait`)."""
+        waiting for them (`wait`). Votes that are counted while the search goes on are part of it.
+        """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where both compute on the CPU, and at the same time, the search takes half of the model's
@@ -162,58 +172,44 @@ class KNNInterpolation(Callback):
         """Retrieves and weighs the neighbours of some tokens."""
         queries = keys.numpy()
         another_waits = self.submitted > self.begun
-        threads = self.threads if another_waits else self.share
-        faiss.omp_set_num_threads(threads)
-        weighed = torch.empty(3, len(positions))
-        seconds: list[float] = []
-
-        @torch.inference_mode()  # which is a thread's own
-        def weigh(which, distances, rows, values=None) -> None:
-            start = time.perf_counter()
-            if values is None:
-                values = self.datastore.values_of(rows)
-            columns = (column[which] for column in (positions, targets, lm_log_prob))
-            weighed[:, which] = self._weigh(*columns, distances, rows, values)
-            seconds.append(time.perf_counter() - start)
-
-        start = time.perf_counter()
-        if isinstance(self.retriever, DistributedRetriever):
-            found = self.retriever.find(queries, self.k)
-        elif self.rescoring is not None or self.rescores or self.missing == "last_row":
-            found = self.retriever.search(queries, self.k, self.ordered)
+        faiss.omp_set_num_threads(self.threads if another_waits else self.share)
+        votes = Votes(targets.numpy(), self.temperature, self.similarity, self.datastore.values_of)
+        if self.votes_at_once:
+            with self._timed("search"):
+                self.retriever.vote(queries, self.k, votes)
         else:
-            found = None
-            self.retriever.search_in_parts(queries, self.k, weigh, self.ordered)
-        self.seconds["search"] += time.perf_counter() - start - sum(seconds) / threads
-        if found is not None:
-            distances, rows, *values = found
-            if self.missing == "last_row":
-                rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), []
-            with self._timed("rescore"):
-                if self.rescoring is not None:
-                    others = others.numpy()
-                    distances = exact_distances(others, rows, self.rescoring, self.similarity)
-                elif self.rescores:
-                    distances = exact_distances(queries, rows, self.datastore, self.similarity)
-            hand_over(weigh, distances, rows, *values)
-        self.seconds["mix"] += sum(seconds) / threads
-        self.mixture.add(positions, lm_log_prob, weighed)
+            distances, rows, *values = self._neighbors(queries, others.numpy())
 
-    def _weigh(
-        self,
-        positions: Tensor,
-        targets: Tensor,
-        lm_log_prob: Tensor,
-        distances: np.ndarray,
-        rows: np.ndarray,
-        values: np.ndarray,
-    ) -> Tensor:
-        """What `Mixture.weigh` says of a few tokens; their neighbours go to the cache."""
-        scores = neighbor_scores(distances, rows, self.similarity)  # -inf where missing
-        hits = torch.from_numpy(values == targets.numpy()[:, None].astype(values.dtype))
-        if self.cache is not None:
-            self.cache.write(positions, targets, lm_log_prob, scores, values)
-        return self.mixture.weigh(scores, hits)
+            def take(which: slice, *neighbors: np.ndarray) -> None:
+                scores, values = votes.take(which, *neighbors)
+                if self.cache is not None:
+                    columns = (column[which] for column in (positions, targets, lm_log_prob))
+                    self.cache.write(*columns, scores, values)
+
+            with self._timed("mix"):
+                hand_over(take, distances, rows, *values)
+        with self._timed("mix"):
+            self.mixture.add(positions, lm_log_prob, torch.from_numpy(votes.said))
+
+    def _neighbors(self, queries: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
+        """Distances and rows of the neighbours of some tokens, and their values if they are known.
+
+        Args:
+            others: keys of the type of those to rescore by.
+        """
+        with self._timed("search"):
+            if isinstance(self.retriever, DistributedRetriever):
+                distances, rows, *values = self.retriever.find(queries, self.k)
+            else:
+                distances, rows, *values = self.retriever.search(queries, self.k, self.ordered)
+        if self.missing == "last_row":
+            rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), []
+        with self._timed("rescore"):
+            if self.rescoring is not None:
+                distances = exact_distances(others, rows, self.rescoring, self.similarity)
+            elif self.rescores:
+                distances = exact_distances(queries, rows, self.datastore, self.similarity)
+        return [distances, rows, *values]
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches, which take the model's threads too, also those of the other

@@ -7,7 +7,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from callbacks.token_scores import ScoreTable
 from models.metrics import TokenLoss
-from retrieval.knn import interpolate, knn_log_prob
+from retrieval.knn import interpolate
 from retrieval.retriever import Metric
 
 
@@ -16,16 +16,12 @@ class Mixture:
 
     Args:
         lmbda: weight of p_kNN.
-        temperature: divides the scores.
         similarity: what the scores are made of.
         keep_scores: keep the per-token log-probabilities, in `table`.
     """
 
-    def __init__(
-        self, lmbda: float, temperature: float, similarity: Metric, keep_scores: bool = False
-    ) -> None:
+    def __init__(self, lmbda: float, similarity: Metric, keep_scores: bool = False) -> None:
         self.lmbda = lmbda
-        self.temperature = temperature
         self.similarity = similarity
         self.table = ScoreTable() if keep_scores else None
         self.loss = TokenLoss()
@@ -38,31 +34,15 @@ class Mixture:
             compute_groups=False,
         )
 
-    def weigh(self, scores: Tensor, hits: Tensor) -> Tensor:
-        """What the neighbours of tokens say.
-
-        Args:
-            scores: fp32 `[n, k]`, -inf where missing.
-            hits: bool `[n, k]`, whether the neighbour's value is the target.
-
-        Returns:
-            fp32 `[3, n]`: log p_kNN of the target, score of the nearest neighbour and of the
-            farthest, -inf and inf where there are none.
-        """
-        nearest, farthest = scores.amax(dim=1), scores.amin(dim=1)
-        if farthest.isneginf().any():  # some are missing
-            farthest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1)
-        return torch.stack([knn_log_prob(scores, hits, self.temperature), nearest, farthest])
-
-    def add(self, positions: Tensor, lm_log_prob: Tensor, weighed: Tensor) -> None:
+    def add(self, positions: Tensor, lm_log_prob: Tensor, said: Tensor) -> None:
         """Adds tokens.
 
         Args:
             positions: int64 `[n]`, of the tokens in the split.
             lm_log_prob: fp32 `[n]`, the model's own.
-            weighed: see `weigh`.
+            said: see `knn.Votes`.
         """
-        knn, nearest, farthest = weighed
+        knn, nearest, farthest = said
         # torch computes single numbers and vectors by functions that differ in the last digit:
         # in fp32 the figure of a token would depend on how many come with it.
         mixed = interpolate(lm_log_prob.double(), knn.double(), self.lmbda)

@@ -29,6 +29,7 @@ from faiss.contrib.ondisk import merge_ondisk
 
 from errors import InputError
 from retrieval.datastore import Datastore, fingerprint_of
+from retrieval.knn import Votes
 from retrieval.list_search import ListSearch
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
 from retrieval.probing import NProbe, Probing
@@ -140,19 +141,18 @@ class FaissRetriever(Retriever):
             distances, ids = self.lists.search(shared, k, ordered)
         return distances, self._rows_of(ids)
 
-    def search_in_parts(
-        self, queries: np.ndarray, k: int, take: Take, ordered: bool = True
-    ) -> None:
-        """See `Retriever.search_in_parts`."""
-        shared = self._shared(normalized(queries, self.metric))
+    def vote(self, queries: np.ndarray, k: int, votes: Votes) -> None:
+        """See `Retriever.vote`."""
+        hidden = self.counts_rows and len(self.datastore.masked)  # they count among the k
+        shared = None if hidden else self._shared(normalized(queries, self.metric))
         if shared is None:
-            super().search_in_parts(queries, k, take, ordered)
+            super().vote(queries, k, votes)
             return
 
-        def take_rows(which: np.ndarray, distances: np.ndarray, ids: np.ndarray) -> None:
-            take(which, distances, self._rows_of(ids))
+        def values_of(ids: np.ndarray) -> np.ndarray:
+            return votes.values_of(self._rows_of(ids))
 
-        self.lists.search_in_parts(shared, k, take_rows, ordered)
+        self.lists.vote(shared, k, votes, values_of)
 
     def _shared(self, queries: np.ndarray) -> np.ndarray | None:
         """The queries as the lists see them, if there are enough of them to share the lists."""

@@ -56,15 +56,13 @@ class InvertedLists:
             return False
         return len(np.unique(_layout(lists)[2] % 8)) == 1
 
-    def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The lists to visit, int64 `[Q, probes]`, where there are fewer an empty one stands in;
-        and the nearest of them `[Q]`."""
-        distances, lists = self.probing.nearest(queries, self.threads)
-        far = -distances if self.similar else distances
-        first = np.take_along_axis(lists, far.argmin(axis=1)[:, None], axis=1)[:, 0]
+    def nearest(self, queries: np.ndarray) -> np.ndarray:
+        """The lists to visit, int64 `[Q, probes]`, the nearest one first; where there are fewer an
+        empty one stands in."""
+        _, lists = self.probing.nearest(queries, self.threads)
         if (lists < 0).any():
             lists[lists < 0] = self._empty
-        return lists, first
+        return lists
 
     @cached_property
     def _empty(self) -> int:
@@ -119,23 +117,19 @@ class InvertedLists:
         begin = int(self.codes_at[number])
         return self.file[begin : begin + math.prod(shape)].reshape(shape)
 
-    def together(self, numbers: np.ndarray, visits: np.ndarray, stride: int = 1) -> list[slice]:
-        """Parts of lists that are worked on at a time: every `stride`-th of their vectors, and so
-        many queries that visit each, stay in the cache."""
-        rows = -(-self.sizes[numbers] // stride) + visits
+    def ids_of(self, number: int) -> np.ndarray:
+        """Those of the vectors of a list, int64 `[n]`."""
+        return self.ids[self.ids_at[number] :][: self.sizes[number]]
+
+    def together(self, visits: np.ndarray, stride: int = 1) -> list[list[int]]:
+        """Lists that are worked on at a time: every `stride`-th of their vectors, and the queries
+        that visit each, stay in the cache. Visits int64 `[nlist]`; lists without any are left
+        out."""
+        numbers = np.flatnonzero(visits)
+        rows = -(-self.sizes[numbers] // stride) + visits[numbers]
         bytes_so_far = np.cumsum(4 * self.ivf.d * rows)
         cuts = np.flatnonzero(np.diff(bytes_so_far // TOGETHER_BYTES)) + 1
-        return [slice(*of) for of in itertools.pairwise([0, *cuts.tolist(), len(numbers)])]
-
-    def visits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The lists int64 `[Q, probes]` in ascending order of their numbers: which one each of
-        these visits is to, its place in `lists.ravel()`, and where each list's visits begin and the
-        last one's end."""
-        flat = lists.ravel()
-        smallest_type = np.min_scalar_type(len(self.sizes))  # numpy sorts 16 bits by radix
-        order = np.argsort(flat.astype(smallest_type), kind="stable")
-        numbers, firsts = np.unique(flat[order], return_index=True)
-        return numbers, order, np.append(firsts, len(order))
+        return [part.tolist() for part in np.split(numbers, cuts) if len(part)]
 
 
 def _layout(lists: faiss.OnDiskInvertedLists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

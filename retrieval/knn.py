@@ -9,13 +9,15 @@ v_j and temperature T (eq. 2; T as in later work, 1 in the paper):
 Missing neighbours (row -1) have score -inf and so no part in either sum.
 """
 
+from collections.abc import Callable
+
 import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
 from retrieval.datastore import Datastore
-from retrieval.loops import add_up, distances_of_pairs
+from retrieval.loops import LIGHTEST, SMALL, add_up, distances_of_pairs
 from retrieval.parallel import in_parallel
 from retrieval.retriever import Metric, normalized
 
@@ -23,11 +25,6 @@ PLACE_BITS = 20
 """Of this many bits are the places of neighbours that are sorted by their rows at a time."""
 KEY_BYTES = 1 << 20
 """What the keys that are compared at a time may take."""
-LIGHTEST = -80.0
-"""Logarithm of the least weight, relative to the largest: no sum in fp32 changes by those below it,
-whose exponentials would take many times as long."""
-SMALL = -50.0
-"""Logarithm of what all hits weigh, below which `LIGHTEST` is not light beside it."""
 
 
 def neighbor_scores(distances: np.ndarray, rows: np.ndarray, metric: Metric) -> Tensor:
@@ -151,6 +148,67 @@ def _weights(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature != 1:
         below.div_(temperature)
     return best, below.clamp_(min=LIGHTEST).exp_()
+
+
+class Votes:
+    """What the neighbours of tokens say of their targets.
+
+    Args:
+        targets: int64 `[Q]`.
+        temperature: divides the scores.
+        metric: of the distances.
+        values_of: gives the values, of the shape of the rows int64; any where missing.
+
+    Attributes:
+        said: fp32 `[3, Q]`: log p_kNN of the target, score of the nearest neighbour and of the
+            farthest, -inf and inf where there are none.
+    """
+
+    def __init__(
+        self,
+        targets: np.ndarray,
+        temperature: float,
+        metric: Metric,
+        values_of: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        self.targets = targets
+        self.temperature = temperature
+        self.metric: Metric = metric
+        self.values_of = values_of
+        self.said = np.empty((3, len(targets)), dtype=np.float32)
+
+    @torch.inference_mode()  # which is a thread's own
+    def take(
+        self,
+        which: np.ndarray | slice,
+        distances: np.ndarray,
+        rows: np.ndarray,
+        values: np.ndarray | None = None,
+    ) -> tuple[Tensor, np.ndarray]:
+        """Counts the votes for some of the targets.
+
+        Args:
+            which: numbers of the targets.
+            distances, rows: fp32 and int64 `[n, k]` as a `Retriever` gives them.
+            values: of the rows.
+
+        Returns:
+            scores fp32 `[n, k]`, and the values.
+        """
+        if values is None:
+            values = self.values_of(rows)
+        scores = neighbor_scores(distances, rows, self.metric)
+        hits = values == self.targets[which][:, None].astype(values.dtype)
+        self.said[:, which] = weigh(scores, torch.from_numpy(hits), self.temperature)
+        return scores, values
+
+
+def weigh(scores: Tensor, hits: Tensor, temperature: float) -> Tensor:
+    """What `Votes.said` is, fp32 `[3, Q]`, for scores and hits; see `knn_log_prob`."""
+    nearest, farthest = scores.amax(dim=1), scores.amin(dim=1)
+    if farthest.isneginf().any():  # some are missing
+        farthest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1)
+    return torch.stack([knn_log_prob(scores, hits, temperature), nearest, farthest])
 
 
 def knn_distribution(

@@ -7,10 +7,13 @@ a query visits many times more vectors than it has neighbours, all but those nea
 dropped at once (`Sieve`), so that many more queries share what is decoded.
 """
 
+from collections.abc import Callable
+
 import faiss
 import numpy as np
 
 from retrieval.inverted_lists import InvertedLists
+from retrieval.knn import Votes
 from retrieval.retriever import Take
 from retrieval.sieve import Sieve
 from retrieval.visit import Visit
@@ -55,12 +58,52 @@ class ListSearch(InvertedLists):
         return distances, ids
 
     def search_in_parts(self, queries: np.ndarray, k: int, take: Take, ordered: bool) -> None:
-        """As `search`; see `Retriever.search_in_parts`."""
+        """As `search`, but what is found of a few queries is handed over at once: it is in the
+        cache then, and not all of it need be in memory.
+
+        Args:
+            take: gets numbers of queries, their distances and ids, once for every query, from
+                several threads at the same time.
+        """
+
+        def hand_over(visit: Visit, part: np.ndarray) -> None:
+            visit.hand_over(take, part)
+
+        self._search(queries, k, take, hand_over, ordered)
+
+    def vote(
+        self, queries: np.ndarray, k: int, votes: Votes, values_of: Callable[..., np.ndarray]
+    ) -> None:
+        """See `Retriever.vote`.
+
+        Args:
+            values_of: gives the values, of the shape of the ids.
+        """
+
+        def take(which: np.ndarray, distances: np.ndarray, ids: np.ndarray) -> None:
+            votes.take(which, distances, ids, values_of(ids))
+
+        def vote(visit: Visit, part: np.ndarray) -> None:
+            visit.vote(votes, part, values_of)
+
+        self._search(queries, k, take, vote, ordered=False)
+
+    def _search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        take: Take,
+        go: Callable[[Visit, np.ndarray], None],
+        ordered: bool,
+    ) -> None:
+        """Gives what a sieve finds to `take`, and the visits of the other queries to `go`."""
         self.threads = faiss.omp_get_max_threads()
-        lists, first = self.nearest(queries)  # none for a query that is not finite
-        queries = np.where(np.isfinite(queries).all(axis=1, keepdims=True), queries, np.float32(0))
+        lists = self.nearest(queries)  # none for a query that is not finite
+        finite = np.isfinite(queries).all(axis=1)
+        if not finite.all():
+            queries = np.where(finite[:, None], queries, np.float32(0))
         visited = self.sizes[lists].sum(1)
-        everyone = np.argsort(first, kind="stable")  # those that share lists lie together
+        everyone = np.argsort(lists[:, 0], kind="stable")  # those that share lists lie together
         left = everyone
         if sieve_pays(visited.mean(), k):
             sieve = Sieve(self, k, int(visited.mean()), ordered)
@@ -74,7 +117,7 @@ class ListSearch(InvertedLists):
         parts = -(-int(sizes[-1]) // BUFFER_BYTES)  # alike, as each decodes what it visits
         cuts = np.searchsorted(sizes, sizes[-1] * np.arange(1, parts) // parts)
         for part in filter(len, np.split(left, cuts)):
-            Visit(self, queries[part], lists[part], k, ordered).hand_over(take, part)
+            go(Visit(self, queries[part], lists[part], k, ordered), part)
 
 
 def sieve_pays(visited: float, k: int) -> bool:

@@ -19,6 +19,11 @@ FARTHEST = np.finfo(np.float32).max
 """The distance of missing neighbours."""
 SMALLEST = np.float32(2**-100)
 """The largest number of a vector counts as no less, so that one over its scale is finite."""
+LIGHTEST = np.float32(-80)
+"""Logarithm of the least weight, relative to the largest: no sum in fp32 changes by those below it,
+whose exponentials would take many times as long."""
+SMALL = np.float32(-50)
+"""Logarithm of what all hits weigh, below which `LIGHTEST` is not light beside it."""
 
 
 def compiled(function: Callable, **options) -> Callable:
@@ -66,12 +71,18 @@ def choose(row, k, chosen):
             chosen[j] = j
         return
     limit = kth_smallest(row, k)
+    if _choose_up_to(row, limit, chosen) != k:
+        _choose_equals(row, k, limit, chosen)
+
+
+@compiled
+def _choose_up_to(row, limit, chosen):
+    """The columns of those that are not above the limit, and how many they are."""
     n = 0
     for j in range(len(row)):  # without a branch, which nobody could predict
         chosen[n] = j
         n += row[j] <= limit
-    if n != k:
-        _choose_equals(row, k, limit, chosen)
+    return n
 
 
 @compiled
@@ -93,30 +104,54 @@ def _choose_equals(row, k, limit, chosen):
 def kth_smallest(row, k):
     """A number that just k of a row do not exceed, or the k-th smallest where others equal it.
 
-    Halves, like a search in a sorted array, the range of bits in which it lies: to count what is
-    below a number takes a processor a small part of the time that moving numbers takes.
+    Looks for a zero of how many numbers are below, less k: by straight lines between two ends (the
+    Illinois method; Dowell and Jarratt, BIT 1971), and by halving the range of bits where that
+    fails. To count what is below a number takes a processor a small part of the time that moving
+    numbers takes.
 
     Args:
         row: fp32 `[w]`, without NaN.
         k: from 1 to w.
     """
+    low, high = _extremes(row)
+    if k == len(row):
+        return _number(high)
+    low -= 1
+    lacking, left_over = np.float64(k), np.float64(len(row) - k)
+    steps, moved = 0, 0
+    while high - low > 1:
+        middle = (low + high) >> 1
+        steps += 1
+        if steps % 4:
+            begin, end = np.float64(_number(low)), np.float64(_number(high))
+            guess = begin + (end - begin) * (lacking / (lacking + left_over))
+            bits = np.int64(ascending(np.float32(guess).view(np.int32)))
+            if low < bits < high:  # so it is a number
+                middle = bits
+        n = _count(row, _number(middle))
+        if n == k:
+            return _number(middle)
+        if n > k:
+            high, left_over = middle, np.float64(n - k)
+            lacking *= 0.5 if moved > 0 else 1.0
+            moved = 1
+        else:
+            low, lacking = middle, np.float64(k - n)
+            left_over *= 0.5 if moved < 0 else 1.0
+            moved = -1
+    return _number(high)
+
+
+@compiled
+def _extremes(row):
+    """The smallest and the largest number of a row, as ascending bits."""
     bits = row.view(np.int32)
     low = high = ascending(bits[0])
     for j in range(len(bits)):
         here = ascending(bits[j])
-        low = min(low, here)
-        high = max(high, here)
-    low, high = np.int64(low) - 1, np.int64(high)
-    while high - low > 1:
-        middle = (low + high) >> 1
-        n = _count(row, _number(middle))
-        if n >= k:
-            high = middle
-            if n == k:
-                break
-        else:
-            low = middle
-    return _number(high)
+        low = np.int32(min(low, here))
+        high = np.int32(max(high, here))
+    return np.int64(low), np.int64(high)
 
 
 @compiled
@@ -136,22 +171,74 @@ def _number(bits):
 def ascending(bits):
     """Bits of fp32 numbers as int32 of the same order, and back: for negative numbers they would
     ascend with the size."""
-    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 # Lists and what they hold
 
 
 @compiled
-def leave_out(far, fewest, slack, lists):
-    """Replaces by -1 the lists int64 `[Q, n]` that are more than `slack` farther, fp32 `[Q, n]`,
-    than the nearest one, except for the `fewest` nearest."""
+def choose_lists(far, fewest, slack, columns):
+    """Chooses those that are no more than `slack` farther than the nearest one, or at least the
+    `fewest` nearest, and at most as many as there is room for.
+
+    Args:
+        far: fp32 `[n, lists]`, without NaN.
+        columns: int64 `[n, most]`, to be written, the nearest one first; -1 where there are fewer.
+    """
+    most = columns.shape[1]
+    chosen = np.empty(far.shape[1], dtype=np.int32)
     for i in range(len(far)):
         row = far[i]
-        limit = max(row.min() + slack, kth_smallest(row, fewest))
-        for j in range(len(row)):
-            if row[j] > limit:
-                lists[i, j] = -1
+        limit = np.float32(_number(_extremes(row)[0]) + slack)
+        n = max(_count(row, limit), np.int32(fewest))
+        if n > most or n == fewest:
+            n = min(n, np.int32(most))
+            choose(row, n, chosen)
+        else:
+            _choose_up_to(row, limit, chosen)
+        nearest = 0
+        for j in range(most):
+            columns[i, j] = chosen[j] if j < n else -1
+            if j < n and row[chosen[j]] < row[chosen[nearest]]:
+                nearest = j
+        columns[i, 0], columns[i, nearest] = columns[i, nearest], columns[i, 0]
+
+
+@compiled
+def lay_out(lists, sizes):
+    """Puts the visits to each list together, and the distances that they give one after another.
+
+    Args:
+        lists: int64 `[Q, probes]`; visits to lists without vectors are left out.
+        sizes: int64 `[nlist]`, vectors of each list.
+
+    Returns:
+        the queries that visit the first list, then those of the next one, int64; where each list's
+        begin, and the last one's end, int64 `[nlist + 1]`; where the distances that a list gives
+        begin, a row for each of its visitors, int64 `[nlist]`; and where those of each visit,
+        int64 `[Q, probes]`.
+    """
+    bounds = np.zeros(len(sizes) + 1, dtype=np.int64)
+    begins = np.zeros(len(sizes), dtype=np.int64)
+    for number in lists.ravel():
+        bounds[number + 1] += sizes[number] > 0
+    for number in range(1, len(sizes)):
+        begins[number] = begins[number - 1] + bounds[number] * sizes[number - 1]
+        bounds[number] += bounds[number - 1]
+    bounds[-1] += bounds[-2]
+    visitors = np.empty(bounds[-1], dtype=np.int64)
+    rows = np.zeros(lists.shape, dtype=np.int64)
+    visited, row = bounds.copy(), begins.copy()
+    for i in range(lists.shape[0]):
+        for j in range(lists.shape[1]):
+            number = lists[i, j]
+            rows[i, j] = row[number]
+            row[number] += sizes[number]
+            if sizes[number] > 0:
+                visitors[visited[number]] = i
+                visited[number] += 1
+    return visitors, bounds, begins, rows
 
 
 @summing
@@ -243,6 +330,148 @@ def nearest_of_visits(buffer, rows, sizes, ids_at, ids_of_lists, lengths, distan
         for j in range(k):
             if distances[i, j] == np.inf:
                 distances[i, j], ids[i, j] = FARTHEST, -1
+
+
+@compiled
+def votes_of_visits(
+    buffer, rows, sizes, values_at, values_of_lists, lengths, targets, k, temperature, said
+):
+    """What the k nearest of some queries say of their targets.
+
+    Neighbours are neither put together nor looked up: all that is visited gets a weight, zero if it
+    is not among the k, and weights are added up where they are.
+
+    Args:
+        buffer, rows, sizes: fp32, int64 and int64 `[n, probes]`, see `_gather`.
+        values_at: int64 `[n, probes]`, where the values of a list's vectors begin among all.
+        values_of_lists: int32, of all lists.
+        lengths: fp32 `[n]`, to be added to distances.
+        targets: int32 `[n]`.
+        k: neighbours.
+        temperature: fp32, of the weights.
+        said: fp32 `[3, n]`, to be written: the logarithm of the part of those with the target's
+            value in all weights, and the distances of the nearest and the farthest neighbour;
+            -inf, inf and -inf where there are none.
+    """
+    for i in range(len(rows)):
+        said[0, i], said[1, i], said[2, i] = -np.inf, np.inf, -np.inf
+        found = np.empty(sizes[i].sum(), dtype=np.float32)
+        if len(found) == 0:
+            continue
+        _gather(buffer, rows[i], sizes[i], found)
+        n = min(k, len(found))
+        limit = min(kth_smallest(found, n), FARTHEST)
+        if _count(found, limit) > n:
+            _leave_out_equals(found, n, limit)
+        nearest, farthest = _ends(found, limit)
+        if not nearest <= limit:
+            continue
+        said[1, i], said[2, i] = nearest + lengths[i], farthest + lengths[i]
+        weights = np.empty_like(found)
+        _weigh(found, limit, nearest, temperature, weights)
+        total, of_hits = _add_up_visits(weights, sizes[i], values_at[i], values_of_lists, targets[i])
+        if of_hits > 0:
+            said[0, i] = np.log(of_hits) - np.log(total)
+        if of_hits > 0 and said[0, i] < SMALL:
+            nearest_hit = _leave_out_others(
+                found, sizes[i], values_at[i], values_of_lists, targets[i], limit
+            )
+            _weigh(found, limit, nearest_hit, temperature, weights)
+            of_hits, _ = _add_up_visits(
+                weights, sizes[i], values_at[i], values_of_lists, targets[i]
+            )
+            below = (nearest - nearest_hit) / temperature
+            said[0, i] = below + np.log(of_hits) - np.log(total)
+
+
+@compiled
+def _leave_out_equals(row, k, limit):
+    """Makes those that equal the k-th smallest infinite, except for the first."""
+    left = k
+    for j in range(len(row)):
+        left -= row[j] < limit
+    for j in range(len(row)):
+        if row[j] == limit:
+            if left == 0:
+                row[j] = np.inf
+            else:
+                left -= 1
+
+
+@compiled
+def _ends(row, limit):
+    """The smallest number of a row, and the largest that is not above the limit."""
+    bits = row.view(np.int32)
+    low, high = np.int32(2**31 - 1), np.int32(-(2**31))
+    for j in range(len(bits)):
+        here = ascending(bits[j])
+        low = np.int32(min(low, here))
+        high = np.int32(max(high, here if row[j] <= limit else np.int32(-(2**31))))
+    return _number(low), _number(high)
+
+
+@partial(compiled, fastmath={"contract"})
+def _weigh(row, limit, nearest, temperature, weights):
+    """What distances weigh, e^((nearest - distance) / temperature), and zero above the limit.
+
+    e^x is 2^n e^r with a whole n and r within log(2) / 2 of zero, for which a polynomial of degree
+    six is right to the last digits (coefficients of Cephes, Moshier 1989).
+    """
+    for j in range(len(row)):
+        x = (nearest - row[j]) / temperature
+        x = x if x > LIGHTEST else LIGHTEST
+        n = np.int32(x * np.float32(1.44269504) - np.float32(0.5))  # cut off: x is not positive
+        whole = np.float32(n)
+        r = x - whole * np.float32(0.693359375)  # log(2) in two parts, to lose no digits
+        r = r + whole * np.float32(2.12194440e-4)
+        series = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+        series = series * r + np.float32(8.3334519073e-3)
+        series = series * r + np.float32(4.1665795894e-2)
+        series = series * r + np.float32(1.6666665459e-1)
+        series = series * r + np.float32(5.0000001201e-1)
+        power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
+        weight = (series * r * r + r + np.float32(1)) * power
+        weights[j] = weight if row[j] <= limit else np.float32(0)
+
+
+@compiled
+def _add_up_visits(weights, sizes, values_at, values_of_lists, target):
+    """Sums of all weights, and of those of the target's value, see `votes_of_visits`."""
+    total = of_hits = np.float32(0)
+    begin = 0
+    for visit in range(len(sizes)):
+        at, end = values_at[visit], begin + sizes[visit]
+        found = _add_up(weights[begin:end], values_of_lists[at : at + sizes[visit]], target)
+        total += found[0]
+        of_hits += found[1]
+        begin = end
+    return total, of_hits
+
+
+@summing
+def _add_up(weights, values, target):
+    total = of_hits = np.float32(0)
+    for j in range(len(weights)):
+        total += weights[j]
+        of_hits += weights[j] * np.float32(values[j] == target)
+    return total, of_hits
+
+
+@compiled
+def _leave_out_others(row, sizes, values_at, values_of_lists, target, limit):
+    """Makes all infinite whose value is not the target's; gives the nearest of those that are, if
+    it is not above the limit."""
+    nearest = np.float32(np.inf)
+    begin = 0
+    for visit in range(len(sizes)):
+        at = values_at[visit] - begin
+        for j in range(begin, begin + sizes[visit]):
+            if values_of_lists[at + j] != target:
+                row[j] = np.inf
+            elif row[j] <= limit:
+                nearest = min(nearest, row[j])
+        begin += sizes[visit]
+    return nearest
 
 
 # What is nearer than a bound

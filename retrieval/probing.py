@@ -6,9 +6,8 @@ from typing import Literal
 import faiss
 import numpy as np
 
-from retrieval.loops import leave_out
+from retrieval.loops import choose_lists
 from retrieval.parallel import in_parallel, product
-from retrieval.selection import k_smallest
 
 NProbe = int | Literal["auto"]
 """How many lists, or `auto`: those that are not much farther than the nearest one."""
@@ -64,7 +63,7 @@ class Probing:
                 self.slack /= 2
 
     def nearest(self, queries: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """The lists to visit, in any order.
+        """The lists to visit, the nearest one first.
 
         faiss keeps the nearest in a heap, which takes longer than all distances; where it compares
         a query with every centroid it is done here.
@@ -80,31 +79,40 @@ class Probing:
         finite = np.isfinite(queries).all(axis=1)
         if not finite.all():
             queries = np.where(finite[:, None], queries, np.float32(0))
-        if self.compares_all:
-            rows = max(BLOCK // self.ivf.nlist, 1)
-            blocks = [queries[first : first + rows] for first in range(0, len(queries), rows)]
-            found = in_parallel(self._of_all, blocks or [queries], threads)
-            distances, lists = map(np.concatenate, zip(*found, strict=True))
-        else:
-            distances, lists = self.ivf.quantizer.search(queries, self.most)
-        if self.slack < np.inf:
-            far = -distances if self.similar else distances
-            leave_out(np.ascontiguousarray(far), FEWEST, np.float32(self.slack), lists)
-        lists[~finite] = -1
-        return distances, lists
+        far = np.empty((len(queries), self.most), dtype=np.float32)
+        lists = np.empty((len(queries), self.most), dtype=np.int64)
+        rows = max(BLOCK // self.ivf.nlist, 1)
 
-    def _of_all(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distances to the nearest of all centroids and their numbers."""
-        relative = queries - self.middle
-        far = product(relative * np.float32(-1 if self.similar else -2), self.centroids.T)
-        if not self.similar:
-            far += self._lengths
-        lists = k_smallest(far, self.most)
-        far = np.take_along_axis(far, lists, axis=1)
+        def choose(first: int) -> None:
+            part = slice(first, first + rows)
+            of_part, numbers = self._compare(queries[part])
+            choose_lists(of_part, FEWEST, np.float32(self.slack), lists[part])
+            far[part] = np.take_along_axis(of_part, lists[part], axis=1)
+            if numbers is not None:
+                found = np.take_along_axis(numbers, lists[part], axis=1)
+                lists[part] = np.where(lists[part] < 0, -1, found)
+
+        in_parallel(choose, range(0, len(queries), rows), threads if self.compares_all else 1)
+        lists[~finite] = -1
         if self.similar:
             return -far, lists
+        relative = queries - self.middle
         far += np.vecdot(relative, relative)[:, None]
         return np.maximum(far, 0, out=far), lists
+
+    def _compare(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """How far centroids are fp32 `[n, lists]`, for l2 less the query's squared length; and
+        their numbers int64, if these are not all."""
+        relative = queries - self.middle
+        if self.compares_all:
+            far = product(relative * np.float32(-1 if self.similar else -2), self.centroids.T)
+            if not self.similar:
+                far += self._lengths
+            return far, None
+        distances, lists = self.ivf.quantizer.search(queries, self.most)
+        if self.similar:
+            return -distances, lists
+        return distances - np.vecdot(relative, relative)[:, None], lists
 
     @cached_property
     def _lengths(self) -> np.ndarray:

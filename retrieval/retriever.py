@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import faiss
 import numpy as np
 
 from retrieval.datastore import Datastore
 from retrieval.parallel import in_parallel
+
+if TYPE_CHECKING:
+    from retrieval.knn import Votes
 
 Metric = Literal["l2", "ip", "cosine"]
 FAISS_METRICS = {
@@ -51,19 +54,16 @@ class Retriever(Protocol):
         """
         ...
 
-    def search_in_parts(
-        self, queries: np.ndarray, k: int, take: Take, ordered: bool = True
-    ) -> None:
-        """As `search`, but what is found of a few queries is handed over at once, where it can be
-        while the others are still searched for: it is in the cache then, and not all of it need be
-        in memory.
+    def vote(self, queries: np.ndarray, k: int, votes: "Votes") -> None:
+        """Counts the votes of the k nearest keys for the targets of some queries; as `search` and
+        `Votes.take`, but the neighbours need not be put together.
 
         Args:
-            queries, k, ordered: see `search`.
-            take: gets numbers of queries, their distances and their rows, once for every query,
-                from several threads at the same time.
+            queries: fp32 `[Q, d]`.
+            k: how many.
+            votes: whose targets are those of the queries.
         """
-        hand_over(take, *self.search(queries, k, ordered))
+        hand_over(votes.take, *self.search(queries, k, ordered=False))
 
 
 def hand_over(take: Take, *found: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from retrieval.inverted_lists import InvertedLists
-from retrieval.loops import keep, nearest_of_kept, round_to_bytes, sort_by_query
+from retrieval.loops import keep, lay_out, nearest_of_kept, round_to_bytes, sort_by_query
 from retrieval.retriever import Take
 from retrieval.selection import sort_rows
 from retrieval.visit import GROUP, Visit, scratch
@@ -244,13 +244,13 @@ class Sieve:
     def _kept(self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray) -> list[Kept]:
         """What is nearer than the bounds fp32 `[n]`, of ascending ranges of lists."""
         search = self.search
-        numbers, order, firsts = search.visits(lists)
-        visitors = order // lists.shape[1]
+        visitors, bounds_of_lists, _, _ = lay_out(lists, search.sizes)
+        visits = np.diff(bounds_of_lists)
         by_bytes = bytes_pay() and search.ivf.d > 1  # torch multiplies columns of one byte wrongly
         first = (Bytes if by_bytes else Numbers)(search.similar, queries, bounds)
-        work = np.cumsum(np.diff(firsts) * search.sizes[numbers])
+        work = np.cumsum(visits * search.sizes)
         shares = work[-1] * np.arange(1, search.threads) // search.threads
-        ranges = np.split(np.arange(len(numbers)), np.searchsorted(work, shares))
+        ranges = np.split(np.arange(len(visits)), np.searchsorted(work, shares))
         exactly = cache(lambda: Numbers(search.similar, queries, bounds))
         memory = vars(_memory).setdefault("of_ranges", [])
         memory.extend(Pieces() for _ in ranges[len(memory) :])
@@ -258,9 +258,10 @@ class Sieve:
         def sift(of_range: int) -> list[Kept]:
             pieces, by, seemed, below = memory[of_range], first, 0, 0
             pieces.clear()
-            for i in ranges[of_range].tolist():
-                who = visitors[firsts[i] : firsts[i + 1]]
-                computed, kept = self._sift_list(int(numbers[i]), who, by, pieces)
+            numbers = ranges[of_range]
+            for number in numbers[visits[numbers] > 0].tolist():
+                who = visitors[bounds_of_lists[number] : bounds_of_lists[number + 1]]
+                computed, kept = self._sift_list(number, who, by, pieces)
                 seemed, below = seemed + computed, below + kept
                 if by is first and seemed > TOO_MANY * (below + ROWS):
                     by = exactly()

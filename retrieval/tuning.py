@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from retrieval.cache import Retrieved
-from retrieval.knn import LIGHTEST, interpolate
+from retrieval.knn import interpolate
+from retrieval.loops import LIGHTEST
 
 PART = 1 << 19
 """Numbers that are weighed at a time: they stay in the processor's cache."""

@@ -6,12 +6,14 @@ brought together, and the k nearest are chosen.
 
 import itertools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from retrieval.inverted_lists import InvertedLists
-from retrieval.loops import farthest_of_visits, nearest_of_visits
+from retrieval.knn import Votes
+from retrieval.loops import farthest_of_visits, lay_out, nearest_of_visits, votes_of_visits
 from retrieval.parallel import product
 from retrieval.retriever import Take
 from retrieval.selection import sort_rows
@@ -60,8 +62,9 @@ class Visit:
         self.k = k
         self.ordered = ordered
         self.stride = stride
-        self.sizes = -(-search.sizes // stride)[lists]
-        self.rows = np.empty(lists.shape, dtype=np.int64)
+        sizes = -(-search.sizes // stride)
+        self.sizes = sizes[lists]
+        self.visitors, self.bounds, self.begins, self.rows = lay_out(lists, sizes)
         self.queries = queries - search.middle
         self.lengths = np.zeros(len(queries), dtype=np.float32)
         if not search.similar:
@@ -76,6 +79,41 @@ class Visit:
             take(which[first : first + GROUP], *self._select(slice(first, first + GROUP)))
 
         self.search.map(select, range(0, len(which), GROUP))
+
+    def vote(self, votes: Votes, which: np.ndarray, values_of: Callable[..., np.ndarray]) -> None:
+        """Counts the votes of what is found of the queries, whose numbers are these.
+
+        Args:
+            values_of: gives the values, of the shape of the ids.
+        """
+        search = self.search
+        self._measure()
+        visits = np.diff(self.bounds)
+        sizes = np.where(visits > 0, search.sizes, 0)
+        ends = np.cumsum(sizes)
+        at = ends - sizes
+        values = np.empty(ends[-1], dtype=np.int32)
+
+        def look_up(numbers: list[int]) -> None:
+            ids = [search.ids_of(number) for number in numbers]
+            values[at[numbers[0]] : ends[numbers[-1]]] = values_of(np.concatenate(ids))
+
+        search.map(look_up, search.together(visits))
+        targets = votes.targets[which].astype(np.int32)
+
+        def count(first: int) -> None:
+            group = slice(first, first + GROUP)
+            lists, lengths = self.lists[group], self.lengths[group]
+            said = np.empty((3, len(lists)), dtype=np.float32)
+            of_lists = (self.rows[group], self.sizes[group], at[lists], values, lengths)
+            temperature = np.float32(votes.temperature)
+            votes_of_visits(self.buffer, *of_lists, targets[group], self.k, temperature, said)
+            if not search.similar:
+                np.maximum(said[1:], 0, out=said[1:])
+            said[1:] *= -1
+            votes.said[:, which[group]] = said
+
+        search.map(count, range(0, len(which), GROUP))
 
     def farthest(self) -> np.ndarray:
         """The distance of the k-th nearest of each query, fp32 `[Q]`; infinite where there are
@@ -94,33 +132,26 @@ class Visit:
 
     def _measure(self) -> None:
         """Fills the buffer, list by list."""
-        search = self.search
-        numbers, order, bounds = search.visits(self.lists)
-        sizes = self.sizes.ravel()[order]
-        rows = np.cumsum(sizes) - sizes
-        self.rows.ravel()[order] = rows
-        visitors, bounds, more = order // self.lists.shape[1], bounds.tolist(), not search.similar
+        search, bounds, begins = self.search, self.bounds.tolist(), self.begins.tolist()
+        more = not search.similar
         left = np.ones((len(self.queries), search.ivf.d + more), dtype=np.float32)
         left[:, : search.ivf.d] = self.queries * np.float32(-1 if search.similar else -2)
 
-        def measure(part: slice) -> None:
+        def measure(numbers: list[int]) -> None:
             vectors, squares, starts = search.vectors(
-                numbers[part].tolist(), slice(None, None, self.stride), more
+                numbers, slice(None, None, self.stride), more
             )
             if more:
                 vectors[:, -1] = squares
-            ends = bounds[part.start : part.stop + 1]
-            mine = np.take(left, visitors[ends[0] : ends[-1]], axis=0)
-            of_lists = zip(itertools.pairwise(ends), itertools.pairwise(starts), strict=True)
-            for (first, last), (start, end) in of_lists:
-                if start == end:
-                    continue
-                row = rows[first]
-                block = self.buffer[row : row + (last - first) * (end - start)]
-                near = mine[first - ends[0] : last - ends[0]]
+            first, last = bounds[numbers[0]], bounds[numbers[-1] + 1]
+            mine = scratch((last - first) * left.shape[1]).reshape(-1, left.shape[1])
+            np.take(left, self.visitors[first:last], axis=0, out=mine, mode="clip")
+            for number, (start, end) in zip(numbers, itertools.pairwise(starts), strict=True):
+                near = mine[bounds[number] - first : bounds[number + 1] - first]
+                block = self.buffer[begins[number] :][: len(near) * (end - start)]
                 product(near, vectors[start:end].T, out=block.reshape(len(near), -1))
 
-        search.map(measure, search.together(numbers, np.diff(bounds), self.stride))
+        search.map(measure, search.together(np.diff(self.bounds), self.stride))
 
     def _select(self, group: slice) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids of the k nearest of a group."""

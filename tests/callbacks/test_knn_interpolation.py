@@ -16,6 +16,7 @@ from models.language_model import TokenScores
 from retrieval.cache import RetrievalCacheBuilder
 from retrieval.datastore import DatastoreBuilder
 from retrieval.index import IndexBuilding, open_retriever
+from retrieval.knn import weigh
 from retrieval.retriever import FlatRetriever, Retriever
 
 N, D, Q, K, LMBDA, TEMPERATURE = 200, 6, 70, 9, 0.3, 2.0
@@ -187,10 +188,10 @@ def test_what_is_retrieved_can_be_mixed_again(world, tmp_path):
     store, _, _, scores = world
     builder = RetrievalCacheBuilder(tmp_path / "c", Q, K, 12, {})
     feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 0.0, cache=builder), scores, 7)
-    again = Mixture(LMBDA, TEMPERATURE, "l2")
+    again = Mixture(LMBDA, "l2")
     for block in builder.finish():
-        weighed = again.weigh(block.scores, block.hits)
-        again.add(block.positions, block.lm_log_prob, weighed)
+        said = weigh(block.scores, block.hits, TEMPERATURE)
+        again.add(block.positions, block.lm_log_prob, said)
     searching = KNNInterpolation(store, FlatRetriever(store, "l2"), K, LMBDA, TEMPERATURE)
     expected = feed(searching, scores, 70).mixture
     assert again.loss.compute()["loss"] == pytest.approx(expected.loss.compute()["loss"])
