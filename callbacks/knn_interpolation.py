@@ -99,17 +99,22 @@ class KNNInterpolation(Callback):
         waiting for them (`wait`). Votes that are counted while the search goes on are part of it.
         """
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Where both compute on the CPU, and at the same time, the search takes half of the model's
-        threads; connects the ranks where all search together."""
+        threads. Its thread loads what the first search would wait for."""
+        self.threads = torch.get_num_threads()
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        self.share = max(self.threads // 2, 1) if on_cpu else self.threads
+        self.background = Background(threads=self.share)
+        self.background.submit(self.retriever.prepare)
+        self.background.drain()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets threads take turns more often; connects the ranks where all search together."""
         self.switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         if isinstance(self.retriever, DistributedRetriever):
             self.retriever.connect()
-        self.threads = torch.get_num_threads()
-        on_cpu = pl_module.device.type == "cpu"
-        self.share = max(self.threads // 2, 1) if on_cpu else self.threads
-        self.background = Background(threads=self.share)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the threads back."""

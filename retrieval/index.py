@@ -38,7 +38,6 @@ from retrieval.retriever import (
     FlatRetriever,
     Metric,
     Retriever,
-    Take,
     faiss_reason,
     normalized,
 )
@@ -140,6 +139,13 @@ class FaissRetriever(Retriever):
         else:
             distances, ids = self.lists.search(shared, k, ordered)
         return distances, self._rows_of(ids)
+
+    def prepare(self) -> None:
+        """See `Retriever.prepare`."""
+        if self.lists is not None:
+            one, target = np.zeros((1, self.lists.ivf.d), np.float32), np.zeros(1, np.int64)
+            votes = Votes(target, 1.0, self.metric, self.datastore.values_of)
+            self.lists.vote(one, 1, votes, self.datastore.values_of)
 
     def vote(self, queries: np.ndarray, k: int, votes: Votes) -> None:
         """See `Retriever.vote`."""

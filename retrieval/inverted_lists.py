@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from retrieval.loops import shift
-from retrieval.parallel import in_parallel
+from retrieval.parallel import in_parallel, scratch
 from retrieval.probing import Probing
 
 TOGETHER_BYTES = 2 << 20
@@ -86,26 +86,30 @@ class InvertedLists:
 
         Returns:
             fp32 `[n, d + more]`, relative to the middle. Their squared lengths fp32 `[n]`, or zeros
-            for inner products. And where each list's begin, and the last one's end.
+            for inner products. And where each list's begin, and the last one's end. Arrays are
+            memory that the next call of the same thread uses again.
         """
         ivf = self.ivf
         codes = [self._codes(number)[which] for number in numbers]
         bounds = [0, *itertools.accumulate(map(len, codes))]
-        codes = np.concatenate(codes)
+        n = bounds[-1]
+        together = scratch("codes", n * ivf.code_size, np.uint8).reshape(n, ivf.code_size)
+        codes = np.concatenate(codes, out=together)
         if isinstance(ivf, faiss.IndexIVFFlat):
             stored = codes.view(np.float32)
         elif isinstance(ivf, faiss.IndexIVFPQ):
             stored = ivf.pq.decode(codes)
         elif ivf.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
-            stored = torch.from_numpy(codes.view(np.float16)).float().numpy()
+            stored = scratch("stored", n * ivf.d).reshape(n, ivf.d)
+            torch.from_numpy(stored).copy_(torch.from_numpy(codes.view(np.float16)))
         else:
             stored = ivf.sq.decode(codes)
         if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
             shifts = np.tile(-self.middle, (len(numbers), 1))
         else:  # one that stands in for those that are missing has none, and no codes
             shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
-        vectors = np.empty((len(stored), ivf.d + more), dtype=np.float32)
-        squares = np.empty(len(stored), dtype=np.float32)
+        vectors = scratch("vectors", n * (ivf.d + more)).reshape(n, ivf.d + more)
+        squares = scratch("squares", n)
         shift(stored, np.array(bounds), shifts, vectors, squares)
         if self.similar:
             squares[:] = 0

@@ -16,10 +16,8 @@ from retrieval.inverted_lists import InvertedLists
 from retrieval.knn import Votes
 from retrieval.retriever import Take
 from retrieval.sieve import Sieve
-from retrieval.visit import Visit
+from retrieval.visit import BUFFER_BYTES, Visit
 
-BUFFER_BYTES = 256 << 20
-"""What the distances of the queries that are worked on at a time may take."""
 QUERIES_A_LIST = 4
 """Queries that must visit a list, on average, for this to be worth while."""
 MANY, AT_LEAST = 32, 1 << 14
@@ -111,10 +109,12 @@ class ListSearch(InvertedLists):
             parts = np.array_split(everyone, -(-len(queries) // at_once))
             left = [part[sieve.hand_over(take, part, queries, lists)] for part in parts]
             left = np.concatenate(left)
-        sizes = np.cumsum(4 * np.maximum(visited[left], k))
         if not len(left):
             return
-        parts = -(-int(sizes[-1]) // BUFFER_BYTES)  # alike, as each decodes what it visits
+        sizes = 4 * np.maximum(visited[left], k)
+        room = max(BUFFER_BYTES - sizes.max(), sizes.max())  # a part may take one query more
+        sizes = np.cumsum(sizes)
+        parts = -(-int(sizes[-1]) // int(room))  # alike, as each decodes what it visits
         cuts = np.searchsorted(sizes, sizes[-1] * np.arange(1, parts) // parts)
         for part in filter(len, np.split(left, cuts)):
             go(Visit(self, queries[part], lists[part], k, ordered), part)

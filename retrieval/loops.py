@@ -19,6 +19,7 @@ FARTHEST = np.finfo(np.float32).max
 """The distance of missing neighbours."""
 SMALLEST = np.float32(2**-100)
 """The largest number of a vector counts as no less, so that one over its scale is finite."""
+LOG2_E = 1.4426950408889634
 LIGHTEST = np.float32(-80)
 """Logarithm of the least weight, relative to the largest: no sum in fp32 changes by those below it,
 whose exponentials would take many times as long."""
@@ -334,7 +335,7 @@ def nearest_of_visits(buffer, rows, sizes, ids_at, ids_of_lists, lengths, distan
 
 @compiled
 def votes_of_visits(
-    buffer, rows, sizes, values_at, values_of_lists, lengths, targets, k, temperature, said
+    buffer, rows, sizes, values_at, values_of_lists, lengths, least, targets, k, temperature, said
 ):
     """What the k nearest of some queries say of their targets.
 
@@ -346,15 +347,14 @@ def votes_of_visits(
         values_at: int64 `[n, probes]`, where the values of a list's vectors begin among all.
         values_of_lists: int32, of all lists.
         lengths: fp32 `[n]`, to be added to distances.
+        least: fp32, no distance is less.
         targets: int32 `[n]`.
         k: neighbours.
         temperature: fp32, of the weights.
-        said: fp32 `[3, n]`, to be written: the logarithm of the part of those with the target's
-            value in all weights, and the distances of the nearest and the farthest neighbour;
-            -inf, inf and -inf where there are none.
+        said: fp32 `[3, n]`, to be written, see `knn.Votes`.
     """
     for i in range(len(rows)):
-        said[0, i], said[1, i], said[2, i] = -np.inf, np.inf, -np.inf
+        said[0, i], said[1, i], said[2, i] = -np.inf, -np.inf, np.inf
         found = np.empty(sizes[i].sum(), dtype=np.float32)
         if len(found) == 0:
             continue
@@ -364,24 +364,21 @@ def votes_of_visits(
         if _count(found, limit) > n:
             _leave_out_equals(found, n, limit)
         nearest, farthest = _ends(found, limit)
-        if not nearest <= limit:
+        if nearest > limit:  # none is a number
             continue
-        said[1, i], said[2, i] = nearest + lengths[i], farthest + lengths[i]
+        said[1, i] = -max(nearest + lengths[i], least)
+        said[2, i] = -max(farthest + lengths[i], least)
+        of_lists = (sizes[i], values_at[i], values_of_lists)
         weights = np.empty_like(found)
         _weigh(found, limit, nearest, temperature, weights)
-        total, of_hits = _add_up_visits(weights, sizes[i], values_at[i], values_of_lists, targets[i])
+        total, of_hits = _add_up_visits(weights, *of_lists, targets[i])
         if of_hits > 0:
             said[0, i] = np.log(of_hits) - np.log(total)
         if of_hits > 0 and said[0, i] < SMALL:
-            nearest_hit = _leave_out_others(
-                found, sizes[i], values_at[i], values_of_lists, targets[i], limit
-            )
-            _weigh(found, limit, nearest_hit, temperature, weights)
-            of_hits, _ = _add_up_visits(
-                weights, sizes[i], values_at[i], values_of_lists, targets[i]
-            )
-            below = (nearest - nearest_hit) / temperature
-            said[0, i] = below + np.log(of_hits) - np.log(total)
+            first = _leave_out_others(found, *of_lists, targets[i], limit)
+            _weigh(found, limit, first, temperature, weights)
+            of_hits, _ = _add_up_visits(weights, *of_lists, targets[i])
+            said[0, i] = (nearest - first) / temperature + np.log(of_hits) - np.log(total)
 
 
 @compiled
@@ -414,23 +411,22 @@ def _ends(row, limit):
 def _weigh(row, limit, nearest, temperature, weights):
     """What distances weigh, e^((nearest - distance) / temperature), and zero above the limit.
 
-    e^x is 2^n e^r with a whole n and r within log(2) / 2 of zero, for which a polynomial of degree
-    six is right to the last digits (coefficients of Cephes, Moshier 1989).
+    2^x is 2^n 2^r with a whole n and r within a half of zero, for which a polynomial of degree six
+    is right to the last digits (coefficients: Cephes, Moshier 1989).
     """
+    scale, least = np.float32(LOG2_E / temperature), np.float32(LOG2_E * LIGHTEST)
     for j in range(len(row)):
-        x = (nearest - row[j]) / temperature
-        x = x if x > LIGHTEST else LIGHTEST
-        n = np.int32(x * np.float32(1.44269504) - np.float32(0.5))  # cut off: x is not positive
-        whole = np.float32(n)
-        r = x - whole * np.float32(0.693359375)  # log(2) in two parts, to lose no digits
-        r = r + whole * np.float32(2.12194440e-4)
-        series = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
-        series = series * r + np.float32(8.3334519073e-3)
-        series = series * r + np.float32(4.1665795894e-2)
-        series = series * r + np.float32(1.6666665459e-1)
-        series = series * r + np.float32(5.0000001201e-1)
+        x = (nearest - row[j]) * scale
+        x = x if x > least else least
+        n = np.int32(x - np.float32(0.5))  # cut off: x is not positive
+        r = x - np.float32(n)
+        series = np.float32(1.535336188319500e-4) * r + np.float32(1.339887440266574e-3)
+        series = series * r + np.float32(9.618437357674640e-3)
+        series = series * r + np.float32(5.550332471162809e-2)
+        series = series * r + np.float32(2.402264791363012e-1)
+        series = series * r + np.float32(6.931472028550421e-1)
         power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
-        weight = (series * r * r + r + np.float32(1)) * power
+        weight = (series * r + np.float32(1)) * power
         weights[j] = weight if row[j] <= limit else np.float32(0)
 
 

@@ -6,6 +6,7 @@ beside a model that computes at the same time they would wait longer than they w
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from threadpoolctl import ThreadpoolController
 
 
@@ -40,6 +42,24 @@ def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), initializer=_take_one_core)
+
+
+_memory = threading.local()
+
+
+def scratch(what: str, size: int, dtype: DTypeLike = np.float32, room: int = 0) -> np.ndarray:
+    """Memory `[size]` that this thread uses again and again: new memory costs more than what is
+    written to it.
+
+    Args:
+        what: it is for; what it was used for before is lost.
+        room: as much is taken at first, so that it need not grow; what is not used is not there.
+    """
+    memory = vars(_memory)
+    if what not in memory or len(memory[what]) < size:
+        memory.pop(what, None)  # first, so that it can be taken again
+        memory[what] = np.empty(max(size, room), dtype)
+    return memory[what][:size]
 
 
 def product(left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -17,9 +17,10 @@ from retrieval.codec import HELD
 from retrieval.codec import SAMPLE as CODEC_SAMPLE
 from retrieval.datastore import BLOCK_BYTES, DTYPES
 from retrieval.index import NOT_BUILT, PART_BYTES, auto_factory, make_index, sample_size
-from retrieval.list_search import BUFFER_BYTES, QUERIES_A_LIST, sieve_pays
+from retrieval.list_search import QUERIES_A_LIST, sieve_pays
 from retrieval.neighbors import QUERIES_AT_ONCE
 from retrieval.plan_settings import Constants, Wanted, amount
+from retrieval.visit import BUFFER_BYTES
 
 HEADER = 128
 """Bytes in front of an array in a .npy file."""

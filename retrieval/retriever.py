@@ -54,6 +54,9 @@ class Retriever(Protocol):
         """
         ...
 
+    def prepare(self) -> None:
+        """Loads what a first search would wait for."""
+
     def vote(self, queries: np.ndarray, k: int, votes: "Votes") -> None:
         """Counts the votes of the k nearest keys for the targets of some queries; as `search` and
         `Votes.take`, but the neighbours need not be put together.

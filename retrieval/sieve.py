@@ -15,9 +15,10 @@ import torch
 
 from retrieval.inverted_lists import InvertedLists
 from retrieval.loops import keep, lay_out, nearest_of_kept, round_to_bytes, sort_by_query
+from retrieval.parallel import scratch
 from retrieval.retriever import Take
 from retrieval.selection import sort_rows
-from retrieval.visit import GROUP, Visit, scratch
+from retrieval.visit import GROUP, Visit
 
 ROWS, COLUMNS = 512, 1024
 """Queries and vectors whose distances are looked at together: they stay in the cache."""
@@ -217,7 +218,8 @@ class Sieve:
             of_pieces[number] = np.bincount(piece.queries[: piece.n], minlength=len(part))
         counts = of_pieces.sum(0)
         rows = np.cumsum(counts) - counts
-        distances, places = scratch(int(counts.sum())), scratch(int(counts.sum()), np.int64)
+        total = int(counts.sum())
+        distances, places = scratch("kept", total), scratch("places", total, np.int64)
 
         def bring_together(number: int) -> None:
             piece, free = pieces[number], rows + of_pieces[:number].sum(0)
@@ -291,7 +293,7 @@ class Sieve:
             place = int(search.ids_at[number]) + column
             for row in range(0, len(who), ROWS):
                 rows = slice(row, row + ROWS)
-                products = scratch(len(who[rows]) * len(vectors), by.type)
+                products = scratch(by.type.__name__, len(who[rows]) * len(vectors), by.type)
                 piece = pieces.last(len(products))
                 products, before = products.reshape(-1, len(vectors)), piece.n
                 by.multiply(left[rows], right, out=torch.from_numpy(products))

@@ -5,32 +5,21 @@ brought together, and the k nearest are chosen.
 """
 
 import itertools
-import threading
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from retrieval.inverted_lists import InvertedLists
 from retrieval.knn import Votes
 from retrieval.loops import farthest_of_visits, lay_out, nearest_of_visits, votes_of_visits
-from retrieval.parallel import product
+from retrieval.parallel import product, scratch
 from retrieval.retriever import Take
 from retrieval.selection import sort_rows
 
+BUFFER_BYTES = 256 << 20
+"""What the distances of the queries that are worked on at a time may take."""
 GROUP = 128
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
-
-_memory = threading.local()
-
-
-def scratch(size: int, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """Memory `[size]`, one of each type, that this thread uses again and again: new memory costs
-    more than what is written to it."""
-    name = np.dtype(dtype).name
-    if not hasattr(_memory, name) or len(getattr(_memory, name)) < size:
-        setattr(_memory, name, np.empty(size, dtype))
-    return getattr(_memory, name)[:size]
 
 
 class Visit:
@@ -69,7 +58,7 @@ class Visit:
         self.lengths = np.zeros(len(queries), dtype=np.float32)
         if not search.similar:
             np.vecdot(self.queries, self.queries, out=self.lengths)
-        self.buffer = scratch(int(self.sizes.sum()))
+        self.buffer = scratch("distances", int(self.sizes.sum()), room=BUFFER_BYTES // 4)
 
     def hand_over(self, take: Take, which: np.ndarray) -> None:
         """Gives what is found of the queries, whose numbers are these, to `take`."""
@@ -100,17 +89,15 @@ class Visit:
 
         search.map(look_up, search.together(visits))
         targets = votes.targets[which].astype(np.int32)
+        least = np.float32(-np.inf if search.similar else 0)
 
         def count(first: int) -> None:
             group = slice(first, first + GROUP)
             lists, lengths = self.lists[group], self.lengths[group]
             said = np.empty((3, len(lists)), dtype=np.float32)
-            of_lists = (self.rows[group], self.sizes[group], at[lists], values, lengths)
-            temperature = np.float32(votes.temperature)
-            votes_of_visits(self.buffer, *of_lists, targets[group], self.k, temperature, said)
-            if not search.similar:
-                np.maximum(said[1:], 0, out=said[1:])
-            said[1:] *= -1
+            of_lists = (self.rows[group], self.sizes[group], at[lists], values)
+            asked = (lengths, least, targets[group], self.k, np.float32(votes.temperature))
+            votes_of_visits(self.buffer, *of_lists, *asked, said)
             votes.said[:, which[group]] = said
 
         search.map(count, range(0, len(which), GROUP))
@@ -134,17 +121,18 @@ class Visit:
         """Fills the buffer, list by list."""
         search, bounds, begins = self.search, self.bounds.tolist(), self.begins.tolist()
         more = not search.similar
-        left = np.ones((len(self.queries), search.ivf.d + more), dtype=np.float32)
-        left[:, : search.ivf.d] = self.queries * np.float32(-1 if search.similar else -2)
+        n, d = self.queries.shape
+        left = scratch("queries", n * (d + more)).reshape(n, d + more)
+        np.multiply(self.queries, np.float32(-1 if search.similar else -2), out=left[:, :d])
+        left[:, d:] = 1
 
         def measure(numbers: list[int]) -> None:
-            vectors, squares, starts = search.vectors(
-                numbers, slice(None, None, self.stride), more
-            )
+            vectors, squares, starts = search.vectors(numbers, slice(None, None, self.stride), more)
             if more:
                 vectors[:, -1] = squares
             first, last = bounds[numbers[0]], bounds[numbers[-1] + 1]
-            mine = scratch((last - first) * left.shape[1]).reshape(-1, left.shape[1])
+            mine = scratch("visitors", (last - first) * left.shape[1])
+            mine = mine.reshape(-1, left.shape[1])
             np.take(left, self.visitors[first:last], axis=0, out=mine, mode="clip")
             for number, (start, end) in zip(numbers, itertools.pairwise(starts), strict=True):
                 near = mine[bounds[number] - first : bounds[number + 1] - first]

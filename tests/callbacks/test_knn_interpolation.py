@@ -2,6 +2,7 @@
 
 import math
 import threading
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -26,6 +27,12 @@ class FakeModule:
     """All that the callback wants of a model."""
 
     device = torch.device("cpu")
+
+
+class FakeTrainer:
+    """All that it wants of a trainer."""
+
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -166,7 +173,8 @@ def test_the_model_has_all_threads_while_nothing_is_searched_for(world, monkeypa
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        callback.on_test_start(None, FakeModule)
+        callback.setup(FakeTrainer, FakeModule, "test")
+        callback.on_test_start(FakeTrainer, FakeModule)
         callback.on_test_epoch_start(None, FakeModule)
         assert threads() == 4
         callback.on_test_batch_end(None, FakeModule, scores, None, 0)

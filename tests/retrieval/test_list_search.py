@@ -7,6 +7,7 @@ import torch
 
 from retrieval import list_search, sieve, visit
 from retrieval.index import make_index, read_index
+from retrieval.knn import Votes
 from retrieval.list_search import ListSearch
 
 N, DIM = 3000, 16
@@ -135,6 +136,63 @@ def test_where_bytes_tell_too_little_numbers_do(tmp_path, monkeypatch):
     distances, _ = ListSearch(index).search(asked, 3)
     assert np.allclose(distances, index.search(asked, 3)[0], rtol=1e-6)
     assert used
+
+
+def said_by(distances, ids, values, targets, temperature, sign):
+    """As `Votes.said`, in float64, of what faiss finds."""
+    scores = np.where(ids < 0, -np.inf, -sign * distances.astype(np.float64))
+    hits = values[ids] == targets[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_weights = (scores - scores.max(1, keepdims=True)) / temperature
+        of_hits = np.logaddexp.reduce(np.where(hits, log_weights, -np.inf), axis=1)
+        said = of_hits - np.logaddexp.reduce(log_weights, axis=1)
+    return np.stack([said, scores.max(1), np.where(ids < 0, np.inf, scores).min(1)])
+
+
+@pytest.mark.parametrize("k", [1, 20, 70, 900])
+@pytest.mark.parametrize("temperature", [1.0, 0.02, 30.0])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_votes_are_those_of_what_faiss_finds(tmp_path, metric, temperature, k):
+    """Also where k is more than there are, hits weigh next to nothing, and a value is of no key;
+    with a sieve where k is small."""
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    rng = np.random.default_rng(3)
+    values, targets = rng.integers(0, 40, N), rng.integers(0, 42, 200)
+    sign = 1 if metric == faiss.METRIC_L2 else -1
+    votes = Votes(targets, temperature, "l2" if sign > 0 else "ip", lambda rows: values[rows])
+    ListSearch(index).vote(queries(), k, votes, lambda ids: values[ids])
+    found = index.search(queries(), k)
+    expected = said_by(*found, values, targets, temperature, sign)
+    close = np.isclose(votes.said, expected, rtol=2e-5, atol=2e-4 / temperature)
+    assert close[0].mean() > 0.99  # nearly equal distances may change places at the k-th
+    assert close[1:].all()
+    assert np.isneginf(votes.said[0]).any()
+    assert (found[1] < 0).any() == (k == 900)
+
+
+def test_of_equal_keys_at_the_last_place_just_k_vote(tmp_path):
+    keys = np.repeat(np.eye(DIM, dtype=np.float32), 40, axis=0)
+    search = ListSearch(opened(tmp_path, "IVF4,Flat", keys=keys))
+    asked, targets = np.eye(DIM, dtype=np.float32)[:8].repeat(25, axis=0), np.zeros(200, int)
+    _, ids = search.search(asked, 30)
+    values = np.zeros(len(keys), dtype=np.int64)
+    values[::3] = 7
+    votes = Votes(targets, 1.0, "l2", lambda rows: values[rows])
+    search.vote(asked, 30, votes, lambda ids: values[ids])
+    share = (values[ids] == 0).mean(1)
+    assert np.allclose(np.exp(votes.said[0]), share, atol=1e-6)
+    assert np.allclose(votes.said[1:], 0, atol=1e-5)
+
+
+def test_queries_that_find_nothing_hear_no_votes(tmp_path):
+    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+    asked = queries()
+    asked[5], asked[9, 3] = np.nan, np.inf
+    votes = Votes(np.zeros(200, int), 1.0, "l2", np.zeros_like)
+    search.vote(asked, 70, votes, np.zeros_like)
+    for column in (5, 9):
+        assert votes.said[:, column].tolist() == [-np.inf, -np.inf, np.inf]
+    assert np.allclose(np.delete(votes.said[0], [5, 9]), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [70, 3])
