@@ -29,7 +29,7 @@ from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.index import make_index, read_index
 from retrieval.knn import exact_distances, knn_log_prob, neighbor_scores
 from retrieval.list_search import ListSearch
-from retrieval.loops import shift
+from retrieval.loops import shift_lists
 from retrieval.parallel import product
 from retrieval.plan_costs import HNSW_DISTANCES, Costs, entering, flops_of_token
 from retrieval.plan_settings import Constants, Wanted
@@ -164,7 +164,7 @@ def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
 def norms(decoded: np.ndarray) -> None:
     """Moves what was decoded to the middle and takes its squared lengths, as a search does."""
     bounds, shifts = np.array([0, len(decoded)]), np.ones((1, decoded.shape[1]), dtype=np.float32)
-    shift(decoded, bounds, shifts, np.empty_like(decoded), np.empty_like(decoded[:, 0]))
+    shift_lists(decoded, bounds, shifts, np.empty_like(decoded), np.empty_like(decoded[:, 0]))
 
 
 def storing(folder: Path, size: int) -> dict[str, float]:

@@ -29,6 +29,7 @@ from faiss.contrib.ondisk import merge_ondisk
 
 from errors import InputError
 from retrieval.datastore import Datastore, fingerprint_of
+from retrieval.inverted_lists import stores_halves
 from retrieval.knn import Votes
 from retrieval.list_search import ListSearch
 from retrieval.manifest import read_manifest, refuse_mismatch, write_manifest
@@ -124,7 +125,7 @@ class FaissRetriever(Retriever):
         # An index of the original program counts rows, zero ones at the end included.
         self.counts_rows = index.ntotal != datastore.n_keys
         halves = datastore.keys.dtype == np.float16 and metric != "cosine"
-        as_they_are = _stores_halves(index) and halves and not index.by_residual
+        as_they_are = stores_halves(index) and halves and not index.by_residual
         flat = isinstance(index, faiss.IndexFlat) and metric != "l2"  # see FlatRetriever
         self.exact = as_they_are or flat or isinstance(index, faiss.IndexIVFFlat)
 
@@ -344,7 +345,7 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
         ) from None
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise InputError(f"--knn.index is {factory!r}; expected a type that counts keys itself")
-    if _stores_halves(index):
+    if stores_halves(index):
         index.by_residual = False  # so that half-precision keys are stored as they are
     ivf = faiss.try_extract_index_ivf(index)
     ivf = None if ivf is None else faiss.downcast_index(ivf)
@@ -352,12 +353,6 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
         # It would number the centroids anew for Hamming distances, seconds for each byte.
         ivf.do_polysemous_training = False
     return index
-
-
-def _stores_halves(index: faiss.Index) -> bool:
-    """Whether an index has lists of half-precision vectors, with nothing in front of them."""
-    halves = faiss.ScalarQuantizer.QT_fp16
-    return isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == halves
 
 
 def _bytes_of_lists(index: faiss.Index) -> int:

@@ -7,9 +7,8 @@ from functools import cached_property
 
 import faiss
 import numpy as np
-import torch
 
-from retrieval.loops import shift
+from retrieval.loops import shift_halves, shift_lists
 from retrieval.parallel import in_parallel, scratch
 from retrieval.probing import Probing
 
@@ -93,27 +92,30 @@ class InvertedLists:
         codes = [self._codes(number)[which] for number in numbers]
         bounds = [0, *itertools.accumulate(map(len, codes))]
         n = bounds[-1]
-        together = scratch("codes", n * ivf.code_size, np.uint8).reshape(n, ivf.code_size)
-        codes = np.concatenate(codes, out=together)
-        if isinstance(ivf, faiss.IndexIVFFlat):
-            stored = codes.view(np.float32)
-        elif isinstance(ivf, faiss.IndexIVFPQ):
-            stored = ivf.pq.decode(codes)
-        elif ivf.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
-            stored = scratch("stored", n * ivf.d).reshape(n, ivf.d)
-            torch.from_numpy(stored).copy_(torch.from_numpy(codes.view(np.float16)))
-        else:
-            stored = ivf.sq.decode(codes)
-        if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
-            shifts = np.tile(-self.middle, (len(numbers), 1))
-        else:  # one that stands in for those that are missing has none, and no codes
-            shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
         vectors = scratch("vectors", n * (ivf.d + more)).reshape(n, ivf.d + more)
         squares = scratch("squares", n)
-        shift(stored, np.array(bounds), shifts, vectors, squares)
+        if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
+            shifts = np.broadcast_to(-self.middle, (len(numbers), ivf.d))
+        else:  # one that stands in for those that are missing has none, and no codes
+            shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
+        if stores_halves(ivf):
+            for of_list, shift, part in zip(codes, shifts, itertools.pairwise(bounds), strict=True):
+                halves, here = np.ascontiguousarray(of_list).view(np.uint16), slice(*part)
+                shift_halves(halves, shift, vectors[here], squares[here])
+        else:
+            stored = self._decoded(np.concatenate(codes))
+            shift_lists(stored, np.array(bounds), shifts, vectors, squares)
         if self.similar:
             squares[:] = 0
         return vectors, squares, bounds
+
+    def _decoded(self, codes: np.ndarray) -> np.ndarray:
+        """What is stored, fp32 `[n, d]`, for uint8 `[n, code_size]`."""
+        if isinstance(self.ivf, faiss.IndexIVFFlat):
+            return codes.view(np.float32)
+        if isinstance(self.ivf, faiss.IndexIVFPQ):
+            return self.ivf.pq.decode(codes)
+        return self.ivf.sq.decode(codes)
 
     def _codes(self, number: int) -> np.ndarray:
         """Those of a list, uint8 `[n, code_size]`."""
@@ -134,6 +136,12 @@ class InvertedLists:
         bytes_so_far = np.cumsum(4 * self.ivf.d * rows)
         cuts = np.flatnonzero(np.diff(bytes_so_far // TOGETHER_BYTES)) + 1
         return [part.tolist() for part in np.split(numbers, cuts) if len(part)]
+
+
+def stores_halves(index: faiss.Index) -> bool:
+    """Whether an index has lists of half-precision vectors, with nothing in front of them."""
+    halves = faiss.ScalarQuantizer.QT_fp16
+    return isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == halves
 
 
 def _layout(lists: faiss.OnDiskInvertedLists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -243,7 +243,31 @@ def lay_out(lists, sizes):
 
 
 @summing
-def shift(stored, bounds, shifts, vectors, squares):
+def shift_halves(halves, shift, vectors, squares):
+    """Adds something to numbers of 16 bits.
+
+    Args:
+        halves: uint16 `[n, d]`, their bits.
+        shift: fp32 `[d]`.
+        vectors: fp32 `[n, at least d]`, gets the sums.
+        squares: fp32 `[n]`, gets their squared lengths.
+    """
+    for i in range(len(halves)):
+        here, vector = halves[i], vectors[i]
+        square = np.float32(0)
+        for j in range(len(here)):
+            half = np.int32(here[j])
+            bits = np.int32(np.int32(half & np.int32(0x7FFF)) << np.int32(13))
+            finite = bits.view(np.float32) * np.float32(2.0**112)  # exponents have another middle
+            other = np.int32(bits | np.int32(0x7F800000)).view(np.float32)
+            number = finite if bits < np.int32(0x0F800000) else other
+            vector[j] = (number if half < np.int32(0x8000) else -number) + shift[j]
+            square += vector[j] * vector[j]
+        squares[i] = square
+
+
+@summing
+def shift_lists(stored, bounds, shifts, vectors, squares):
     """Adds something to what is stored in some lists.
 
     Args:
