@@ -21,7 +21,7 @@ from retrieval.distributed import DistributedRetriever
 from retrieval.knn import Votes, exact_distances
 from retrieval.retriever import Metric, Retriever, hand_over
 
-FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 12288
+FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 10240
 """Queries of the first search, so that it begins soon, and at most: lists that many queries visit
 are read once. Each search has twice as many as the one before."""
 SWITCH_SECONDS = 5e-5
