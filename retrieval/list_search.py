@@ -18,6 +18,8 @@ from retrieval.retriever import Take
 from retrieval.sieve import Sieve
 from retrieval.visit import BUFFER_BYTES, Visit
 
+KEPT_BYTES = 256 << 20
+"""What a `Sieve` keeps of the queries that are worked on at a time may take."""
 QUERIES_A_LIST = 4
 """Queries that must visit a list, on average, for this to be worth while."""
 MANY, AT_LEAST = 32, 1 << 14
@@ -105,7 +107,7 @@ class ListSearch(InvertedLists):
         left = everyone
         if sieve_pays(visited.mean(), k):
             sieve = Sieve(self, k, int(visited.mean()), ordered)
-            at_once = max(BUFFER_BYTES // sieve.bytes_a_query, 1)
+            at_once = max(KEPT_BYTES // sieve.bytes_a_query, 1)
             parts = np.array_split(everyone, -(-len(queries) // at_once))
             left = [part[sieve.hand_over(take, part, queries, lists)] for part in parts]
             left = np.concatenate(left)

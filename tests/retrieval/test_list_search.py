@@ -53,6 +53,7 @@ def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threa
         pytest.skip("this processor's products of bytes lose bits")
     monkeypatch.setattr(sieve, "bytes_pay", lambda: by_bytes)
     monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)
+    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 18)
     monkeypatch.setattr(sieve, "ROWS", 17)
     monkeypatch.setattr(sieve, "COLUMNS", 50)
     left, real = [], sieve.Sieve.hand_over
@@ -211,6 +212,7 @@ def test_parts_are_the_whole(tmp_path, k):
 
 def test_parts_with_one_query_that_fills_more_than_one(tmp_path, monkeypatch):
     monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 12)
     index = opened(tmp_path, "IVF20,Flat")
     index.nprobe = 20
     assert_same(ListSearch(index).search(queries(8), 1000), index.search(queries(8), 1000))
@@ -232,6 +234,7 @@ def test_only_queries_that_are_not_finite(tmp_path, k):
 
 def test_a_part_of_which_no_query_is_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 16)
     index = opened(tmp_path, "IVF20,Flat")
     asked = queries(400)
     asked[100:] = np.inf
