@@ -79,40 +79,37 @@ class Probing:
         finite = np.isfinite(queries).all(axis=1)
         if not finite.all():
             queries = np.where(finite[:, None], queries, np.float32(0))
-        far = np.empty((len(queries), self.most), dtype=np.float32)
-        lists = np.empty((len(queries), self.most), dtype=np.int64)
-        rows = max(BLOCK // self.ivf.nlist, 1)
-
-        def choose(first: int) -> None:
-            part = slice(first, first + rows)
-            of_part, numbers = self._compare(queries[part])
-            choose_lists(of_part, FEWEST, np.float32(self.slack), lists[part])
-            far[part] = np.take_along_axis(of_part, lists[part], axis=1)
-            if numbers is not None:
-                found = np.take_along_axis(numbers, lists[part], axis=1)
-                lists[part] = np.where(lists[part] < 0, -1, found)
-
-        in_parallel(choose, range(0, len(queries), rows), threads if self.compares_all else 1)
+        if self.compares_all:
+            rows = max(BLOCK // self.ivf.nlist, 1)
+            blocks = [queries[first : first + rows] for first in range(0, len(queries), rows)]
+            found = in_parallel(self._of_all, blocks or [queries], threads)
+            distances, lists = map(np.concatenate, zip(*found, strict=True))
+        else:
+            distances, numbers = self.ivf.quantizer.search(queries, self.most)
+            columns = self._choose(-distances if self.similar else distances)
+            distances = np.take_along_axis(distances, columns, axis=1)
+            lists = np.where(columns < 0, -1, np.take_along_axis(numbers, columns, axis=1))
         lists[~finite] = -1
+        return distances, lists
+
+    def _choose(self, far: np.ndarray) -> np.ndarray:
+        """Columns of those to visit of fp32 `[n, lists]`, see `choose_lists`."""
+        columns = np.empty((len(far), self.most), dtype=np.int64)
+        choose_lists(far, FEWEST, np.float32(self.slack), columns)
+        return columns
+
+    def _of_all(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of all centroids, as `nearest`."""
+        relative = queries - self.middle
+        far = product(relative * np.float32(-1 if self.similar else -2), self.centroids.T)
+        if not self.similar:
+            far += self._lengths
+        lists = self._choose(far)
+        far = np.take_along_axis(far, lists, axis=1)
         if self.similar:
             return -far, lists
-        relative = queries - self.middle
         far += np.vecdot(relative, relative)[:, None]
         return np.maximum(far, 0, out=far), lists
-
-    def _compare(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """How far centroids are fp32 `[n, lists]`, for l2 less the query's squared length; and
-        their numbers int64, if these are not all."""
-        relative = queries - self.middle
-        if self.compares_all:
-            far = product(relative * np.float32(-1 if self.similar else -2), self.centroids.T)
-            if not self.similar:
-                far += self._lengths
-            return far, None
-        distances, lists = self.ivf.quantizer.search(queries, self.most)
-        if self.similar:
-            return -distances, lists
-        return distances - np.vecdot(relative, relative)[:, None], lists
 
     @cached_property
     def _lengths(self) -> np.ndarray:

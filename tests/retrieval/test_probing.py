@@ -50,9 +50,10 @@ def visited(ivf, queries, fewest=FEWEST, most=MOST):
     return (rank < most) & (near | (rank < fewest))
 
 
+@pytest.mark.parametrize("factory", [f"IVF{LISTS},Flat", f"IVF{LISTS}_HNSW32,Flat"])
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-def test_auto_visits_what_is_not_much_farther_than_the_nearest(tmp_path, keys, metric):
-    retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", metric, "auto")
+def test_auto_visits_what_is_not_much_farther_than_the_nearest(tmp_path, keys, metric, factory):
+    retriever = opened(tmp_path, keys, factory, metric, "auto")
     _, lists = retriever.probing.nearest(keys[:500])
     expected = visited(retriever.probing.ivf, keys[:500])
     found = np.zeros((500, LISTS + 1), dtype=bool)  # the last for -1
