@@ -52,14 +52,15 @@ def scratch(what: str, size: int, dtype: DTypeLike = np.float32, room: int = 0) 
     written to it.
 
     Args:
-        what: it is for; what it was used for before is lost.
-        room: as much is taken at first, so that it need not grow; what is not used is not there.
+        what: it is for; what was written for that before is lost.
+        room: as many at least are taken, so that it need not grow; the system gives memory when it
+            is first written to, and no more than is used.
     """
-    memory = vars(_memory)
-    if what not in memory or len(memory[what]) < size:
-        memory.pop(what, None)  # first, so that it can be taken again
-        memory[what] = np.empty(max(size, room), dtype)
-    return memory[what][:size]
+    memory, name = vars(_memory), f"{what} {np.dtype(dtype)}"
+    if name not in memory or len(memory[name]) < size:
+        memory.pop(name, None)  # first, so that it can be taken again
+        memory[name] = np.empty(max(size, room), dtype)
+    return memory[name][:size]
 
 
 def product(left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

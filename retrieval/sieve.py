@@ -293,7 +293,7 @@ class Sieve:
             place = int(search.ids_at[number]) + column
             for row in range(0, len(who), ROWS):
                 rows = slice(row, row + ROWS)
-                products = scratch(by.type.__name__, len(who[rows]) * len(vectors), by.type)
+                products = scratch("products", len(who[rows]) * len(vectors), by.type)
                 piece = pieces.last(len(products))
                 products, before = products.reshape(-1, len(vectors)), piece.n
                 by.multiply(left[rows], right, out=torch.from_numpy(products))
