@@ -144,9 +144,10 @@ class FaissRetriever(Retriever):
     def prepare(self) -> None:
         """See `Retriever.prepare`."""
         if self.lists is not None:
-            one, target = np.zeros((1, self.lists.ivf.d), np.float32), np.zeros(1, np.int64)
-            votes = Votes(target, 1.0, self.metric, self.datastore.values_of)
-            self.lists.vote(one, 1, votes, self.datastore.values_of)
+            one = np.zeros((1, self.lists.ivf.d), dtype=np.float32)
+            self.lists.search(one, 1)
+            votes = Votes(np.zeros(1, dtype=np.int64), 1.0, self.metric, np.zeros_like)
+            self.lists.vote(one, 1, votes, votes.values_of)
 
     def vote(self, queries: np.ndarray, k: int, votes: Votes) -> None:
         """See `Retriever.vote`."""

@@ -25,10 +25,6 @@ class ShardedRetriever(Retriever):
         self.trained = trained
         self.exact = all(retriever.exact for retriever in retrievers)
 
-    def prepare(self) -> None:
-        """See `Retriever.prepare`."""
-        self.retrievers[0].prepare()
-
     def search(
         self, queries: np.ndarray, k: int, ordered: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
