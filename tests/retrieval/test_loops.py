@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from small import ROOT
 
-from retrieval.loops import compiled, round_to_bytes
+from retrieval.loops import compiled, kth_smallest, round_to_bytes, shift_halves
 
 
 def test_where_nothing_can_be_kept_functions_are_compiled_anew():
@@ -35,3 +35,35 @@ def test_vectors_of_any_size_are_rounded_and_their_errors_known(size):
         expected = np.linalg.norm(expected, axis=1)
         np.testing.assert_allclose(found[finite], expected, rtol=1e-4, atol=size * 1e-6)
     assert (np.abs(exact - near).max(1) <= 0.51 * np.maximum(scales[finite], 2e-33)).all()
+
+
+def test_every_half_is_decoded():
+    """Also the smallest ones, infinities and what is no number."""
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 32)
+    vectors, squares = np.empty((len(bits), 33), np.float32), np.empty(len(bits), np.float32)
+    shift_halves(bits, np.zeros(32, np.float32), vectors, squares)
+    expected = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(vectors[:, :32], expected)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_allclose(squares, (expected**2).sum(1), rtol=1e-5)
+    shift_halves(bits[:9], np.arange(32, dtype=np.float32), vectors, squares)
+    np.testing.assert_allclose(vectors[:9, :32], expected[:9] + np.arange(32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["any", "few different", "every size", "infinite", "one far"])
+def test_just_k_are_not_above_the_kth_smallest(of):
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        row = rng.standard_normal(rng.integers(1, 300)).astype(np.float32)
+        if of == "few different":
+            row = np.round(3 * row)
+        elif of == "every size":
+            row = (row * 10.0 ** rng.integers(-44, 38, len(row))).astype(np.float32)
+        elif of == "infinite":
+            row[rng.random(len(row)) < 0.3], row[0] = np.inf, -np.inf
+        elif of == "one far":
+            row[-1] = 3e38
+        k = rng.integers(1, len(row) + 1)
+        limit, kth = kth_smallest(row, k), np.sort(row)[k - 1]
+        below = (row <= limit).sum()
+        assert below == k or (limit == kth and below > k)
