@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from callbacks.background import Background
 from callbacks.mixture import Mixture
@@ -93,6 +94,7 @@ class KNNInterpolation(Callback):
         """Of the model and the search together, and of a search that the model is not ahead of."""
         self.submitted = self.begun = self.ended = 0
         """Searches; each number is changed by one thread only."""
+        self.hooks: list[RemovableHandle] = []
         self.switch_seconds = sys.getswitchinterval()
         self.seconds: Counter[str] = Counter()
         """Spent on `search`, `rescore` and `mix` in the background, and by the model's loop on
@@ -113,11 +115,16 @@ class KNNInterpolation(Callback):
         """Lets threads take turns more often; connects the ranks where all search together."""
         self.switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
+        if pl_module.device.type == "cpu" and not pl_module.hparams.get("compile"):
+            parts = pl_module.modules()  # of which each may begin after a search has ended
+            self.hooks = [part.register_forward_pre_hook(self._share_threads) for part in parts]
         if isinstance(self.retriever, DistributedRetriever):
             self.retriever.connect()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the threads back."""
+        for hook in self.hooks:
+            hook.remove()
         torch.set_num_threads(self.threads)
         sys.setswitchinterval(self.switch_seconds)
 
@@ -131,10 +138,14 @@ class KNNInterpolation(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx, *_
     ) -> None:
-        """The model takes what the search leaves, all threads while nothing is searched for."""
+        """Shares the threads anew."""
         if pl_module.device.type == "cpu":
-            searching = self.submitted > self.ended
-            torch.set_num_threads(max(self.threads - self.share * searching, 1))
+            self._share_threads()
+
+    def _share_threads(self, *_) -> None:
+        """The model takes what the search leaves, all threads while nothing is searched for."""
+        searching = self.submitted > self.ended
+        torch.set_num_threads(max(self.threads - self.share * searching, 1))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_

@@ -103,7 +103,8 @@ class ListSearch(InvertedLists):
         if not finite.all():
             queries = np.where(finite[:, None], queries, np.float32(0))
         visited = self.sizes[lists].sum(1)
-        everyone = np.argsort(lists[:, 0], kind="stable")  # those that share lists lie together
+        ranks = np.take(self.probing.ranks, lists[:, 0], mode="clip")  # nobody has the empty one's
+        everyone = np.argsort(ranks, kind="stable")  # those that share lists lie together
         left = everyone
         if sieve_pays(visited.mean(), k):
             sieve = Sieve(self, k, int(visited.mean()), ordered)

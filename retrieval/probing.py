@@ -20,6 +20,8 @@ SAMPLE = 1024
 """Centroids whose distance to the nearest other one is looked up."""
 BLOCK = 1 << 18
 """Distances to centroids that are looked at together: they stay in the cache."""
+NEIGHBORHOOD = 8
+"""Lists whose order among themselves does not matter."""
 
 
 class Probing:
@@ -112,6 +114,35 @@ class Probing:
         return np.maximum(far, 0, out=far), lists
 
     @cached_property
+    def ranks(self) -> np.ndarray:
+        """Numbers of the lists, int64 `[nlist]`, in an order in which most of those near one
+        another are close: centroids are halved by where they lie along the direction in which they
+        differ most, then each half, and so on."""
+        ranks = np.empty(len(self.centroids), dtype=np.int64)
+        parts = [np.arange(len(ranks))]
+        ranked = 0
+        while parts:
+            part = parts.pop()
+            if len(part) <= NEIGHBORHOOD:
+                ranks[part] = np.arange(ranked, ranked + len(part))
+                ranked += len(part)
+            else:
+                along = _along_most_varied(self.centroids[part])
+                parts += reversed(np.array_split(part[np.argsort(along, kind="stable")], 2))
+        return ranks
+
+    @cached_property
     def _lengths(self) -> np.ndarray:
         """Squared lengths of the centroids, fp32 `[nlist]`."""
         return np.vecdot(self.centroids, self.centroids)
+
+
+def _along_most_varied(vectors: np.ndarray) -> np.ndarray:
+    """Where vectors fp32 `[n, d]` lie, fp32 `[n]`, along about the direction of the largest
+    variance, by a few steps of power iteration."""
+    vectors = vectors - vectors.mean(0)
+    direction = vectors[np.vecdot(vectors, vectors).argmax()]
+    for _ in range(4):
+        direction = vectors.T @ (vectors @ direction)
+        direction /= max(np.linalg.norm(direction), np.finfo(np.float32).tiny)
+    return vectors @ direction

@@ -3,6 +3,7 @@
 import math
 import threading
 from types import SimpleNamespace
+from typing import ClassVar
 
 import faiss
 import numpy as np
@@ -27,6 +28,12 @@ class FakeModule:
     """All that the callback wants of a model."""
 
     device = torch.device("cpu")
+    hparams: ClassVar[dict] = {}
+    part = torch.nn.Identity()
+
+    @classmethod
+    def modules(cls) -> list[torch.nn.Module]:
+        return [cls.part]
 
 
 class FakeTrainer:
@@ -179,13 +186,18 @@ def test_the_model_has_all_threads_while_nothing_is_searched_for(world, monkeypa
         assert threads() == 4
         callback.on_test_batch_end(None, FakeModule, scores, None, 0)
         assert threads() == 2
+        FakeModule.part(torch.zeros(1))
+        assert torch.get_num_threads() == 2
         Waits.told.set()
         callback.background.drain()
+        FakeModule.part(torch.zeros(1))  # in the middle of a batch
+        assert torch.get_num_threads() == 4
         assert threads() == 4
         callback.on_test_batch_end(None, FakeModule, scores, None, 1)
         callback.on_test_epoch_end(None, FakeModule)
         callback.on_test_end(None, FakeModule)
         assert torch.get_num_threads() == 4
+        assert not FakeModule.part._forward_pre_hooks
         assert callback.mixture.loss.compute()["tokens"] == 2 * Q
     finally:
         torch.set_num_threads(before)

@@ -4,7 +4,7 @@ import pytest
 
 from retrieval import probing
 from retrieval.index import FaissRetriever, make_index, read_index
-from retrieval.probing import FEWEST, MOST, SLACK, Probing
+from retrieval.probing import FEWEST, MOST, NEIGHBORHOOD, SLACK, Probing
 
 N, DIM, LISTS = 4000, 16, 64
 
@@ -136,3 +136,25 @@ def test_centroids_that_are_not_all_compared_are_left_to_faiss(tmp_path, keys):
     found = retriever.probing
     _, expected = found.ivf.quantizer.search(keys[:50], 5)
     assert np.array_equal(found.nearest(keys[:50])[1], expected)
+
+
+@pytest.mark.parametrize("lists", [NEIGHBORHOOD, 64, 100])
+def test_lists_near_one_another_have_numbers_near_one_another(lists):
+    """Centroids on a line: each eighth of the numbers is a stretch of it."""
+    places = np.random.default_rng(0).permutation(lists)
+    line = np.random.default_rng(1).standard_normal(DIM)
+    quantizer = faiss.IndexFlatL2(DIM)
+    quantizer.add(np.outer(places, line).astype(np.float32))
+    ranks = Probing(faiss.IndexIVFFlat(quantizer, DIM, lists), 4).ranks
+    assert sorted(ranks) == list(range(lists))
+    parts = [places[ranks.argsort()]]
+    while len(parts[0]) > NEIGHBORHOOD:
+        parts = [half for part in parts for half in np.array_split(part, 2)]
+    assert all(np.ptp(part) == len(part) - 1 for part in parts)
+
+
+def test_lists_that_are_all_alike_are_numbered():
+    quantizer = faiss.IndexFlatL2(DIM)
+    quantizer.add(np.ones((100, DIM), dtype=np.float32))
+    ranks = Probing(faiss.IndexIVFFlat(quantizer, DIM, 100), 4).ranks
+    assert sorted(ranks) == list(range(100))
