@@ -84,9 +84,10 @@ def searching() -> dict[str, float]:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((64, SCANNED), dtype=np.float32)
     sample = rng.standard_normal((LISTS * 16, DIM), dtype=np.float32)
-    halves = (sample.astype(np.float16).view(np.uint16), np.ones(DIM, dtype=np.float32))
+    halves = sample.astype(np.float16).view(np.uint16).ravel()
+    whole = np.array([0]), DIM, np.array([0, len(sample)]), np.ones((1, DIM), dtype=np.float32)
     results = np.empty_like(sample), np.empty_like(sample[:, 0])
-    seconds = {"half": quickest(lambda: shift_halves(*halves, *results))}
+    seconds = {"half": quickest(lambda: shift_halves(halves, *whole, *results))}
     quantizers = {"sq8": faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_8bit)}
     quantizers["pq"] = faiss.IndexPQ(DIM, DIM // 8, 8)
     quantizers["pq"].do_polysemous_training = False

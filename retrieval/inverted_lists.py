@@ -1,12 +1,12 @@
 """The inverted lists of a faiss index, read from its memory-mapped file."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import cached_property
 
 import faiss
 import numpy as np
+from numpy.typing import DTypeLike
 
 from retrieval.loops import shift_halves, shift_lists
 from retrieval.parallel import in_parallel, scratch
@@ -40,9 +40,10 @@ class InvertedLists:
         self.file = faiss.rev_swig_ptr(lists.ptr, lists.totsize)
         self.sizes, self.codes_at, ids_at = _layout(lists)
         shift = int(ids_at[0] % 8)
-        end = shift + (len(self.file) - shift) // 8 * 8
-        self.ids = self.file[shift:end].view(np.int64)
+        self.ids = _from(self.file, shift, np.int64)
         self.ids_at = (ids_at - shift) // 8
+        self._odd = int(self.codes_at[0] % 2)  # as all others, those of halves
+        self._halves = _from(self.file, self._odd, np.uint16)
 
     @staticmethod
     def serves(index: faiss.Index) -> bool:
@@ -88,26 +89,28 @@ class InvertedLists:
             for inner products. And where each list's begin, and the last one's end. Arrays are
             memory that the next call of the same thread uses again.
         """
-        ivf = self.ivf
-        codes = [self._codes(number)[which] for number in numbers]
-        bounds = [0, *itertools.accumulate(map(len, codes))]
-        n = bounds[-1]
+        ivf, sizes = self.ivf, self.sizes[numbers]
+        first, last, step = which.start or 0, sizes, which.step or 1
+        if which.stop is not None:
+            last = np.minimum(sizes, which.stop)
+        bounds = np.zeros(len(numbers) + 1, dtype=np.int64)
+        np.cumsum(np.maximum(-((first - last) // step), 0), out=bounds[1:])
+        n = int(bounds[-1])
         vectors = scratch("vectors", n * (ivf.d + more)).reshape(n, ivf.d + more)
         squares = scratch("squares", n)
         if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
-            shifts = np.broadcast_to(-self.middle, (len(numbers), ivf.d))
+            shifts = np.tile(-self.middle, (len(numbers), 1))
         else:  # one that stands in for those that are missing has none, and no codes
             shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
         if stores_halves(ivf):
-            for of_list, shift, part in zip(codes, shifts, itertools.pairwise(bounds), strict=True):
-                halves, here = np.ascontiguousarray(of_list).view(np.uint16), slice(*part)
-                shift_halves(halves, shift, vectors[here], squares[here])
+            begins = (self.codes_at[numbers] - self._odd) // 2 + first * ivf.d
+            shift_halves(self._halves, begins, step * ivf.d, bounds, shifts, vectors, squares)
         else:
-            stored = self._decoded(np.concatenate(codes))
-            shift_lists(stored, np.array(bounds), shifts, vectors, squares)
+            stored = self._decoded(np.concatenate([self._codes(i)[which] for i in numbers]))
+            shift_lists(stored, bounds, shifts, vectors, squares)
         if self.similar:
             squares[:] = 0
-        return vectors, squares, bounds
+        return vectors, squares, bounds.tolist()
 
     def _decoded(self, codes: np.ndarray) -> np.ndarray:
         """What is stored, fp32 `[n, d]`, for uint8 `[n, code_size]`."""
@@ -136,6 +139,12 @@ class InvertedLists:
         bytes_so_far = np.cumsum(4 * self.ivf.d * rows)
         cuts = np.flatnonzero(np.diff(bytes_so_far // TOGETHER_BYTES)) + 1
         return [part.tolist() for part in np.split(numbers, cuts) if len(part)]
+
+
+def _from(file: np.ndarray, begin: int, dtype: DTypeLike) -> np.ndarray:
+    """All whole numbers of a type from a byte on."""
+    end = begin + (len(file) - begin) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize
+    return file[begin:end].view(dtype)
 
 
 def stores_halves(index: faiss.Index) -> bool:

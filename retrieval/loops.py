@@ -243,27 +243,37 @@ def lay_out(lists, sizes):
 
 
 @summing
-def shift_halves(halves, shift, vectors, squares):
-    """Adds something to numbers of 16 bits.
+def shift_halves(halves, begins, step, bounds, shifts, vectors, squares):
+    """Adds something to the half-precision vectors of some lists.
 
     Args:
-        halves: uint16 `[n, d]`, their bits.
-        shift: fp32 `[d]`.
-        vectors: fp32 `[n, at least d]`, gets the sums.
-        squares: fp32 `[n]`, gets their squared lengths.
+        halves: uint16, bits of all that a file has.
+        begins: int64 `[lists]`, where the first vector of each begins.
+        step: from there to the next one.
+        bounds, shifts, vectors, squares: as `shift_lists`.
     """
-    for i in range(len(halves)):
-        here, vector = halves[i], vectors[i]
-        square = np.float32(0)
-        for j in range(len(here)):
-            half = np.int32(here[j])
-            bits = np.int32(np.int32(half & np.int32(0x7FFF)) << np.int32(13))
-            finite = bits.view(np.float32) * np.float32(2.0**112)  # exponents have another middle
-            other = np.int32(bits | np.int32(0x7F800000)).view(np.float32)
-            number = finite if bits < np.int32(0x0F800000) else other
-            vector[j] = (number if half < np.int32(0x8000) else -number) + shift[j]
-            square += vector[j] * vector[j]
-        squares[i] = square
+    d = shifts.shape[1]
+    for number in range(len(shifts)):
+        first, end = bounds[number], bounds[number + 1]
+        at = begins[number]
+        for i in range(first, end):
+            squares[i] = _shift_half(halves[at : at + d], shifts[number], vectors[i])
+            at += step
+
+
+@summing
+def _shift_half(halves, shift, vector):
+    """As `shift_halves`, of one vector; its squared length."""
+    square = np.float32(0)
+    for j in range(len(halves)):
+        half = np.int32(halves[j])
+        bits = np.int32(np.int32(half & np.int32(0x7FFF)) << np.int32(13))
+        finite = bits.view(np.float32) * np.float32(2.0**112)  # exponents have another middle
+        other = np.int32(bits | np.int32(0x7F800000)).view(np.float32)
+        number = finite if bits < np.int32(0x0F800000) else other
+        vector[j] = (number if half < np.int32(0x8000) else -number) + shift[j]
+        square += vector[j] * vector[j]
+    return square
 
 
 @summing
@@ -273,7 +283,7 @@ def shift_lists(stored, bounds, shifts, vectors, squares):
     Args:
         stored: fp32 `[n, d]`.
         bounds: int64 `[lists + 1]`, where each list's begin, and the last one's end.
-        shifts: fp32 `[lists, d]`.
+        shifts: fp32 `[lists, d]`, of each.
         vectors: fp32 `[n, at least d]`, gets the sums.
         squares: fp32 `[n]`, gets their squared lengths.
     """

@@ -39,15 +39,27 @@ def test_vectors_of_any_size_are_rounded_and_their_errors_known(size):
 
 def test_every_half_is_decoded():
     """Also the smallest ones, infinities and what is no number."""
-    bits = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 32)
-    vectors, squares = np.empty((len(bits), 33), np.float32), np.empty(len(bits), np.float32)
-    shift_halves(bits, np.zeros(32, np.float32), vectors, squares)
-    expected = bits.view(np.float16).astype(np.float32)
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    expected = bits.view(np.float16).astype(np.float32).reshape(-1, 32)
+    n = len(expected)
+    vectors, squares = np.empty((n, 33), np.float32), np.empty(n, np.float32)
+    begins, bounds, shifts = np.array([0]), np.array([0, n]), np.zeros((1, 32), np.float32)
+    shift_halves(bits, begins, 32, bounds, shifts, vectors, squares)
     np.testing.assert_array_equal(vectors[:, :32], expected)
     with np.errstate(over="ignore", invalid="ignore"):
         np.testing.assert_allclose(squares, (expected**2).sum(1), rtol=1e-5)
-    shift_halves(bits[:9], np.arange(32, dtype=np.float32), vectors, squares)
-    np.testing.assert_allclose(vectors[:9, :32], expected[:9] + np.arange(32), rtol=1e-6)
+
+
+def test_every_other_vector_of_some_lists_is_shifted():
+    halves = np.random.default_rng(0).standard_normal((100, 24)).astype(np.float16)
+    shifts = np.random.default_rng(1).standard_normal((3, 24)).astype(np.float32)
+    chosen, of_lists = [70, 72, 74, 3, 5], [0, 0, 0, 2, 2]
+    vectors, squares = np.empty((5, 24), np.float32), np.empty(5, np.float32)
+    begins, bounds = np.array([70, 9, 3]) * 24, np.array([0, 3, 3, 5])
+    shift_halves(halves.view(np.uint16).ravel(), begins, 48, bounds, shifts, vectors, squares)
+    expected = halves[chosen].astype(np.float32) + shifts[of_lists]
+    np.testing.assert_allclose(vectors, expected, rtol=1e-6)
+    np.testing.assert_allclose(squares, (expected**2).sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("of", ["any", "few different", "every size", "infinite", "one far"])
