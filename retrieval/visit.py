@@ -16,7 +16,7 @@ from retrieval.parallel import product, scratch
 from retrieval.retriever import Take
 from retrieval.selection import sort_rows
 
-BUFFER_BYTES = 128 << 20
+BUFFER_BYTES = 64 << 20
 """What the distances of the queries that are worked on at a time may take."""
 GROUP = 128
 """Queries whose nearest are selected at a time: their distances stay in the cache."""
