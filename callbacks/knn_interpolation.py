@@ -112,10 +112,11 @@ class KNNInterpolation(Callback):
         self.background.drain()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets threads take turns more often; connects the ranks where all search together."""
+        """Lets threads take turns more often, and has each part of the model take those that are
+        free; connects the ranks where all search together."""
         self.switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
-        if pl_module.device.type == "cpu" and not pl_module.hparams.get("compile"):
+        if pl_module.device.type == "cpu":
             parts = pl_module.modules()  # of which each may begin after a search has ended
             self.hooks = [part.register_forward_pre_hook(self._share_threads) for part in parts]
         if isinstance(self.retriever, DistributedRetriever):
@@ -134,13 +135,6 @@ class KNNInterpolation(Callback):
         self.waiting, self.enough = [], FIRST_QUERIES
         self.submitted = self.begun = self.ended = 0
         self.mixture = self.new_mixture()
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx, *_
-    ) -> None:
-        """Shares the threads anew."""
-        if pl_module.device.type == "cpu":
-            self._share_threads()
 
     def _share_threads(self, *_) -> None:
         """The model takes what the search leaves, all threads while nothing is searched for."""
