@@ -140,7 +140,7 @@ def test_centroids_that_are_not_all_compared_are_left_to_faiss(tmp_path, keys):
 
 @pytest.mark.parametrize("lists", [NEIGHBORHOOD, 64, 100])
 def test_lists_near_one_another_have_numbers_near_one_another(lists):
-    """Centroids on a line: each eighth of the numbers is a stretch of it."""
+    """Centroids on a line: each part that is halved, and each half, is a stretch of it."""
     places = np.random.default_rng(0).permutation(lists)
     line = np.random.default_rng(1).standard_normal(DIM)
     quantizer = faiss.IndexFlatL2(DIM)
