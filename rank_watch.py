@@ -59,7 +59,8 @@ class RankWatch:
     ) -> None:
         self.me = Member(rank, socket.gethostname())
         self.seconds = seconds
-        self.left = threading.Event()
+        self.left = False
+        self.ending = threading.Lock()  # of this process: one thread says why
         self.reason = ""
         self.is_known = threading.Event()  # that there is a reason
         self.over = threading.Event()  # all others have ended, or one is lost
@@ -132,14 +133,16 @@ class RankWatch:
                 _say(link, f"{'gone' if gone else 'stop'} {member.rank} {member.host}")
         if not gone:
             time.sleep(GRACE_SECONDS)
-        if not self.left.is_set():
-            print(f"error: {self.reason}", file=sys.stderr, flush=True)
-            os._exit(1)  # the main thread may wait for the other rank in a library
+        with self.ending:
+            if not self.left:
+                print(f"error: {self.reason}", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread may wait for the other rank in a library
 
     def leave(self, how: Literal["end", "stop"]) -> None:
         """Tells the others that this process ends, having done its part or because of an error.
         Where it has done its part it waits for the others to end with it."""
-        self.left.set()
+        with self.ending:
+            self.left = True
         if how == "end" and self.me.rank == 0:  # which says so when all others have
             self.over.wait(PARTING_SECONDS)
         for link in self.links:
