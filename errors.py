@@ -1,8 +1,12 @@
-"""How the programs tell their user what is wrong: one sentence on stderr and exit status 2."""
+"""How the programs tell their user what is wrong: one sentence on stderr and exit status 2; and how
+they put an interrupt off."""
 
 import functools
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import rank_watch
 
@@ -19,11 +23,13 @@ class LostRank(RuntimeError):
 
 def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
     """Decorates a program's `main`: an InputError ends it with its sentence and exit status 2, an
-    interrupt with status 130, the loss of another rank with a sentence about that and status 1;
-    everything else is a defect of ours and keeps its traceback."""
+    interrupt (SIGINT or SIGTERM) with status 130, the loss of another rank with a sentence about
+    that and status 1; everything else is a defect of ours and keeps its traceback."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
+        if _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             main(*args, **kwargs)
         except Exception as error:
@@ -36,8 +42,13 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2 if wrong else 1)
         except (KeyboardInterrupt, SystemExit) as stop:
             rank_watch.leave("stop")
-            # Lightning turns an interrupt into SystemExit once it has shut down.
-            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            # Lightning turns an interrupt into SystemExit once it has shut down, a SIGTERM into one
+            # without a code.
+            if (
+                isinstance(stop, SystemExit)
+                and stop.code is not None
+                and not isinstance(stop.__context__, KeyboardInterrupt)
+            ):
                 raise
             print("interrupted: the same command continues from here", file=sys.stderr)
             sys.exit(130)
@@ -66,3 +77,24 @@ def reason_of_others(error: Exception) -> str | None:
         said = " ".join(str(error).split()).split(". ")[0]
         reason = f"the ranks of this run cannot reach one another: {said}"
     return reason
+
+
+@contextmanager
+def interrupts_held() -> Iterator[list[int]]:
+    """Keeps interrupts from ending what would be left half done; those that came are in the list it
+    gives, for the one who holds them to raise KeyboardInterrupt where that does no harm."""
+    held: list[int] = []
+    before = {}
+    if _in_main_thread():  # signals reach no other
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -8,6 +8,7 @@ import before_numpy  # noqa: F401
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,7 +20,7 @@ from callbacks.throughput import Throughput
 from cli import ProgramCLI, check_row_length
 from datamodules.corpora import SPLITS
 from datamodules.lm import ResumableLoader
-from errors import InputError, exit_with_one_sentence
+from errors import InputError, exit_with_one_sentence, interrupts_held
 from models.gnn_lm import GNNLM
 from products import NeighborProducts
 from retrieval.settings import NeighborSettings
@@ -49,7 +50,7 @@ class TrainCLI(ProgramCLI):
             "--checkpoint_every",
             type=int,
             default=500,
-            help="updates after which last.ckpt is saved, besides after each validation",
+            help="updates after which last.ckpt is saved, besides at the end and at an interrupt",
         )
 
     def instantiate_classes(self) -> None:
@@ -65,15 +66,20 @@ class TrainCLI(ProgramCLI):
 
 
 class Continuation(Callback):
-    """Refuses ranks that would go on from different updates, as on hosts that share no run
-    directory; and sees to it that a batch whose update was interrupted comes again.
+    """Lets a run go on with the numbers it would have had: an interrupt waits for the end of an
+    update, a validation that was not finished is made first, and ranks that would go on from
+    different updates are refused.
 
     Args:
         ckpt_path: what this rank goes on from, if anything.
+        held: the interrupts that came, as `interrupts_held` gives them.
     """
 
-    def __init__(self, ckpt_path: str | None) -> None:
+    def __init__(self, ckpt_path: str | None, held: list[int]) -> None:
         self.ckpt_path = ckpt_path
+        self.held = held
+        self.owes_validation = False
+        self.max_steps: int | None = None  # to be set again after the validation that is owed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The ranks are joined, and nothing is loaded yet."""
@@ -89,20 +95,70 @@ class Continuation(Callback):
                 "last.ckpt in the run directories of all hosts"
             )
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Has a validation that is owed begin anew: Lightning would take it as had."""
+        self.owes_validation = checkpoint["callbacks"].get(self.state_key, {}).get("owed", False)
+        if not self.owes_validation:
+            return
+        nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+        progress |= {"total": {**nothing, "ready": 1, "started": 1}, "current": nothing}
+        loop = trainer.fit_loop.epoch_loop
+        if loop.max_steps == checkpoint["global_step"]:  # it would not even begin
+            self.max_steps = loop.max_steps
+            loop.max_steps += 1
+
+    def state_dict(self) -> dict[str, bool]:
+        """Whether a validation is due that is not finished."""
+        return {"owed": self.owes_validation}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The last update is over, and all that came with it."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._raise_interrupt()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Before a checkpoint is saved, and before the validation."""
+        loop = trainer.fit_loop
+        self.owes_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """A validation may be long."""
+        self._raise_interrupt()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the best checkpoint is saved."""
+        self.owes_validation = False
+        if self.max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+
+    def _raise_interrupt(self) -> None:
+        if self.held:
+            raise KeyboardInterrupt
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Before the last checkpoint is saved. Lightning would count the batch as had, and then
-        validate one update too early."""
+        """Before the last checkpoint is saved: the batch whose update was not made comes again.
+        Lightning would count it as had, and then validate one update too early."""
         progress, loader = trainer.fit_loop.epoch_loop.batch_progress, trainer.train_dataloader
         if (
             isinstance(loader, ResumableLoader)
             and progress.current.ready > progress.current.processed
         ):
-            made = trainer.global_step > progress.total.processed
-            loader.consumed -= not made
+            loader.consumed -= 1
             for counts in (progress.total, progress.current):
-                counts.processed += made
                 counts.ready = counts.started = counts.completed = counts.processed
 
 
@@ -186,19 +242,20 @@ def main() -> None:
     cli.make_trainer([], cli.run_dir / "train")  # refuses what it cannot do before any work
     seconds = give_neighbors(cli) if isinstance(cli.model, GNNLM) else {}
     throughput = Throughput()
-    trainer = cli.make_trainer(
-        [Continuation(ckpt_path), best, last, LearningRateMonitor("step"), throughput],
-        log_dir=cli.run_dir / "train",
-        training=True,
-    )
-    if trainer.is_global_zero:
-        cli.run_dir.mkdir(parents=True, exist_ok=True)
-        (cli.run_dir / "config.yaml").write_text(resolved_config(cli))
-        cli.datamodule.dictionary.save(cli.run_dir / "dict.txt")
-    trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
-    trainer.save_checkpoint(checkpoints / "last.ckpt")
-    if trainer.is_global_zero:
-        write_summary(cli.run_dir / "training.json", trainer, best, throughput, seconds)
+    with interrupts_held() as held:
+        trainer = cli.make_trainer(
+            [Continuation(ckpt_path, held), best, last, LearningRateMonitor("step"), throughput],
+            log_dir=cli.run_dir / "train",
+            training=True,
+        )
+        if trainer.is_global_zero:
+            cli.run_dir.mkdir(parents=True, exist_ok=True)
+            (cli.run_dir / "config.yaml").write_text(resolved_config(cli))
+            cli.datamodule.dictionary.save(cli.run_dir / "dict.txt")
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(checkpoints / "last.ckpt")
+        if trainer.is_global_zero:
+            write_summary(cli.run_dir / "training.json", trainer, best, throughput, seconds)
 
 
 def write_summary(
@@ -209,12 +266,11 @@ def write_summary(
     seconds: dict[str, float],
 ) -> None:
     """Writes and prints what came of the run."""
-    score = best.best_model_score
-    if throughput.trained_tokens:  # not when a finished run was started again
-        rate = throughput.trained_tokens / throughput.trained_seconds
+    score, tokens = best.best_model_score, throughput.trained_tokens
+    if tokens or not path.exists():  # not when a finished run was started again
         summary = {
             "updates": trainer.global_step,
-            "tokens_per_second": rate,
+            "tokens_per_second": tokens / throughput.trained_seconds if tokens else None,
             "best_valid_ppl": None if score is None else score.item(),
             "stage_seconds": seconds,
         }

@@ -2,10 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 import faiss
 import torch
+
+from retrieval.parallel import pool
 
 
 class Background:
@@ -18,12 +21,10 @@ class Background:
 
     def __init__(self, ahead: int = 2, threads: int | None = None) -> None:
         self.ahead = ahead
-        self.pool = ThreadPoolExecutor(max_workers=1)
+        # These counts are a thread's own, but that of torch's matrix products is everyone's: the
+        # thread runs already, so that whoever sets it next has the last word.
+        self.pool = pool(1, partial(_take_threads, threads) if threads is not None else None)
         self.tasks: deque[Future] = deque()
-        if threads is not None:
-            # These counts are a thread's own, but that of torch's matrix products is everyone's:
-            # waited for, so that whoever sets it next has the last word.
-            self.pool.submit(_take_threads, threads).result()
 
     def submit(self, task: Callable, *args) -> None:
         """Queues `task(*args)`; raises what an earlier task raised."""

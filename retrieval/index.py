@@ -12,11 +12,8 @@ Where a datastore lies in shards, each has an index of its own beside its keys. 
 import math
 import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from hashlib import blake2b, file_digest
 from pathlib import Path
@@ -27,7 +24,7 @@ import numpy as np
 import torch
 from faiss.contrib.ondisk import merge_ondisk
 
-from errors import InputError
+from errors import InputError, interrupts_held
 from retrieval.datastore import Datastore, fingerprint_of
 from retrieval.inverted_lists import stores_halves
 from retrieval.knn import Votes
@@ -376,22 +373,6 @@ def on_gpus(index: faiss.Index) -> faiss.Index:
     except RuntimeError as error:
         print(f"building on the CPU: faiss has no such index on GPUs ({faiss_reason(error)})")
         return index
-
-
-@contextmanager
-def interrupts_held() -> Iterator[list[int]]:
-    """Keeps interrupts from ending a faiss call half way, which would leave an index in parts;
-    those that came are in the list it gives."""
-    held: list[int] = []
-    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
-    if ignored or threading.current_thread() is not threading.main_thread():
-        yield held  # signals reach the main thread only
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
-    try:
-        yield held
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class IndexBuilding:

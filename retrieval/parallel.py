@@ -17,6 +17,8 @@ import torch
 from numpy.typing import DTypeLike
 from threadpoolctl import ThreadpoolController
 
+from errors import interrupts_held
+
 
 def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
     """What a function gives for each part, by at most so many threads; raises what it raises, when
@@ -39,9 +41,20 @@ def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
     return results
 
 
+def pool(threads: int, initializer: Callable | None = None) -> ThreadPoolExecutor:
+    """Threads, the first of which runs: where an interrupt comes while that one starts, nobody
+    would ever end it, and the process would wait for it for good."""
+    workers = ThreadPoolExecutor(threads, initializer=initializer)
+    with interrupts_held() as held:
+        workers.submit(int).result()
+    if held:
+        raise KeyboardInterrupt
+    return workers
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), initializer=_take_one_core)
+    return pool(os.cpu_count(), _take_one_core)
 
 
 _memory = threading.local()

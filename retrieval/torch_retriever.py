@@ -6,7 +6,6 @@ nearest so far is kept. No array grows with the number of keys, unless they stay
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import cycle
@@ -17,6 +16,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from retrieval.datastore import BLOCK_BYTES, Datastore
+from retrieval.parallel import pool
 from retrieval.retriever import Metric, Retriever, normalized
 from retrieval.selection import k_smallest, sort_rows
 
@@ -295,7 +295,7 @@ class CPUNearest:
         threads = torch.get_num_threads()
         group = min(-(-len(queries) // threads), GROUP)
         self.groups = [GroupNearest(part.numpy(), k) for part in queries.split(group)]
-        self.pool = ThreadPoolExecutor(threads)
+        self.pool = pool(threads)
 
     def add(self, keys: Tensor, terms: Tensor, first: int) -> None:
         """See `DeviceNearest.add`."""

@@ -1,8 +1,9 @@
-"""A corpus and a model small enough for tests that run the programs."""
+"""A corpus and a model small enough for tests that run the programs, and what these have logged."""
 
 from pathlib import Path
 
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,3 +33,9 @@ def write_corpus(folder: Path, seed: int = 0, lines: tuple[int, int, int] = (120
             text.append(" ".join(words[np.cumsum(steps) % 40]))
         (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
     return folder
+
+
+def scalars(folder) -> dict[str, list]:
+    """All scalars logged below a folder."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small import ROOT, SMALL, write_corpus
+from small import ROOT, SMALL, scalars, write_corpus
 
 import evaluate
 import train
 from datamodules.lm import ResumableLoader
+from models.checkpoint import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
 CKPT = ("--ckpt_path", "runs/words/checkpoints/best.ckpt")
@@ -185,31 +186,52 @@ def test_killed_datastore_goes_on_to_the_same_bytes(workplace, run_program, tmp_
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_batch_whose_update_is_interrupted_comes_again():
+def test_a_batch_whose_update_failed_comes_again():
     loader = ResumableLoader(range(5), sampler=range(5))
     loader.consumed = 3
     for ready, consumed in ((3, 3), (4, 2)):
         counts = [SimpleNamespace(ready=n + ready, processed=n + 3) for n in (0, 5)]
         progress = SimpleNamespace(current=counts[0], total=counts[1])
         loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader, global_step=8)
-        train.Continuation(None).on_exception(trainer, None, KeyboardInterrupt())
+        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader)
+        train.Continuation(None, []).on_exception(trainer, None, RuntimeError())
         assert loader.state_dict()["consumed"] == consumed
         assert (counts[0].ready, counts[1].ready) == (3, 8)
 
 
-def test_interrupted_training_goes_on_with_the_same_numbers(workplace, run_program, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "call", "updates"),
+    [
+        ("stepped", 7, 7),  # between an update and its count
+        ("on_train_batch_end", 13, 13),  # at the end of an epoch
+        ("on_validation_batch_end", 4, 20),  # of the first validation, after two for the check
+        ("on_validation_batch_end", 10, 40),  # of the last one
+    ],
+)
+def test_interrupted_training_goes_on_with_the_same_numbers(
+    workplace, run_program, tmp_path, moment, call, updates
+):
     """Dropout is zero here, so the numbers depend on the batches and the optimiser alone."""
-    flags = (*HERE, "--trainer.val_check_interval", 20, "--checkpoint_every", 5)
-    flags = (*flags, "--trainer.default_root_dir", tmp_path / "run", "--trainer.max_steps")
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    process = start(workplace, "train.py", *flags, 100000)
-    wait_for(last.exists, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    done = run_program(workplace, "train.py", *flags, 40)
+    flags = (*HERE, "--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 40)
+    flags = (*flags, "--trainer.val_check_interval", 20)
+    interrupt = ("--trainer.callbacks", "interrupting.Interrupt")
+    interrupt = (*interrupt, "--trainer.callbacks.moment", moment, "--trainer.callbacks.call", call)
+    last = tmp_path / "checkpoints/last.ckpt"
+    done = run_program(workplace, "train.py", *flags, *interrupt, status=130)
+    assert done.stderr.endswith("interrupted: the same command continues from here\n")
+    assert load_model(last).updates == updates
+    done = run_program(workplace, "train.py", *flags)
     assert "continuing from" in done.stdout
-    events = json.loads((tmp_path / "run" / "training.json").read_text())
-    whole = json.loads((workplace / "runs/words/training.json").read_text())
-    assert events["updates"] == 40
-    assert events["best_valid_ppl"] == pytest.approx(whole["best_valid_ppl"], rel=1e-5)
+    whole = workplace / "runs/words"
+    expected = load_model(whole / "checkpoints/last.ckpt").state_dict()
+    for name, tensor in load_model(last).state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    found, expected = (json.loads((run / "training.json").read_text()) for run in (tmp_path, whole))
+    for name in ("updates", "best_valid_ppl"):
+        assert found[name] == expected[name]
+    for tag in ("val/ppl", "val/loss"):
+        found, expected = (
+            {event.step: event.value for event in scalars(run / "train")[tag]}
+            for run in (tmp_path, whole)
+        )
+        assert found == expected

@@ -6,19 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small import ROOT, SMALL, write_corpus
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from small import ROOT, SMALL, scalars, write_corpus
 
 import train
 from models.checkpoint import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
-
-
-def scalars(folder) -> dict[str, list]:
-    """All scalars logged below a folder."""
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
 def test_training_leaves_a_run(workplace):

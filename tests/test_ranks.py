@@ -139,7 +139,7 @@ def test_ranks_go_on_from_the_same_update(workplace):
         trainer = SimpleNamespace(
             world_size=2, global_rank=1, strategy=strategy, default_root_dir="runs/words"
         )
-        Continuation(ckpt_path).setup(trainer, None, "fit")
+        Continuation(ckpt_path, []).setup(trainer, None, "fit")
 
     begin(last, 40)
     begin(None, 0)
