@@ -1,12 +1,14 @@
 """What train.py and evaluate.py share: the command line and where a run's files go."""
 
 import logging
+import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentParser
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import faiss
 import torch
@@ -125,7 +127,7 @@ class ProgramCLI(LightningCLI):
         watching = WatchRanks(self.config.lost_after)
         chosen = settings["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
-        settings["callbacks"] = [watching, *chosen, *callbacks]
+        settings["callbacks"] = [watching, KeepSigterm(), *chosen, *callbacks]
         try:
             trainer = Trainer(**settings)
             ddp = settings["strategy"] in ("auto", "ddp") and isinstance(
@@ -185,6 +187,21 @@ class WatchRanks(Callback):
         trainer.strategy.barrier = lambda name=None: None
         if isinstance(exception, KeyboardInterrupt):
             rank_watch.leave("stop")
+
+
+class KeepSigterm(Callback):
+    """Leaves SIGTERM what it was: Lightning would exchange messages with other ranks in the middle
+    of whatever it interrupts, and go on with an evaluation."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning has not taken it yet."""
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def _keep(self, *_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_sanity_check_start = on_train_start = on_test_start = on_predict_start = _keep
 
 
 def chosen_architecture(args: list[str]) -> str:

@@ -42,13 +42,8 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2 if wrong else 1)
         except (KeyboardInterrupt, SystemExit) as stop:
             rank_watch.leave("stop")
-            # Lightning turns an interrupt into SystemExit once it has shut down, a SIGTERM into one
-            # without a code.
-            if (
-                isinstance(stop, SystemExit)
-                and stop.code is not None
-                and not isinstance(stop.__context__, KeyboardInterrupt)
-            ):
+            # Lightning turns an interrupt into SystemExit once it has shut down.
+            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
             print("interrupted: the same command continues from here", file=sys.stderr)
             sys.exit(130)
@@ -92,7 +87,7 @@ def interrupts_held() -> Iterator[list[int]]:
     try:
         yield held
     finally:
-        for number, handler in before.items():
+        for number, handler in reversed(before.items()):  # SIGINT last, as it may raise here
             signal.signal(number, handler)
 
 

@@ -27,6 +27,8 @@ from retrieval.settings import NeighborSettings
 
 BATCHES_TO_BEGIN = 8
 """Of the validation split, by which a graph network is made to begin as the LM."""
+COUNTS = ("ready", "started", "processed", "completed")
+"""Of batches, as Lightning keeps them."""
 FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing", "shard")
 """Settings that a continued run may have otherwise: they change no number."""
 
@@ -50,7 +52,8 @@ class TrainCLI(ProgramCLI):
             "--checkpoint_every",
             type=int,
             default=500,
-            help="updates after which last.ckpt is saved, besides at the end and at an interrupt",
+            help="updates after which last.ckpt is saved, as it is at the end and at an interrupt "
+            "(but for fsdp)",
         )
 
     def instantiate_classes(self) -> None:
@@ -98,12 +101,15 @@ class Continuation(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Has a validation that is owed begin anew: Lightning would take it as had."""
+        """Has a validation that is owed begin anew; Lightning would take it as had. The update is
+        over, and of the validation's batches one has begun."""
         self.owes_validation = checkpoint["callbacks"].get(self.state_key, {}).get("owed", False)
         if not self.owes_validation:
             return
-        nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+        loops, nothing = checkpoint["loops"]["fit_loop"], dict.fromkeys(COUNTS, 0)
+        for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+            counts["completed"] = counts["processed"]
+        progress = loops["epoch_loop.val_loop.batch_progress"]
         progress |= {"total": {**nothing, "ready": 1, "started": 1}, "current": nothing}
         loop = trainer.fit_loop.epoch_loop
         if loop.max_steps == checkpoint["global_step"]:  # it would not even begin
@@ -114,12 +120,21 @@ class Continuation(Callback):
         """Whether a validation is due that is not finished."""
         return {"owed": self.owes_validation}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Trains no more than was asked for, where validations have been given up since."""
+        if not self._validates(trainer):
+            self._restore_max_steps(trainer)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The last update is over, and all that came with it."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._raise_interrupt()
+        """Ends the run if an interrupt came, all ranks at the same update: all that the last one
+        brought about is over."""
+        # Lightning counts one too many where it goes on after a validation.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        whole = batch_idx % trainer.accumulate_grad_batches == 0
+        if whole and trainer.strategy.reduce_boolean_decision(bool(self.held), all=False):
+            raise KeyboardInterrupt
 
     def on_train_batch_end(
         self,
@@ -129,37 +144,51 @@ class Continuation(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Before a checkpoint is saved, and before the validation."""
-        loop = trainer.fit_loop
-        self.owes_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        """Knows of a validation that is due before a checkpoint is saved."""
+        self.owes_validation = self._validates(trainer)
 
-    def on_validation_batch_start(self, *_: Any) -> None:
-        """A validation may be long."""
-        self._raise_interrupt()
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One that has begun anew counts its batches from nothing."""
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Ends the run if an interrupt came, unless gradients of an update would be lost."""
+        if self.held and not trainer.fit_loop.epoch_loop._should_accumulate():
+            raise KeyboardInterrupt
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the best checkpoint is saved."""
+        """Owes nothing more, before the best checkpoint is saved."""
         self.owes_validation = False
-        if self.max_steps is not None:
-            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
-
-    def _raise_interrupt(self) -> None:
-        if self.held:
-            raise KeyboardInterrupt
+        self._restore_max_steps(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Before the last checkpoint is saved: the batch whose update was not made comes again.
-        Lightning would count it as had, and then validate one update too early."""
+        """Sees to it, before the last checkpoint is saved, that a batch whose update was not made
+        comes again; Lightning would count it as had, and then validate one update too early."""
+        for checkpoint in trainer.checkpoint_callbacks:  # also where only a validation has ended
+            checkpoint._last_global_step_saved = 0
         progress, loader = trainer.fit_loop.epoch_loop.batch_progress, trainer.train_dataloader
         if (
             isinstance(loader, ResumableLoader)
             and progress.current.ready > progress.current.processed
         ):
-            loader.consumed -= 1
+            made = trainer.global_step > progress.total.processed
+            loader.consumed -= not made
             for counts in (progress.total, progress.current):
+                counts.processed += made
                 counts.ready = counts.started = counts.completed = counts.processed
+
+    def _validates(self, trainer: Trainer) -> bool:
+        """Whether a validation is due at this update."""
+        loop = trainer.fit_loop
+        return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+    def _restore_max_steps(self, trainer: Trainer) -> None:
+        if self.max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
 
 
 def checkpoint_to_continue(cli: TrainCLI) -> str | None:

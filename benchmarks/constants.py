@@ -27,7 +27,7 @@ from errors import exit_with_one_sentence
 from models.transformer_lm import TransformerLM
 from retrieval.datastore import Datastore, DatastoreBuilder
 from retrieval.index import make_index, read_index
-from retrieval.knn import exact_distances, knn_log_prob, neighbor_scores
+from retrieval.knn import Votes, exact_distances, knn_log_prob, neighbor_scores
 from retrieval.list_search import ListSearch
 from retrieval.loops import shift_halves, shift_lists
 from retrieval.parallel import product
@@ -64,7 +64,9 @@ def products() -> dict[str, float]:
     graph = faiss.IndexHNSWFlat(DIM, 32)
     graph.add(vectors)
     walking = quickest(lambda: graph.search(vectors[:1000], 1))
-    listing = quickest(lambda: [product(queries, keys.T) for _ in range(200)])
+    # Distances go to memory, as those of many lists are held.
+    found = np.empty((200, len(queries), len(keys)), dtype=np.float32)
+    listing = quickest(lambda: [product(queries, keys.T, out) for out in found])
 
     model = TransformerLM(20_000, 512, 2048, 4, 8, max_target_positions=MODEL_CONTEXT).eval()
     tokens = torch.randint(4, 20_000, (2, MODEL_CONTEXT))
@@ -134,12 +136,20 @@ def searching() -> dict[str, float]:
 
 
 def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
-    """What a search takes beyond its parts, for each candidate and for each neighbour."""
+    """What a search takes beyond its parts, for each candidate and for each neighbour; and what
+    votes take for each candidate."""
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((1 << 16, DIM), dtype=np.float32)
-    known = replace(constants, scatter_ns=0, sieve_ns=0, sort_ns=0, imbalance=1)
+    words = rng.integers(0, 50_000, len(keys)).astype(np.uint16)
+    queries = keys[:4096]
+    known = replace(constants, scatter_ns=0, vote_ns=0, sieve_ns=0, sort_ns=0)
 
-    def beyond(lists: int, k: int) -> float:
+    def vote(search: ListSearch, k: int) -> None:
+        votes = Votes(words[: len(queries)], 1.0, "l2", words.__getitem__)
+        search.vote(queries, k, votes, words.__getitem__)
+
+    def beyond(lists: int, k: int, votes: bool = False) -> tuple[float, float]:
+        """Nanoseconds a query, and its candidates."""
         wanted = Wanted(len(keys), DIM, k, f"IVF{lists},SQfp16", nprobe=23, cores=1)
         path = folder / wanted.index
         if not path.exists():
@@ -150,15 +160,25 @@ def whole_search(folder: Path, constants: Constants) -> dict[str, float]:
         index = read_index(path)  # which owns what is extracted from it
         ivf = faiss.downcast_index(faiss.try_extract_index_ivf(index))
         ivf.nprobe = wanted.nprobe
-        search, queries = ListSearch(ivf), keys[:4096]
-        seconds = quickest(lambda: search.search(queries, k), 2) / len(queries)
-        return 1e9 * max(seconds - sum(Costs(wanted, known).search_parts.values()), 0)
+        search = ListSearch(ivf)
+        candidates = search.sizes[search.nearest(queries)].sum(1).mean()
+        imbalance = candidates / (len(keys) * wanted.nprobe / lists)
+        costs = Costs(wanted, replace(known, imbalance=imbalance))
+        if votes:
+            seconds, parts = quickest(lambda: vote(search, k), 2), costs.evaluation_parts
+        else:
+            seconds, parts = quickest(lambda: search.search(queries, k), 2), costs.search_parts
+        return 1e9 * max(seconds / len(queries) - sum(parts.values()), 0), candidates
 
     short, long = LISTS // 4, LISTS // 16
-    few, many = beyond(short, 16), beyond(short, K)
+    few, candidates = beyond(short, 16)
+    many, _ = beyond(short, K)
+    voted, _ = beyond(short, K, votes=True)
+    sieved, candidates_of_sieve = beyond(long, 16)
     return {
-        "scatter_ns": few * short / (len(keys) * 23),
-        "sieve_ns": beyond(long, 16) * long / (len(keys) * 23),
+        "scatter_ns": few / candidates,
+        "vote_ns": voted / candidates,
+        "sieve_ns": sieved / candidates_of_sieve,
         "sort_ns": max(many - few, 0) / (K - 16),
     }
 

@@ -6,6 +6,7 @@ beside a model that computes at the same time they would wait longer than they w
 
 import ctypes
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -43,12 +44,12 @@ def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
 
 def pool(threads: int, initializer: Callable | None = None) -> ThreadPoolExecutor:
     """Threads, the first of which runs: where an interrupt comes while that one starts, nobody
-    would ever end it, and the process would wait for it for good."""
+    would ever end it, and the process would wait for it for good. (It tells later ones to end.)"""
     workers = ThreadPoolExecutor(threads, initializer=initializer)
     with interrupts_held() as held:
         workers.submit(int).result()
     if held:
-        raise KeyboardInterrupt
+        signal.raise_signal(held[0])  # for whoever holds interrupts, if anybody does
     return workers
 
 

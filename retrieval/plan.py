@@ -87,7 +87,7 @@ def notes(costs: Costs) -> list[str]:
         found.append(f"the index takes long: --index {graph} to add, faiss on GPUs to train")
     if {"neighbour table", "codes"} & long:
         found.append("tables and codes take long: more hosts")
-    if costs.search_parts["disk"] > sum(costs.search_parts.values()) / 2:
+    if costs.evaluation_parts["disk"] > sum(costs.evaluation_parts.values()) / 2:
         found.append("searches wait for the disk: --distances index, more hosts, or more memory")
     if shape and not shape.fast_scan and not costs.shares_lists:
         found.append("so few queries share a list that faiss visits them one by one")
@@ -107,7 +107,7 @@ def described(costs: Costs) -> dict[str, Any]:
         "disk_per_host": costs.disk_needs,
         "memory_per_host": costs.memory_needs,
         "seconds": costs.seconds,
-        "search_seconds_per_query": costs.search_parts,
+        "search_seconds_per_query": costs.evaluation_parts,
         "queries_per_second": costs.queries_per_second,
         "network_bytes_per_query": costs.network_bytes,
         "does_not_fit": advice(costs),
@@ -152,7 +152,7 @@ def show(costs: Costs, console: Console) -> None:
             k: size_of(v) for k, v in costs.memory_needs.items()
         },
         "time": {k: time_of(v) for k, v in costs.seconds.items()},
-        "a query in a search": {k: time_of(v) for k, v in costs.search_parts.items() if v},
+        "a query in a search": {k: time_of(v) for k, v in costs.evaluation_parts.items() if v},
         "all hosts together": {
             "queries per second": f"{costs.queries_per_second:,.0f}",
             "network per query": size_of(costs.network_bytes),

@@ -17,9 +17,10 @@ from retrieval.codec import HELD
 from retrieval.codec import SAMPLE as CODEC_SAMPLE
 from retrieval.datastore import BLOCK_BYTES, DTYPES
 from retrieval.index import NOT_BUILT, PART_BYTES, auto_factory, make_index, sample_size
-from retrieval.list_search import QUERIES_A_LIST, sieve_pays
+from retrieval.list_search import KEPT_BYTES, QUERIES_A_LIST, sieve_pays
 from retrieval.neighbors import QUERIES_AT_ONCE
 from retrieval.plan_settings import Constants, Wanted, amount
+from retrieval.sieve import Sieve
 from retrieval.visit import BUFFER_BYTES
 
 HEADER = 128
@@ -303,17 +304,35 @@ class Costs:
     def queries_per_second(self) -> float:
         """Of all hosts together, model and mixture included."""
         w, c = self.wanted, self.constants
-        own = (self.lm_seconds + 1e-9 * w.k * c.mix_ns / w.cores) / w.hosts
-        return 1 / (self.search_seconds + own)
+        mixing = 0 if self.votes else 1e-9 * w.k * c.mix_ns / w.cores
+        return 1 / (self.search_seconds + (self.lm_seconds + mixing) / w.hosts)
+
+    @property
+    def votes(self) -> bool:
+        """Whether an evaluation weighs all that is visited in its place, and need not put the
+        neighbours of a query together (`Visit.vote`)."""
+        w = self.wanted
+        asked_for = self.rescores or w.cache or w.hosts > 1
+        in_lists = self.shape is not None and self.shares_lists
+        return in_lists and not asked_for and not sieve_pays(self.candidates, w.k)
 
     @property
     def search_seconds(self) -> float:
         """Of a query, the slowest of computing and sending."""
-        return max(sum(self.search_parts.values()), self.network_bytes / self.network)
+        return max(sum(self.evaluation_parts.values()), self.network_bytes / self.network)
+
+    @cached_property
+    def evaluation_parts(self) -> dict[str, float]:
+        """Seconds of one host for one query of an evaluation, on all its cores and its disk."""
+        if not self.votes:
+            return self.search_parts
+        voting = 1e-9 * self.candidates * self.constants.vote_ns / self.wanted.cores
+        others = {name: s for name, s in self.search_parts.items() if name != "select"}
+        return others | {"vote": voting}
 
     @cached_property
     def search_parts(self) -> dict[str, float]:
-        """Seconds of one host for one query of a batch, on all its cores and its disk."""
+        """The same of a search that says which the neighbours are."""
         w, c = self.wanted, self.constants
         computing = self._search_of_keys() if self.shape is None else self._search_of_lists()
         if self.rescores:
@@ -328,7 +347,7 @@ class Costs:
     def _search_of_lists(self) -> dict[str, float]:
         """Of one core, in inverted lists."""
         w, c, shape = self.wanted, self.constants, self.shape
-        candidates = c.imbalance * self.rows * self.probes / shape.lists
+        candidates = self.candidates
         entered = entering(w.k, candidates)
         found = {"lists": self._choosing_seconds}
         if shape.fast_scan:
@@ -337,7 +356,7 @@ class Costs:
         if not self.shares_lists:
             scan = candidates * shape.dim_of_lists * c.scan_ns
             return found | {"scan": 1e-9 * (scan + entered * c.heap_ns)}
-        decoded = self.rows * self.touched * shape.dim_of_lists / QUERIES_AT_ONCE
+        decoded = self.rows * self.touched * shape.dim_of_lists / self.sharing
         kept, select = candidates, w.k * c.sort_ns
         if sieve_pays(candidates, w.k):
             kept, select = KEPT * w.k, select + candidates * c.sieve_ns
@@ -362,9 +381,24 @@ class Costs:
         return min(self.wanted.nprobe, self.shape.lists)
 
     @property
+    def candidates(self) -> float:
+        """Vectors in the lists that a query visits."""
+        return self.constants.imbalance * self.rows * self.probes / self.shape.lists
+
+    @property
+    def sharing(self) -> float:
+        """Queries of a batch that share what is decoded: whose distances are held at a time."""
+        k, candidates = self.wanted.k, self.candidates
+        held = BUFFER_BYTES / (4 * max(candidates, k))
+        if sieve_pays(candidates, k):
+            held = KEPT_BYTES / Sieve(None, k, int(candidates), False).bytes_a_query
+        return min(max(held, 1), QUERIES_AT_ONCE)
+
+    @property
     def touched(self) -> float:
-        """Share of all lists that the queries of a batch visit."""
-        return 1 - math.exp(-QUERIES_AT_ONCE * self.probes / self.shape.lists)
+        """Share of all lists that they visit, if these were any; queries that lie near one another
+        visit fewer."""
+        return -math.expm1(-self.sharing * self.probes / self.shape.lists)
 
     @property
     def shares_lists(self) -> bool:
@@ -387,13 +421,13 @@ class Costs:
         batch, and stored keys at random."""
         w, c, shape = self.wanted, self.constants, self.shape
         keys = self.rows * self.key_bytes
-        in_order = 1e9 * c.disk_read_gbytes * QUERIES_AT_ONCE
+        in_order = 1e9 * c.disk_read_gbytes
         if shape is None:
-            return max(0.0, keys - self.memory) / in_order
+            return max(0.0, keys - self.memory) / (in_order * QUERIES_AT_ONCE)
         index = shape.bytes(self.rows)
         others = self.memory_needs["search"] - index / SHARE_FOR_CACHE
         cache = max(SHARE_FOR_CACHE * (self.memory - others), 1)
-        seconds = max(0.0, index - cache) * self.touched / in_order
+        seconds = max(0.0, index - cache) * self.touched / (in_order * self.sharing)
         if not self.rescores:
             return seconds
         missing = max(0.0, 1 - max(cache - index, 0) / keys)

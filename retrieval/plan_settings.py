@@ -87,20 +87,21 @@ class Wanted:
 class Constants:
     """Rates of one core and of one disk.
 
-    Measured by benchmarks/constants.py on one core of an AMD EPYC (Zen 3, AVX2) with a virtual
-    disk, other work beside it, in fp32 and at width 128, unless said otherwise; those of a search
-    before its loops were compiled, which took about twice as long. That program's JSON replaces
-    them.
+    Measured by benchmarks/constants.py on one core of an AMD EPYC (Zen 4, AVX-512) with a virtual
+    disk, in fp32 and at width 128, unless said otherwise. That program's JSON replaces them.
 
     Args:
         list_gflops: products of some queries with a list (`Visit._measure`).
         assign_gflops: faiss looking for the nearest of 1024 centroids, as in training and adding.
         pq_gflops: faiss looking for the nearest of 256 centroids of PQ.
-        model_gflops: the LM without softmax, width 512 (it was 13 at width 128).
+        model_gflops: the LM without softmax, width 512.
         hnsw_ns: per value of 512 distances, where a graph finds the list.
         select_ns: per candidate, choosing 1024 of 5800 (`k_smallest`).
         scatter_ns: per candidate, bringing distances from lists to queries.
-        sieve_ns: per candidate, dropping all but the nearest where there are many (lists of 1024).
+        vote_ns: per candidate, finding how far the 1024 nearest are and weighing those, where
+            nobody asks which they are.
+        sieve_ns: per candidate, dropping all but the nearest where there are many (lists of 1024);
+            nothing where products of bytes spare more of `list_gflops` than that takes.
         sort_ns: per neighbour, all else that `ListSearch` does: sorting, looking up ids.
         decode_half_ns: per value of a list, from half precision, and its part of the length.
         decode_sq8_ns: the same from 8 bits.
@@ -111,7 +112,7 @@ class Constants:
         fast_scan_ns: per candidate, in lists of one-bit codes.
         fast_heap_ns: per candidate that enters the heap, there.
         rescore_ns: per value, distances to stored keys that are in the page cache, width 1024.
-        mix_ns: per neighbour, its value and its part of p_kNN.
+        mix_ns: per neighbour, its value and its part of p_kNN, where it is put together.
         imbalance: how much longer the lists visited are than the mean list; 5,755 candidates for
             an expected 5,086 in IVF1024 on keys of an LM.
         write_gbytes: of keys a second into a datastore, rounded, checked and with checksums.
@@ -120,30 +121,31 @@ class Constants:
         random_reads: of 4 KiB a second by one thread.
     """
 
-    list_gflops: float = 40.0
-    assign_gflops: float = 50.0
-    pq_gflops: float = 14.0
-    model_gflops: float = 50.0
-    hnsw_ns: float = 0.8
-    select_ns: float = 2.7
-    scatter_ns: float = 3.0
-    sieve_ns: float = 3.0
-    sort_ns: float = 60.0
-    decode_half_ns: float = 0.6
-    decode_sq8_ns: float = 0.45
-    decode_pq_ns: float = 0.8
-    encode_ns: float = 2.0
-    scan_ns: float = 0.15
-    heap_ns: float = 130.0
-    fast_scan_ns: float = 13.0
-    fast_heap_ns: float = 150.0
-    rescore_ns: float = 1.2
-    mix_ns: float = 20.0
+    list_gflops: float = 80.0
+    assign_gflops: float = 85.0
+    pq_gflops: float = 23.0
+    model_gflops: float = 82.0
+    hnsw_ns: float = 0.4
+    select_ns: float = 0.93
+    scatter_ns: float = 1.4
+    vote_ns: float = 2.2
+    sieve_ns: float = 0.0
+    sort_ns: float = 17.0
+    decode_half_ns: float = 0.24
+    decode_sq8_ns: float = 0.32
+    decode_pq_ns: float = 0.58
+    encode_ns: float = 1.3
+    scan_ns: float = 0.077
+    heap_ns: float = 98.0
+    fast_scan_ns: float = 7.7
+    fast_heap_ns: float = 93.0
+    rescore_ns: float = 0.57
+    mix_ns: float = 10.0
     imbalance: float = 1.13
-    write_gbytes: float = 0.3
-    disk_write_gbytes: float = 0.3
-    disk_read_gbytes: float = 0.8
-    random_reads: float = 6000.0
+    write_gbytes: float = 0.5
+    disk_write_gbytes: float = 0.4
+    disk_read_gbytes: float = 1.7
+    random_reads: float = 17000.0
 
     @classmethod
     def read(cls, path: Path) -> "Constants":

@@ -6,15 +6,17 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class Interrupt(Callback):
-    """Sends this process a SIGINT, also where those that run in the background ignore it.
+    """Sends this process a signal, also a SIGINT where that was ignored.
 
     Args:
         moment: a hook of callbacks, or `stepped`, when the optimizer has changed the parameters.
-        call: the how manieth time.
+        call: at which call of it.
+        number: of the signal.
     """
 
-    def __init__(self, moment: str, call: int) -> None:
+    def __init__(self, moment: str, call: int, number: int = signal.SIGINT) -> None:
         self.left = call
+        self.number = number
         setattr(self, moment, self._called)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,4 +28,4 @@ class Interrupt(Callback):
     def _called(self, *_) -> None:
         self.left -= 1
         if not self.left:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)

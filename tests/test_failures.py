@@ -188,40 +188,44 @@ def test_killed_datastore_goes_on_to_the_same_bytes(workplace, run_program, tmp_
 
 def test_a_batch_whose_update_failed_comes_again():
     loader = ResumableLoader(range(5), sampler=range(5))
-    loader.consumed = 3
-    for ready, consumed in ((3, 3), (4, 2)):
+    loader.consumed = 4
+    for ready, made, consumed, counted in ((3, 8, 4, 3), (4, 8, 3, 3), (4, 9, 3, 4)):
         counts = [SimpleNamespace(ready=n + ready, processed=n + 3) for n in (0, 5)]
         progress = SimpleNamespace(current=counts[0], total=counts[1])
         loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader)
+        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader, global_step=made)
+        trainer.checkpoint_callbacks = []
         train.Continuation(None, []).on_exception(trainer, None, RuntimeError())
         assert loader.state_dict()["consumed"] == consumed
-        assert (counts[0].ready, counts[1].ready) == (3, 8)
+        assert (counts[0].ready, counts[1].ready) == (counted, 5 + counted)
 
 
 @pytest.mark.parametrize(
-    ("moment", "call", "updates"),
+    ("moment", "call", "number", "updates"),
     [
-        ("stepped", 7, 7),  # between an update and its count
-        ("on_train_batch_end", 13, 13),  # at the end of an epoch
-        ("on_validation_batch_end", 4, 20),  # of the first validation, after two for the check
-        ("on_validation_batch_end", 10, 40),  # of the last one
+        ("stepped", 7, signal.SIGINT, 7),  # between an update and its count
+        ("on_train_batch_end", 13, signal.SIGTERM, 13),  # at the end of an epoch
+        ("on_validation_batch_end", 4, signal.SIGINT, 20),  # of the first, after two as a check
+        ("on_train_batch_start", 21, signal.SIGINT, 20),  # when that validation is over
+        ("on_validation_batch_end", 10, signal.SIGTERM, 40),  # of the last one
     ],
 )
 def test_interrupted_training_goes_on_with_the_same_numbers(
-    workplace, run_program, tmp_path, moment, call, updates
+    workplace, run_program, tmp_path, moment, call, number, updates
 ):
     """Dropout is zero here, so the numbers depend on the batches and the optimiser alone."""
     flags = (*HERE, "--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 40)
-    flags = (*flags, "--trainer.val_check_interval", 20)
+    flags = (*flags, "--trainer.val_check_interval", 20, "--checkpoint_every", 20)
     interrupt = ("--trainer.callbacks", "interrupting.Interrupt")
-    interrupt = (*interrupt, "--trainer.callbacks.moment", moment, "--trainer.callbacks.call", call)
+    for name, value in (("moment", moment), ("call", call), ("number", int(number))):
+        interrupt = (*interrupt, f"--trainer.callbacks.{name}", value)
     last = tmp_path / "checkpoints/last.ckpt"
     done = run_program(workplace, "train.py", *flags, *interrupt, status=130)
     assert done.stderr.endswith("interrupted: the same command continues from here\n")
     assert load_model(last).updates == updates
     done = run_program(workplace, "train.py", *flags)
     assert "continuing from" in done.stdout
+
     whole = workplace / "runs/words"
     expected = load_model(whole / "checkpoints/last.ckpt").state_dict()
     for name, tensor in load_model(last).state_dict().items():
@@ -229,9 +233,9 @@ def test_interrupted_training_goes_on_with_the_same_numbers(
     found, expected = (json.loads((run / "training.json").read_text()) for run in (tmp_path, whole))
     for name in ("updates", "best_valid_ppl"):
         assert found[name] == expected[name]
-    for tag in ("val/ppl", "val/loss"):
+    for tag in ("train/loss", "val/ppl"):
         found, expected = (
-            {event.step: event.value for event in scalars(run / "train")[tag]}
+            sorted((event.step, event.value) for event in scalars(run / "train")[tag])
             for run in (tmp_path, whole)
         )
         assert found == expected

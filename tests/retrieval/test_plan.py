@@ -197,3 +197,17 @@ def test_refusals(flags, sentence, capsys):
         main(flags)
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_evaluations_weigh_in_place_what_nobody_asks_for():
+    wanted = {"tokens": 2e5, "dim": 128, "index": "IVF1024,SQfp16", "nprobe": 21}
+    plain = planned(**wanted)
+    assert set(plain.evaluation_parts) == {"lists", "decode", "products", "vote", "disk"}
+    for asked_for in ({"cache": True}, {"hosts": 2}, {"dtype": "fp32"}):
+        other = planned(**wanted, **asked_for)
+        assert "vote" not in other.evaluation_parts
+        assert "select" in other.evaluation_parts
+        assert sum(other.search_parts.values()) > sum(plain.evaluation_parts.values())
+    few_lists = planned(**{**wanted, "index": "IVF16,SQfp16", "nprobe": 8})
+    assert few_lists.candidates > 32 * 1024
+    assert "select" in few_lists.evaluation_parts  # by a sieve
