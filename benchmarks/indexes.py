@@ -206,6 +206,7 @@ def as_table(rows: list[dict]) -> Table:
 def plot(rows: list[dict], path: Path) -> None:
     """Perplexity over queries a second, a panel a size, a line an index, a star its `auto`."""
     from matplotlib.figure import Figure  # an extra
+    from matplotlib.ticker import LogLocator, NullLocator
 
     sizes = sorted({row["keys"] for row in rows})
     figure = Figure(figsize=(6 * len(sizes), 5), layout="constrained")
@@ -222,6 +223,9 @@ def plot(rows: list[dict], path: Path) -> None:
                 (line,) = panel.plot(rates, perplexities, marker, color=color, label=label)
                 color = line.get_color()
         panel.set(xscale="log", xlabel="queries a second", ylabel="perplexity of the mixture")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.set_title(f"{size:,} keys")
         panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(path, format="png")
