@@ -208,12 +208,13 @@ def main() -> None:
         *("", "", "of bare", "between", "MB"),
     )
     for row in rows:
-        row["of_bare"] = row["tokens_per_second"] / of_bare.get(row["variant"], of_bare["default"])
+        known = of_bare.get(row["variant"], of_bare.get("default"))
+        row["of_bare"] = row["tokens_per_second"] / known if known else None
         table.add_row(
             f"{row['variant']}, {row['way']}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['slowest']:,.0f} – {row['fastest']:,.0f}",
-            f"{row['of_bare']:.1%}",
+            f"{row['of_bare']:.1%}" if known else "",
             f"{row['share_of_seconds']['between updates']:.1%}",
             f"{row['peak_bytes'] / 1e6:,.0f}",
         )
