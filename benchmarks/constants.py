@@ -1,7 +1,7 @@
-"""Measures on this machine the constants that `python -m retrieval.plan` computes with.
+"""Measures on this machine the constants that `neighborlm plan` computes with.
 
     python -m benchmarks.constants --output constants.json
-    python -m retrieval.plan --constants constants.json …
+    neighborlm plan --constants constants.json …
 
 One thread and some hundred megabytes of disk, for less than a minute. Everything is measured with
 what the programs themselves call. Of three runs the one that took the processor least counts, so
@@ -23,17 +23,18 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from benchmarks.measuring import environment, new_table
-from errors import exit_with_one_sentence
-from models.transformer_lm import TransformerLM
-from retrieval.datastore import Datastore, DatastoreBuilder
-from retrieval.index import make_index, read_index
-from retrieval.knn import Votes, exact_distances, knn_log_prob, neighbor_scores
-from retrieval.list_search import ListSearch
-from retrieval.loops import shift_halves, shift_lists
-from retrieval.parallel import product
-from retrieval.plan_costs import HNSW_DISTANCES, Costs, entering, flops_of_token
-from retrieval.plan_settings import Constants, Wanted
-from retrieval.selection import k_smallest
+from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.engine.list_search import ListSearch
+from neighborlm.retrieval.engine.loops import shift_halves, shift_lists
+from neighborlm.retrieval.engine.parallel import product
+from neighborlm.retrieval.engine.selection import k_smallest
+from neighborlm.retrieval.memories.knn import Votes, knn_log_prob, neighbor_scores
+from neighborlm.retrieval.search.index import make_index, read_index
+from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
+from neighborlm.tools.plan_costs import HNSW_DISTANCES, Costs, entering, flops_of_token
+from neighborlm.tools.plan_settings import Constants, Wanted
 
 DIM, K, LISTS, SCANNED = 128, 1024, 1024, 5800
 MODEL_CONTEXT = 512

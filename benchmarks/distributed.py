@@ -23,14 +23,15 @@ import torch.distributed as dist
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from errors import exit_with_one_sentence
-from retrieval.datastore import BLOCK_BYTES, Datastore
-from retrieval.distributed import TOLERANCE, local_k, open_distributed
-from retrieval.index import NOT_BUILT, IndexBuilding
-from retrieval.progress import progress_bars
-from retrieval.ranks import HEADER_BYTES
-from retrieval.sharded_builder import new_datastore
-from retrieval.shards import Kind
+from neighborlm.common.progress import progress_bars
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.cluster.distributed import TOLERANCE, local_k, open_distributed
+from neighborlm.retrieval.cluster.ranks import HEADER_BYTES
+from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.index import NOT_BUILT
+from neighborlm.retrieval.store.datastore import BLOCK_BYTES, Datastore
+from neighborlm.retrieval.store.sharded_builder import new_datastore
+from neighborlm.retrieval.store.shards import Kind
 
 PLACEMENTS: tuple[Kind, ...] = ("contiguous", "round_robin")
 BLOCK_ROWS = 64
@@ -90,7 +91,7 @@ def work(send: Connection, rank: int, ranks: int, threads: int, where: Path, tas
 def measure(ranks: int, threads: int, task: dict, folder: Path) -> tuple[np.ndarray, list]:
     """Rows found for all queries; and of each rank the seconds on the clock and on a core, those of
     searching its shards, whether that gives exact distances, and its communication."""
-    CONTEXT.set_forkserver_preload(["retrieval.distributed"])
+    CONTEXT.set_forkserver_preload(["neighborlm.retrieval.cluster.distributed"])
     where = folder / f"meeting-{time.monotonic_ns()}"
     ends, processes = [], []
     for rank in range(ranks):

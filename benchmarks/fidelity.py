@@ -25,16 +25,17 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks import fidelity_gnn
-from callbacks.knn_interpolation import KNNInterpolation
-from cli import quiet
-from datamodules.lm import LMDataModule
-from errors import InputError, exit_with_one_sentence
-from models.checkpoint import load_model
-from models.language_model import TokenScores
-from retrieval.datastore import Datastore
-from retrieval.foreign import import_datastore
-from retrieval.index import FaissRetriever, read_index
-from retrieval.retriever import FlatRetriever, Retriever
+from neighborlm.callbacks.knn_interpolation import KNNInterpolation
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.language_model import TokenScores
+from neighborlm.originals.raw_datastore import import_datastore
+from neighborlm.programs.checkpoints import load_model
+from neighborlm.programs.cli import quiet
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.search.index import FaissRetriever, read_index
+from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
+from neighborlm.retrieval.store.datastore import Datastore
 
 FOUND = -5000.0  # the original's log p_kNN of a target that no neighbour carries is near -10000
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamodules.dictionary import EOS
-from datamodules.graphs import (
+from neighborlm.datamodules.dictionary import EOS
+from neighborlm.datamodules.graphs import (
     INTER,
     INTRA_NEIGHBOR,
     INTRA_TOKEN,
@@ -25,12 +25,12 @@ from datamodules.graphs import (
     NeighborMemory,
     hetero_graph,
 )
-from models.adaptive import AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
-from models.fairseq import BIAS, Piece, our_state, softmax_pieces
-from models.fairseq_gnn import NETWORK, UNUSED, network_pieces, used
-from models.features import CodeDecoder
-from models.gnn_lm import mix
-from models.hgt import HGT
+from neighborlm.models.adaptive import AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
+from neighborlm.models.features import CodeDecoder
+from neighborlm.models.gnn_lm import mix
+from neighborlm.models.hgt import HGT
+from neighborlm.originals.fairseq import BIAS, Piece, our_state, softmax_pieces
+from neighborlm.originals.fairseq_gnn import NETWORK, UNUSED, network_pieces, used
 
 THEIRS = {"token": "tgt", "neighbor": "ntgt"}
 EDGES = {

@@ -22,8 +22,8 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.graphs import NeighborMemory, hetero_graph
-from models.hgt import HGT
+from neighborlm.datamodules.graphs import NeighborMemory, hetero_graph
+from neighborlm.models.hgt import HGT
 
 ROWS = 1 << 20
 SHAPES = ((128, 32), (256, 128))

@@ -25,13 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from errors import exit_with_one_sentence
-from retrieval.datastore import Datastore, DatastoreBuilder
-from retrieval.index import IndexBuilding, auto_factory, open_retriever
-from retrieval.knn import exact_distances, interpolate, knn_log_prob, neighbor_scores
-from retrieval.probing import NProbe
-from retrieval.progress import progress_bars
-from retrieval.retriever import Retriever
+from neighborlm.common.progress import progress_bars
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.engine.probing import NProbe
+from neighborlm.retrieval.memories.knn import interpolate, knn_log_prob, neighbor_scores
+from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.index import auto_factory, open_retriever
+from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.search.retriever import Retriever
+from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 FACTORIES = (
     "IVF{lists},SQfp16",

@@ -22,9 +22,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-import evaluate
-import train
-from datamodules.blocks import BreakMode
+from neighborlm.datamodules.blocks import BreakMode
+from neighborlm.programs import evaluation, training
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "text"
 
@@ -130,17 +129,17 @@ def program(command: list[str], run_dir: Path, threads: int) -> dict[str, Any]:
     it logs at) or results.json."""
     sys.argv = [*command, "--trainer.default_root_dir", str(run_dir), "--threads", str(threads)]
     if command[0] == "train.py":
-        train.main()
+        training.main()
         said = run_dir / "training.json"
         return json.loads(said.read_text()) if said.is_file() else {}
-    cli = evaluate.EvaluateCLI()
-    evaluation = evaluate.Evaluation(cli)
+    cli = evaluation.EvaluateCLI()
+    stages = evaluation.Evaluation(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        evaluation.make_products("train")
+        stages.make_products("train")
         results = {}
     else:
-        results = evaluation.evaluate(cli.config.split or "test")
-    return results | {"stage_seconds": evaluation.seconds}
+        results = stages.evaluate(cli.config.split or "test")
+    return results | {"stage_seconds": stages.seconds}
 
 
 def summary(runs: list[dict], peaks: list[int]) -> dict:

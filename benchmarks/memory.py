@@ -20,7 +20,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from benchmarks.measuring import CONFIGS, MadeUp, environment, new_table
-from errors import exit_with_one_sentence
+from neighborlm.programs.exits import exit_with_one_sentence
 
 STAGES = {
     "datastore": ["--save_datastore"],

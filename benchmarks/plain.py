@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datamodules.dictionary import PAD
-from datamodules.graphs import hetero_graph
-from datamodules.lm import LMBatch, LMDataModule
-from models.adaptive import OutputSoftmax, PlainSoftmax
-from models.checkpoint import load_model
-from models.gnn_lm import GNNLM
-from models.language_model import LanguageModel
-from retrieval.datastore import Datastore
-from retrieval.index import index_path, resolve
-from retrieval.neighbors import NeighborTable, compacted, outside_window
-from retrieval.settings import NeighborSettings
+from neighborlm.datamodules.dictionary import PAD
+from neighborlm.datamodules.graphs import hetero_graph
+from neighborlm.datamodules.lm import LMBatch, LMDataModule
+from neighborlm.models.adaptive import OutputSoftmax, PlainSoftmax
+from neighborlm.models.gnn_lm import GNNLM
+from neighborlm.models.language_model import LanguageModel
+from neighborlm.programs.checkpoints import load_model
+from neighborlm.programs.settings import NeighborSettings
+from neighborlm.retrieval.neighbors.tables import NeighborTable, compacted, outside_window
+from neighborlm.retrieval.search.index import index_path, resolve
+from neighborlm.retrieval.store.datastore import Datastore
 
 KEY_TYPE = "last_ffn_input"
 TRAINING_KEYS, ADDED_AT_ONCE = 1_000_000, 500_000

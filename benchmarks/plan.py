@@ -1,4 +1,4 @@
-"""What `python -m retrieval.plan` says beside what the code takes: bytes, and the seconds of one
+"""What `neighborlm plan` says beside what the code takes: bytes, and the seconds of one
 core in each stage.
 
     python -m benchmarks.plan --output plan.json
@@ -22,14 +22,15 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from benchmarks.measuring import environment, new_table
-from errors import exit_with_one_sentence
-from retrieval.codec import build_codes, codec_files, codes_path
-from retrieval.datastore import Datastore, DatastoreBuilder
-from retrieval.index import IndexBuilding, index_path, open_retriever
-from retrieval.knn import exact_distances
-from retrieval.plan_costs import Costs
-from retrieval.plan_settings import Constants, Wanted
-from retrieval.progress import progress_bars
+from neighborlm.common.progress import progress_bars
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.neighbors.codec import build_codes, codec_files, codes_path
+from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.index import index_path, open_retriever
+from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
+from neighborlm.tools.plan_costs import Costs
+from neighborlm.tools.plan_settings import Constants, Wanted
 
 DIM, CENTRES, QUERIES = 64, 300, 8192
 SIZES = ((20_000, "IVF256,SQfp16"), (160_000, "IVF1024,SQfp16"))

@@ -37,7 +37,7 @@ from benchmarks.measuring import (
     program,
     summary,
 )
-from datamodules.lm import LMDataModule
+from neighborlm.datamodules.lm import LMDataModule
 
 LM = ("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", "{lm}")
 KNN = (*LM, "--knn.datastore", "{stores}/train", "--knn.k", "{k}")

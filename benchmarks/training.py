@@ -35,8 +35,8 @@ from benchmarks.measuring import (
     program,
     summary,
 )
-from datamodules.lm import LMBatch, LMDataModule
-from models.transformer_lm import TransformerLM
+from neighborlm.datamodules.lm import LMBatch, LMDataModule
+from neighborlm.models.transformer_lm import TransformerLM
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),

@@ -8,7 +8,7 @@ from functools import partial
 import faiss
 import torch
 
-from retrieval.parallel import pool
+from neighborlm.retrieval.engine.parallel import pool
 
 
 class Background:

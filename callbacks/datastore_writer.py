@@ -7,9 +7,9 @@ import numpy as np
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 
-from callbacks.background import Background
-from retrieval.datastore import DatastoreBuilder
-from retrieval.sharded_builder import ShardedBuilder
+from neighborlm.callbacks.background import Background
+from neighborlm.retrieval.store.datastore import DatastoreBuilder
+from neighborlm.retrieval.store.sharded_builder import ShardedBuilder
 
 
 class DatastoreWriter(BasePredictionWriter):

@@ -6,11 +6,12 @@ from pathlib import Path
 from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from retrieval.datastore import Datastore
-from retrieval.index import NOT_BUILT, IndexBuilding, is_path, lies_in_shards, resolve
-from retrieval.progress import progress_bars
-from retrieval.retriever import Metric
-from retrieval.shards import share_out
+from neighborlm.common.progress import progress_bars
+from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.index import NOT_BUILT, is_path, lies_in_shards, resolve
+from neighborlm.retrieval.search.retriever import Metric
+from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.shards import share_out
 
 
 class IndexBuilder(Callback):

@@ -14,13 +14,14 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.background import Background
-from callbacks.mixture import Mixture
-from retrieval.cache import RetrievalCacheBuilder
-from retrieval.datastore import Datastore
-from retrieval.distributed import DistributedRetriever
-from retrieval.knn import Votes, exact_distances
-from retrieval.retriever import Metric, Retriever, hand_over
+from neighborlm.callbacks.background import Background
+from neighborlm.callbacks.mixture import Mixture
+from neighborlm.retrieval.cluster.distributed import DistributedRetriever
+from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
+from neighborlm.retrieval.memories.knn import Votes
+from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.search.retriever import Metric, Retriever, hand_over
+from neighborlm.retrieval.store.datastore import Datastore
 
 FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 10240
 """Queries of the first search, so that it begins soon, and at most: lists that many queries visit

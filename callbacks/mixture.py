@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
-from callbacks.token_scores import ScoreTable
-from models.metrics import TokenLoss
-from retrieval.knn import interpolate
-from retrieval.retriever import Metric
+from neighborlm.callbacks.token_scores import ScoreTable
+from neighborlm.models.metrics import TokenLoss
+from neighborlm.retrieval.memories.knn import interpolate
+from neighborlm.retrieval.search.retriever import Metric
 
 
 class Mixture:

@@ -10,14 +10,14 @@ import torch
 from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from retrieval.datastore import Datastore
-from retrieval.distributed import open_distributed
-from retrieval.index import is_path, open_retriever, resolve
-from retrieval.neighbors import NeighborSearch, NeighborTable, find_table
-from retrieval.probing import NProbe
-from retrieval.progress import progress_bars
-from retrieval.retriever import Metric, Retriever
-from retrieval.shards import share_out
+from neighborlm.common.progress import progress_bars
+from neighborlm.retrieval.cluster.distributed import open_distributed
+from neighborlm.retrieval.engine.probing import NProbe
+from neighborlm.retrieval.neighbors.tables import NeighborSearch, NeighborTable, find_table
+from neighborlm.retrieval.search.index import is_path, open_retriever, resolve
+from neighborlm.retrieval.search.retriever import Metric, Retriever
+from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.shards import share_out
 
 
 class NeighborTableWriter(Callback):

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from rich.progress import track
 
-from datamodules.dictionary import EOS, UNK, Dictionary
-from errors import InputError
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary
 
 LEVELS = ("word", "char", "byte")
 SPACE_SYMBOL = "▁"

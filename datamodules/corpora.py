@@ -29,7 +29,7 @@ from urllib.request import Request, urlopen
 import rich.progress
 from filelock import FileLock
 
-from errors import InputError
+from neighborlm.common.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 FILE_PATTERNS = ("{}.txt", "wiki.{}.tokens")

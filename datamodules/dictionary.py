@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 
-from errors import InputError
+from neighborlm.common.errors import InputError
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")

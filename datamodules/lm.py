@@ -21,18 +21,18 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.binarize import (
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.binarize import (
     TokenStream,
     binarize,
     count_symbols,
     default_workers,
 )
-from datamodules.blocks import BreakMode, Rows, make_batches, make_rows
-from datamodules.corpora import SPLITS, CorpusFiles, resolve_corpus
-from datamodules.databin import check_ids, is_databin, open_databin
-from datamodules.dictionary import EOS, PAD, Dictionary
-from datamodules.graphs import Neighborhood, NeighborMemory
-from errors import InputError
+from neighborlm.datamodules.blocks import BreakMode, Rows, make_batches, make_rows
+from neighborlm.datamodules.corpora import SPLITS, CorpusFiles, resolve_corpus
+from neighborlm.datamodules.dictionary import EOS, PAD, Dictionary
+from neighborlm.datamodules.graphs import Neighborhood, NeighborMemory
+from neighborlm.originals.databin import check_ids, is_databin, open_databin
 
 CACHE_VERSION = 1  # of the binarised files; raise it when their meaning changes
 

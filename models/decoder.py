@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from errors import InputError
+from neighborlm.common.errors import InputError
 
 POSITION_OFFSET = 2  # fairseq's: the row after the padding id
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
-from models.adaptive import PlainSoftmax
-from models.hgt import HGT
-from models.language_model import LanguageModel, TokenScores
-from models.metrics import TokenLoss
-from models.neighbor_states import NeighborStates
-from models.transformer_lm import TransformerLM
+from neighborlm.common.errors import InputError
+from neighborlm.models.adaptive import PlainSoftmax
+from neighborlm.models.hgt import HGT
+from neighborlm.models.language_model import LanguageModel, TokenScores
+from neighborlm.models.metrics import TokenLoss
+from neighborlm.models.neighbor_states import NeighborStates
+from neighborlm.models.transformer_lm import TransformerLM
 
 Part = Literal["adaptive_softmax", "embedding", "layers"]
 OF_NETWORK = {
@@ -168,7 +168,7 @@ class GNNLM(LanguageModel):
 
     @staticmethod
     def _load(path: str, name: str, kind: type[LanguageModel]) -> LanguageModel:
-        from models.checkpoint import load_model  # which knows this class
+        from neighborlm.programs.checkpoints import load_model  # which knows this class
 
         model = load_model(Path(path))
         if not isinstance(model, kind):

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import softmax
 
-from models.neighbor_states import NeighborStates
+from neighborlm.models.neighbor_states import NeighborStates
 
 NODE_TYPES = ("token", "neighbor")
 RELATIONS = ("intra", "inter")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from models import schedules
-from models.decoder import DecoderLayer
-from models.metrics import TokenLoss
+from neighborlm.models import schedules
+from neighborlm.models.decoder import DecoderLayer
+from neighborlm.models.metrics import TokenLoss
 
 
 class TokenScores(NamedTuple):

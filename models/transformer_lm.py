@@ -5,16 +5,16 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from errors import InputError
-from models.adaptive import AdaptiveInput, AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
-from models.decoder import (
+from neighborlm.common.errors import InputError
+from neighborlm.models.adaptive import AdaptiveInput, AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
+from neighborlm.models.decoder import (
     Decoder,
     DecoderLayer,
     LearnedPositions,
     SinusoidalPositions,
     key_layer,
 )
-from models.language_model import LanguageModel, TokenScores
+from neighborlm.models.language_model import LanguageModel, TokenScores
 
 MORE_THAN_ZERO = (
     *("width", "ffn_width", "layers", "heads", "max_target_positions", "lr", "lr_period_updates"),

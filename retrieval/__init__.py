@@ -1,1 +1,0 @@
-import before_numpy  # noqa: F401

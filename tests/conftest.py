@@ -22,7 +22,7 @@ import pytest
 import torch
 from small import ROOT, SMALL, write_corpus
 
-from retrieval.datastore import Datastore, DatastoreBuilder
+from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 LIBRARIES = ["faiss", "jsonargparse", "pytorch_lightning.cli", "tensorboard", "torch_geometric.nn"]
 """What takes long to import of what the programs import."""

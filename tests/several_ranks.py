@@ -17,7 +17,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 def start(count: int, folder: Path, function: Callable, *args) -> list:
     """Processes that call `function(rank, *args)`; what it returns or raises lies in the folder."""
-    CONTEXT.set_forkserver_preload(["retrieval.distributed"])
+    CONTEXT.set_forkserver_preload(["neighborlm.retrieval.cluster.distributed"])
     folder.mkdir()
     processes = [
         CONTEXT.Process(target=work, args=(rank, count, folder, function, args), daemon=True)

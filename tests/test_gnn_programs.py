@@ -8,8 +8,8 @@ import pytest
 import torch
 from small import ROOT
 
-from models.checkpoint import load_model
-from retrieval.neighbors import NeighborTable
+from neighborlm.programs.checkpoints import load_model
+from neighborlm.retrieval.neighbors.tables import NeighborTable
 
 DATA = (
     *("--config", ROOT / "configs/text/gnn_lm.yaml", "--data.corpus", "words"),
@@ -136,7 +136,7 @@ def on_hosts(trained, run_program, run_on_hosts):
     root = ("--trainer.default_root_dir", "runs/made")
     run_program(trained, "train.py", *DATA, *NETWORK, *steps, *LM, *keys, *root)
     split = ("split", "--source", "made/train-last_hidden", "--output", "both/train-last_hidden")
-    run_program(trained, "retrieval.datastore", *split, "--shards", 2)
+    run_program(trained, "neighborlm", "datastore", *split, "--shards", 2)
     for number in range(2):
         absent = shutil.ignore_patterns(f"shard-{1 - number:05}-of-00002")
         shutil.copytree(trained / "both", trained / f"host{number}", ignore=absent)

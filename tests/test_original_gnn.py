@@ -12,12 +12,12 @@ from small_fairseq import PLAIN, VOCAB, WIDTH, save
 from small_original import QUANTIZER, arguments, network, plain_words, transformer_layers
 from torch import Tensor
 
-from datamodules.binarize import TokenStream
-from datamodules.databin import open_databin, write_databin
-from datamodules.dictionary import EOS, Dictionary
-from datamodules.graphs import hetero_graph
-from models.checkpoint import load_model
-from models.gnn_lm import GNNLM
+from neighborlm.datamodules.binarize import TokenStream
+from neighborlm.datamodules.dictionary import EOS, Dictionary
+from neighborlm.datamodules.graphs import hetero_graph
+from neighborlm.models.gnn_lm import GNNLM
+from neighborlm.originals.databin import open_databin, write_databin
+from neighborlm.programs.checkpoints import load_model
 
 TRAIN_TOKENS, TEST_TOKENS, NEIGHBORS, K = 600, 130, 6, 4
 ROW, CONTEXT = 24, 8
@@ -114,14 +114,14 @@ def imported(original, run_program):
     """The same, its training datastore, neighbours and features taken over."""
     memory, queries = f"{STORES}/train-last_hidden", f"{STORES}/test-last_hidden"
     source = ("--source", "data-bin/train_dstore", "--output", memory)
-    run_program(original, "retrieval.datastore", "import", *source)
+    run_program(original, "neighborlm", "datastore", "import", *source)
     table = ("--table", f"data-bin/neighbors.mmap.{NEIGHBORS}", "--k", NEIGHBORS)
     both = ("--queries", queries, "--memory", memory)
-    done = run_program(original, "retrieval.neighbors", *table, *both)
+    done = run_program(original, "neighborlm", "neighbors", *table, *both)
     assert f"{TEST_TOKENS} tokens" in done.stdout
     files = ("--codes", "data-bin/train_dstore/quantized-keys.npy")
     files += ("--quantizer", "data-bin/quantizer")
-    done = run_program(original, "retrieval.codec", "import", "--datastore", memory, *files)
+    done = run_program(original, "neighborlm", "codec", "import", "--datastore", memory, *files)
     assert f"{TRAIN_TOKENS} rows" in done.stdout
     return original
 

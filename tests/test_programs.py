@@ -8,8 +8,8 @@ import pytest
 import torch
 from small import ROOT, SMALL, scalars, write_corpus
 
-import train
-from models.checkpoint import load_model
+from neighborlm.programs import training
+from neighborlm.programs.checkpoints import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
 
@@ -112,7 +112,7 @@ def test_what_is_retrieved_is_kept_and_mixed_again(workplace, run_program):
     assert {path: path.stat().st_mtime_ns for path in made} == made
     refused = run_program(workplace, "evaluate.py", *flags, *kept, "--knn.nprobe", 3, status=2)
     assert "nprobe" in refused.stderr
-    run_program(workplace, "retrieval.sweep", "--cache", "kept/test", "--output", "s.json")
+    run_program(workplace, "neighborlm", "sweep", "--cache", "kept/test", "--output", "s.json")
     swept = json.loads((workplace / "s.json").read_text())
     assert swept["best"]["loss"] <= swept["lm"]["loss"]
 
@@ -201,7 +201,7 @@ def test_same_command_same_numbers_and_a_finished_run_stays(workplace, run_progr
 def test_shipped_configs_parse(config, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--print_config"])
     with pytest.raises(SystemExit) as stop:
-        train.main()
+        training.main()
     assert stop.value.code == 0
     assert "max_steps" in capsys.readouterr().out
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from small import ROOT, SMALL
 
-from errors import InputError
-from models.checkpoint import load_model
-from train import Continuation
+from neighborlm.common.errors import InputError
+from neighborlm.programs.checkpoints import load_model
+from neighborlm.programs.training import Continuation
 
 HERE = (*SMALL, "--data.corpus", "words")
 CKPT = ("--ckpt_path", "runs/words/checkpoints/best.ckpt")

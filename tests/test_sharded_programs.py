@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small import SMALL
 
-from retrieval.datastore import Datastore
+from neighborlm.retrieval.store.datastore import Datastore
 
 HERE = (*SMALL, "--data.corpus", "words", "--knn.k", 16, "--knn.temperature", 3)
 

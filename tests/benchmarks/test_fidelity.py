@@ -10,11 +10,11 @@ import torch
 from small import ROOT, write_corpus
 
 from benchmarks.fidelity import Fixtures, run
-from datamodules.databin import write_databin
-from datamodules.lm import LMDataModule
-from models.fairseq import export_args, export_state_dict
-from models.transformer_lm import TransformerLM
-from retrieval.index import read_index
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.originals.databin import write_databin
+from neighborlm.originals.fairseq import export_args, export_state_dict
+from neighborlm.retrieval.search.index import read_index
 
 REFERENCE = ROOT.parent / "shared" / "parity" / "knnlm"
 

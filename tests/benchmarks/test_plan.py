@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import plan
 from benchmarks.plan import compare
-from retrieval.plan_settings import Constants
+from neighborlm.tools.plan_settings import Constants
 
 
 def test_every_stage_is_measured_and_bytes_are_as_planned(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from retrieval.datastore import DatastoreBuilder
+from neighborlm.retrieval.store.datastore import DatastoreBuilder
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from callbacks.background import Background
+from neighborlm.callbacks.background import Background
 
 
 def test_order():

@@ -6,13 +6,13 @@ import pytorch_lightning as pl
 import torch
 from small import write_corpus
 
-from callbacks.datastore_writer import DatastoreWriter
-from callbacks.index_builder import IndexBuilder
-from datamodules.lm import LMDataModule
-from errors import InputError
-from models.transformer_lm import TransformerLM
-from retrieval.datastore import Datastore
-from retrieval.sharded_builder import new_datastore
+from neighborlm.callbacks.datastore_writer import DatastoreWriter
+from neighborlm.callbacks.index_builder import IndexBuilder
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.sharded_builder import new_datastore
 
 
 class Stop(Exception):

@@ -7,12 +7,13 @@ import threading
 import numpy as np
 import pytest
 
-from callbacks.index_builder import IndexBuilder
-from errors import InputError
-from retrieval.datastore import Datastore, DatastoreBuilder
-from retrieval.index import IndexBuilding, open_retriever
-from retrieval.maintenance import deal_again
-from retrieval.sharded_retriever import ShardedRetriever
+from neighborlm.callbacks.index_builder import IndexBuilder
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.index import open_retriever
+from neighborlm.retrieval.search.sharded_retriever import ShardedRetriever
+from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
+from neighborlm.retrieval.store.maintenance import deal_again
 
 FACTORY = "IVF4,SQ8"
 

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks import knn_interpolation
-from callbacks.knn_interpolation import KNNInterpolation
-from callbacks.mixture import Mixture
-from callbacks.token_scores import ScoreTable
-from models.language_model import TokenScores
-from retrieval.cache import RetrievalCacheBuilder
-from retrieval.datastore import DatastoreBuilder
-from retrieval.index import IndexBuilding, open_retriever
-from retrieval.knn import weigh
-from retrieval.retriever import FlatRetriever, Retriever
+from neighborlm.callbacks import knn_interpolation
+from neighborlm.callbacks.knn_interpolation import KNNInterpolation
+from neighborlm.callbacks.mixture import Mixture
+from neighborlm.callbacks.token_scores import ScoreTable
+from neighborlm.models.language_model import TokenScores
+from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
+from neighborlm.retrieval.memories.knn import weigh
+from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.index import open_retriever
+from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
+from neighborlm.retrieval.store.datastore import DatastoreBuilder
 
 N, D, Q, K, LMBDA, TEMPERATURE = 200, 6, 70, 9, 0.3, 2.0
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from callbacks.index_builder import IndexBuilder
-from callbacks.neighbor_table_writer import NeighborTableWriter
-from errors import InputError
-from retrieval.datastore import Datastore, DatastoreBuilder
-from retrieval.neighbors import NeighborSearch
+from neighborlm.callbacks.index_builder import IndexBuilder
+from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.neighbors.tables import NeighborSearch
+from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 
 @pytest.fixture

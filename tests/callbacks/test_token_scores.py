@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from callbacks import token_scores
-from callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
-from models.language_model import TokenScores
+from neighborlm.callbacks import token_scores
+from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
+from neighborlm.models.language_model import TokenScores
 
 
 def table_of(positions: np.ndarray, batch: int = 3, **columns: np.ndarray) -> ScoreTable:

@@ -6,10 +6,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from datamodules import binarize as module
-from datamodules.binarize import LEVELS, TokenStream, binarize, count_symbols, smallest_unsigned
-from datamodules.dictionary import EOS, UNK, Dictionary
-from errors import InputError
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules import binarize as module
+from neighborlm.datamodules.binarize import (
+    LEVELS,
+    TokenStream,
+    binarize,
+    count_symbols,
+    smallest_unsigned,
+)
+from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary
 
 TEXT = (
     "the cat sat\n"

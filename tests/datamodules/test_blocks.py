@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from datamodules.blocks import make_batches, make_rows
+from neighborlm.datamodules.blocks import make_batches, make_rows
 
 # tokens_per_sample, context_window, max_target_positions
 SHAPES = [(1, 0, 1), (8, 0, 8), (8, 7, 8), (12, 5, 12), (12, 5, 30), (8, 0, 4), (500, 100, 900)]

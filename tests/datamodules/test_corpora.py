@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import corpora
-from datamodules.corpora import Download, resolve_corpus, tokenize, write_python_docs
-from errors import InputError
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules import corpora
+from neighborlm.datamodules.corpora import Download, resolve_corpus, tokenize, write_python_docs
 
 WIKI = {split: f" \n = {split} = \n a <unk> @-@ é \n".encode() for split in corpora.SPLITS}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.dictionary import BOS, EOS, PAD, UNK, Dictionary
-from errors import InputError
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.dictionary import BOS, EOS, PAD, UNK, Dictionary
 
 ORIGINAL = Path(__file__).parents[2] / ".." / "shared" / "parity" / "knnlm"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.graphs import (
+from neighborlm.datamodules.graphs import (
     INTER,
     INTRA_NEIGHBOR,
     INTRA_TOKEN,

@@ -10,11 +10,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from datamodules import lm
-from datamodules.blocks import make_batches
-from datamodules.dictionary import EOS, PAD, UNK, Dictionary
-from datamodules.lm import SPLITS, DealtBatches, LMDataModule
-from errors import InputError
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules import lm
+from neighborlm.datamodules.blocks import make_batches
+from neighborlm.datamodules.corpora import SPLITS
+from neighborlm.datamodules.dictionary import EOS, PAD, UNK, Dictionary
+from neighborlm.datamodules.lm import DealtBatches, LMDataModule
 
 MODES = ["none", "complete", "eos"]
 SHAPES = [  # tokens_per_sample, context_window, max_tokens, max_target_positions

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import adaptive
-from models.adaptive import AdaptiveInput, AdaptiveSoftmax, PlainSoftmax, band_edges
+from neighborlm.models import adaptive
+from neighborlm.models.adaptive import AdaptiveInput, AdaptiveSoftmax, PlainSoftmax, band_edges
 
 VOCAB, WIDTH, CUTOFFS, FACTOR = 23, 8, (5, 12, 19), 2
 

@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from datamodules.dictionary import PAD
-from errors import InputError
-from models import decoder as module
-from models.decoder import Decoder, DecoderLayer, LearnedPositions, SinusoidalPositions, key_layer
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.dictionary import PAD
+from neighborlm.models import decoder as module
+from neighborlm.models.decoder import (
+    Decoder,
+    DecoderLayer,
+    LearnedPositions,
+    SinusoidalPositions,
+    key_layer,
+)
 
 VOCAB, WIDTH, FFN, HEADS, LAYERS = 11, 12, 20, 3, 3
 KEYS = (

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.features import CodeDecoder
-from retrieval.codec import FeatureCodec
+from neighborlm.models.features import CodeDecoder
+from neighborlm.retrieval.neighbors.codec import FeatureCodec
 
 PARITY = Path(__file__).parents[3] / "shared/parity/gnnlm"
 

@@ -8,14 +8,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from callbacks.knn_interpolation import KNNInterpolation
-from datamodules.graphs import NeighborMemory
-from datamodules.lm import LMBatch
-from errors import InputError
-from models.checkpoint import load_model
-from models.gnn_lm import GNNLM, OF_NETWORK
-from models.transformer_lm import TransformerLM
-from retrieval.retriever import FlatRetriever
+from neighborlm.callbacks.knn_interpolation import KNNInterpolation
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.graphs import NeighborMemory
+from neighborlm.datamodules.lm import LMBatch
+from neighborlm.models.gnn_lm import GNNLM, OF_NETWORK
+from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.programs.checkpoints import load_model
+from neighborlm.retrieval.search.retriever import FlatRetriever
 
 VOCAB, WIDTH, LENGTH, ROWS = 30, 16, 9, 50
 LM = {

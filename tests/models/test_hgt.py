@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datamodules.graphs import INTER, INTRA_NEIGHBOR, INTRA_TOKEN, NeighborMemory, hetero_graph
-from models import hgt
-from models.hgt import HGT, HGTLayer
-from models.neighbor_states import NeighborStates
+from neighborlm.datamodules.graphs import (
+    INTER,
+    INTRA_NEIGHBOR,
+    INTRA_TOKEN,
+    NeighborMemory,
+    hetero_graph,
+)
+from neighborlm.models import hgt
+from neighborlm.models.hgt import HGT, HGTLayer
+from neighborlm.models.neighbor_states import NeighborStates
 
 ROWS, WIDTH = 60, 8
 

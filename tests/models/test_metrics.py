@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.metrics import TokenLoss
+from neighborlm.models.metrics import TokenLoss
 
 
 def loss_of(groups) -> dict[str, torch.Tensor]:

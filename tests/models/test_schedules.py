@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from models.schedules import cosine, inverse_sqrt
-from models.transformer_lm import TransformerLM
+from neighborlm.models.schedules import cosine, inverse_sqrt
+from neighborlm.models.transformer_lm import TransformerLM
 
 WARM = {"peak": 0.8, "warmup_updates": 40, "warmup_init": 0.1}
 ANNEAL = {**WARM, "floor": 0.02, "period": 100}

@@ -8,10 +8,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.dictionary import PAD
-from datamodules.lm import LMBatch
-from errors import InputError
-from models.transformer_lm import TransformerLM
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.dictionary import PAD
+from neighborlm.datamodules.lm import LMBatch
+from neighborlm.models.transformer_lm import TransformerLM
 
 VOCAB = 30
 SMALL = {"vocab_size": VOCAB, "width": 8, "ffn_width": 12, "layers": 2, "heads": 2}

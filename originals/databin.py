@@ -1,0 +1,176 @@
+"""fairseq's memory-mapped data-bin, read in place and written.
+
+A split is two files: `<split>.bin`, the ids of all lines one after another, and `<split>.idx`: the
+magic, the version (u64), the code of the ids' type (u8), the number of lines (u64), the length of
+each line (i32) and where each begins in the .bin file, in bytes (i64), all little-endian.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from struct import Struct
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.binarize import TokenStream
+
+MAGIC = b"MMIDIDX\0\0"
+OTHER_MAGIC = b"TNTIDX\0\0"  # of fairseq's older formats, --dataset-impl lazy and cached
+VERSION = 1
+HEADER = Struct("<9sQBQ")  # magic, version, type code, lines
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+FLOAT_CODES = (6, 7)
+UINT16_VOCABULARY = 65500  # from this many words on, fairseq's preprocess writes int32
+TOKENS_AT_ONCE = 1 << 22
+
+
+def is_databin(folder: Path | str) -> bool:
+    """Whether a folder is a language model's data-bin: a dict.txt and at least one split's .idx."""
+    folder = Path(folder)
+    return (folder / "dict.txt").is_file() and any(folder.glob("*.idx"))
+
+
+def open_databin(prefix: Path | str) -> TokenStream:
+    """Maps a split of a data-bin; no id is read, let alone copied.
+
+    Args:
+        prefix: path of the split without `.bin` and `.idx`, such as `data-bin/train`.
+
+    Returns:
+        Its tokens in the type that the file has, and its line starts.
+
+    Raises:
+        InputError: a file is missing, is not of this format, or does not fit the other.
+    """
+    index_path, data_path = _paths(prefix)
+    for path in (index_path, data_path):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected a split of a fairseq data-bin")
+    dtype, lines = _read_header(index_path)
+    sizes_end = HEADER.size + 4 * lines
+    index = np.memmap(index_path, dtype=np.uint8, mode="r")
+    sizes = index[HEADER.size : sizes_end].view("<i4")
+    pointers = index[sizes_end:].view("<i8")
+    line_starts = np.zeros(lines + 1, dtype=np.int64)
+    np.cumsum(sizes, out=line_starts[1:])
+    if lines and (sizes.min() < 0 or (pointers != line_starts[:-1] * dtype.itemsize).any()):
+        raise InputError(
+            f"{index_path}: its pointers do not agree with its line lengths; expected the lines "
+            f"one after another in {data_path.name}"
+        )
+    n_tokens, n_bytes = int(line_starts[-1]), data_path.stat().st_size
+    if n_bytes != n_tokens * dtype.itemsize:
+        raise InputError(
+            f"{data_path}: has {n_bytes} bytes; expected {n_tokens * dtype.itemsize}, for the "
+            f"{n_tokens} tokens of type {dtype.name} in {index_path.name}"
+        )
+    if n_tokens == 0:
+        raise InputError(f"{data_path}: has no tokens; expected at least one")
+    return TokenStream(np.memmap(data_path, dtype=dtype, mode="r"), line_starts)
+
+
+def check_ids(stream: TokenStream, vocab_size: int, name: Path | str) -> None:
+    """Reads all ids once.
+
+    Args:
+        name: of the stream, for the message.
+
+    Raises:
+        InputError: an id is not in the vocabulary.
+    """
+    for tokens in _chunks(stream.tokens):
+        for found in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= found < vocab_size:
+                raise InputError(
+                    f"{name}: has token id {found}; expected 0 to {vocab_size - 1}, the ids of a "
+                    f"dictionary of {vocab_size} symbols"
+                )
+
+
+def write_databin(
+    stream: TokenStream, prefix: Path | str, vocab_size: int, dtype: DTypeLike | None = None
+) -> None:
+    """Writes a split as fairseq's preprocess does, byte for byte.
+
+    Args:
+        prefix: path of the split without `.bin` and `.idx`; its folder is made when missing.
+        vocab_size: of the dictionary, special symbols included.
+        dtype: of the ids; the one that fairseq takes for the vocabulary when None.
+
+    Raises:
+        InputError: the format has no such type, or it cannot hold the ids or the line lengths.
+    """
+    if dtype is None:
+        dtype = np.uint16 if vocab_size < UINT16_VOCABULARY else np.int32
+    dtype = np.dtype(dtype)
+    codes = {np.dtype(name): code for code, name in DTYPES.items()}
+    if dtype not in codes:
+        names = ", ".join(known.name for known in codes)
+        raise InputError(f"{prefix}: found type {dtype.name}; expected one of {names}")
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise InputError(
+            f"{prefix}: found type {dtype.name}; expected one that holds {vocab_size} ids"
+        )
+    check_ids(stream, vocab_size, prefix)
+    sizes = np.diff(stream.line_starts)
+    if sizes.max(initial=0) > np.iinfo(np.int32).max:
+        raise InputError(f"{prefix}: has a line of {sizes.max()} tokens; expected below 2^31")
+    index_path, data_path = _paths(prefix)
+    index_path.parent.mkdir(parents=True, exist_ok=True)
+    with _published(data_path) as making, open(making, "wb") as file:
+        for tokens in _chunks(stream.tokens):
+            file.write(tokens.astype(dtype).tobytes())
+    with _published(index_path) as making, open(making, "wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, codes[dtype], len(sizes)))
+        file.write(sizes.astype("<i4").tobytes())
+        file.write((stream.line_starts[:-1] * dtype.itemsize).astype("<i8").tobytes())
+
+
+def _paths(prefix: Path | str) -> tuple[Path, Path]:
+    """Of the index and the data; a split's name may have dots of its own."""
+    return Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int]:
+    """Type of the ids and number of lines, checked against the length of the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+    if header.startswith(OTHER_MAGIC):
+        raise InputError(
+            f"{path}: is of fairseq's format {OTHER_MAGIC[:6].decode()}; expected "
+            f"{MAGIC[:7].decode()}, which preprocess.py writes under --dataset-impl mmap"
+        )
+    if not header.startswith(MAGIC):
+        raise InputError(f"{path}: begins with {header[:9]!r}; expected {MAGIC!r}")
+    if len(header) < HEADER.size:
+        raise InputError(f"{path}: has {size} bytes; expected a header of {HEADER.size}")
+    _, version, code, lines = HEADER.unpack(header)
+    if version != VERSION:
+        raise InputError(f"{path}: is of version {version}; expected {VERSION}")
+    if code not in DTYPES:
+        kind = "floating-point numbers" if code in FLOAT_CODES else "an unknown type"
+        raise InputError(
+            f"{path}: has type code {code}, {kind}; expected one of {sorted(DTYPES)}, integers"
+        )
+    if size != HEADER.size + 12 * lines:
+        raise InputError(
+            f"{path}: has {size} bytes; expected {HEADER.size + 12 * lines} for {lines} lines"
+        )
+    return np.dtype(DTYPES[code]), lines
+
+
+def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(tokens), TOKENS_AT_ONCE):
+        yield tokens[start : start + TOKENS_AT_ONCE]
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """A name to write under, which becomes `path` when the writing succeeds."""
+    making = path.with_name(f"{path.name}.making")
+    yield making
+    os.replace(making, path)

@@ -1,0 +1,804 @@
+"""Checkpoints of fairseq 0.9's `transformer_lm`, in as a `TransformerLM` and out again; in also
+those of the original GNN-LM, as a `GNNLM`.
+
+    neighborlm convert from_fairseq checkpoint_best.pt lm.ckpt
+    neighborlm convert to_fairseq lm.ckpt checkpoint_best.pt
+
+The hyper-parameters are those that the checkpoint stores. `pieces` pairs the tensors of the two
+sides; reading, checking and writing all follow it. Files are read without running anything they
+hold.
+"""
+
+import ast
+import io
+import os
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from neighborlm.common.errors import InputError
+from neighborlm.models.adaptive import band_edges
+from neighborlm.models.decoder import POSITION_OFFSET
+from neighborlm.models.language_model import LanguageModel
+from neighborlm.models.transformer_lm import TransformerLM
+
+LIGHTNING_KEY = "pytorch-lightning_version"
+LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # files of torch before 1.6
+LEGACY_PICKLES = 4  # the start, the protocol, the system, what was saved
+READ_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
+    *(ValueError, TypeError, LookupError, AttributeError, struct.error),  # of damaged files
+)
+BIAS = "decoder.xl_bias"  # of the logits of a plain softmax, in the original GNN-LM's fairseq
+JUNK = re.compile(r"(.*\.)?(_float_tensor|version)|decoder\.embed_positions\.weights")
+
+# What fairseq assumes of a model for which an argument is not stored (base_lm_architecture).
+DEFAULTS = {
+    "activation_dropout": 0.0,
+    "activation_fn": "relu",
+    "adaptive_input": False,
+    "adaptive_input_cutoff": None,
+    "adaptive_input_factor": 4,
+    "adaptive_softmax_cutoff": None,
+    "adaptive_softmax_dropout": 0.0,
+    "adaptive_softmax_factor": 4,
+    "add_bos_token": False,
+    "attention_dropout": 0.0,
+    "character_embeddings": False,
+    "decoder_attention_heads": 8,
+    "decoder_embed_dim": 512,
+    "decoder_ffn_embed_dim": 2048,
+    "decoder_layers": 6,
+    "decoder_layers_to_keep": None,
+    "decoder_learned_pos": False,
+    "decoder_normalize_before": True,
+    "dropout": 0.1,
+    "layernorm_embedding": False,
+    "max_target_positions": None,
+    "no_decoder_final_norm": False,
+    "no_scale_embedding": False,
+    "no_token_positional_embeddings": False,
+    "share_decoder_input_output_embed": False,
+    "tie_adaptive_proj": False,
+    "tie_adaptive_weights": False,
+    "tokens_per_sample": 1024,
+}
+SAME = {  # ours: fairseq's
+    "width": "decoder_embed_dim",
+    "ffn_width": "decoder_ffn_embed_dim",
+    "layers": "decoder_layers",
+    "heads": "decoder_attention_heads",
+    "adaptive_input_factor": "adaptive_input_factor",
+    "adaptive_softmax_factor": "adaptive_softmax_factor",
+    "activation": "activation_fn",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "softmax_dropout": "adaptive_softmax_dropout",
+}
+UNSUPPORTED = {
+    "add_bos_token": "rows that begin with <s>",
+    "character_embeddings": "word vectors made of characters",
+    "decoder_layers_to_keep": "a selection of the stored layers",
+    "layernorm_embedding": "a layer norm on the embedding",
+    "no_token_positional_embeddings": "a model without position embeddings",
+}
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """Takes the place of fairseq's progress meters, whose values nothing here reads."""
+
+
+SAFE_GLOBALS = [
+    Namespace,
+    *((_Meter, f"fairseq.meters.{name}Meter") for name in ("Average", "Time", "Stopwatch")),
+]
+
+
+def is_fairseq_checkpoint(path: Path | str) -> bool:
+    """Whether a file looks like a fairseq checkpoint: torch wrote it, and it names `args` and
+    `model` but no version of Lightning. Nothing is loaded."""
+    try:
+        strings = _pickled_strings(Path(path))
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return {"args", "model"} <= strings and LIGHTNING_KEY not in strings
+
+
+def _pickled_strings(path: Path) -> set[str]:
+    """Every string in the pickle of a file of torch.save; none if it is not one."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"]
+            return _strings(io.BytesIO(archive.read(names[0])), 1) if names else set()
+    with open(path, "rb") as file:
+        if file.read(len(LEGACY_START)) != LEGACY_START:
+            return set()
+        return _strings(file, LEGACY_PICKLES - 1)
+
+
+def _strings(file: io.BufferedIOBase, pickles: int) -> set[str]:
+    return {
+        argument
+        for _ in range(pickles)
+        for _, argument, _ in pickletools.genops(file)
+        if isinstance(argument, str)
+    }
+
+
+def _read(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
+    """The arguments and the tensors of a fairseq checkpoint."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a fairseq checkpoint")
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            # Mapped, the state of the optimiser is never read.
+            mapped = zipfile.is_zipfile(path)
+            checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    except READ_ERRORS as error:
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden is None:
+            raise InputError(
+                f"{path}: torch cannot read it; expected a fairseq checkpoint"
+            ) from error
+        allowed = ", ".join(g[1] if isinstance(g, tuple) else "Namespace" for g in SAFE_GLOBALS)
+        raise InputError(
+            f"{path}: refused, it holds a {forbidden[1]}; expected tensors, plain Python values "
+            f"and no other objects than {allowed}"
+        ) from None
+    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else []
+    args, model = (checkpoint[k] if k in found else None for k in ("args", "model"))
+    if not isinstance(args, Namespace) or not isinstance(model, Mapping):
+        raise InputError(
+            f"{path}: has the keys {found}; expected args (a Namespace) and model (its tensors) "
+            "among them, as fairseq 0.9 writes them"
+        )
+    return args, {name: value for name, value in model.items() if torch.is_tensor(value)}
+
+
+def _publish(contents: dict[str, Any], path: Path) -> None:
+    """torch.save under a temporary name, then under its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    making = path.with_name(f"{path.name}.making")
+    torch.save(contents, making)
+    os.replace(making, path)
+
+
+# -- hyper-parameters ----------------------------------------------------------------------------
+
+
+def hyper_parameters(
+    args: Namespace, stored: Mapping[str, Tensor], path: Path | str
+) -> dict[str, Any]:
+    """Arguments of `TransformerLM` for a checkpoint.
+
+    fairseq 0.9 always builds pre-norm layers; a stored `decoder_normalize_before` of False is
+    taken at its word all the same, as it comes from a variant of fairseq that allows it.
+
+    Args:
+        args: what the checkpoint stores, of fairseq 0.9 or older.
+        stored: its tensors, under the names of 0.9.
+        path: for messages.
+
+    Raises:
+        InputError: the checkpoint is of a kind that `TransformerLM` is not.
+    """
+    args = _upgrade_args(args)
+    _refuse_unsupported(args, path)
+    input_bands = _cutoffs(args, "adaptive_input_cutoff", path) if args.adaptive_input else []
+    softmax_bands = _cutoffs(args, "adaptive_softmax_cutoff", path)
+    vocab_size = _vocab_size(stored, input_bands, path)
+    _check_bands(input_bands, softmax_bands, vocab_size, stored, path)
+    version = float(stored["decoder.version"][0]) if "decoder.version" in stored else 1.0
+    pre_norm = bool(args.decoder_normalize_before)
+    return {
+        **{ours: getattr(args, theirs) for ours, theirs in SAME.items()},
+        "vocab_size": vocab_size,
+        "adaptive_input_cutoffs": input_bands,
+        "adaptive_softmax_cutoffs": softmax_bands,
+        "tie_weights": bool(
+            args.tie_adaptive_weights if softmax_bands else args.share_decoder_input_output_embed
+        ),
+        "tie_projections": bool(args.tie_adaptive_proj),
+        "output_bias": bool(getattr(args, "add_bias", False)) and not softmax_bands,
+        "max_target_positions": args.max_target_positions or args.tokens_per_sample,
+        "positions": "learned" if args.decoder_learned_pos else "sinusoidal",
+        "pre_norm": pre_norm,
+        "final_norm": pre_norm and not args.no_decoder_final_norm and version > 2,
+        "scale_embedding": not args.no_scale_embedding,
+        **optimisation(args),
+    }
+
+
+def _upgrade_args(args: Namespace) -> Namespace:
+    """Adds what is not stored, and turns older arguments into those of 0.9, as fairseq does."""
+    new = Namespace(**(DEFAULTS | vars(args)))
+    if hasattr(args, "no_tie_adaptive_proj"):
+        new.no_decoder_final_norm = True
+        new.tie_adaptive_proj = new.tie_adaptive_proj or not args.no_tie_adaptive_proj
+    if hasattr(args, "decoder_final_norm"):
+        new.no_decoder_final_norm = not args.decoder_final_norm
+    if not new.activation_dropout:
+        new.activation_dropout = getattr(args, "relu_dropout", 0.0)
+    return new
+
+
+def _refuse_unsupported(args: Namespace, path: Path | str) -> None:
+    for name, what in UNSUPPORTED.items():
+        value = getattr(args, name)
+        if value:
+            raise InputError(
+                f"{path}: {_flag(name)} is {value}, {what}; expected a model without it"
+            )
+    for name in ("decoder_input_dim", "decoder_output_dim"):
+        width = getattr(args, name, args.decoder_embed_dim)
+        if width != args.decoder_embed_dim:
+            raise InputError(
+                f"{path}: {_flag(name)} is {width}; expected --decoder-embed-dim, which is "
+                f"{args.decoder_embed_dim}"
+            )
+    if args.activation_fn not in ("relu", "gelu"):
+        raise InputError(f"{path}: --activation-fn is {args.activation_fn}; expected relu or gelu")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _cutoffs(args: Namespace, name: str, path: Path | str) -> list[int]:
+    """fairseq keeps cutoffs as text, such as "20000,60000"."""
+    value = getattr(args, name)
+    try:
+        found = ast.literal_eval(value) if isinstance(value, str) else value
+        found = () if found is None else found
+        return [int(c) for c in (found if isinstance(found, list | tuple) else [found])]
+    except (ValueError, SyntaxError, TypeError):
+        raise InputError(
+            f"{path}: {_flag(name)} is {value!r}; expected integers between commas"
+        ) from None
+
+
+def _check_bands(
+    input_bands: list[int],
+    softmax_bands: list[int],
+    vocab_size: int,
+    stored: Mapping[str, Tensor],
+    path: Path | str,
+) -> None:
+    for side, bands in (("input", input_bands), ("softmax", softmax_bands)):
+        if bands and min(bands) >= vocab_size:
+            raise InputError(
+                f"{path}: --adaptive-{side}-cutoff is {bands} for {vocab_size} words; expected "
+                "a cutoff below that"
+            )
+    if softmax_bands and "decoder.adaptive_softmax.version" not in stored:
+        raise InputError(
+            f"{path}: has no decoder.adaptive_softmax.version; expected one, as without it the "
+            "adaptive softmax is of a form that fairseq itself has given up"
+        )
+
+
+def _vocab_size(stored: Mapping[str, Tensor], bands: list[int], path: Path | str) -> int:
+    """Rows of the embedding; of an adaptive one, the last band's on top of the last cutoff."""
+    name = f"decoder.embed_tokens.embeddings.{len(bands)}.0.weight"
+    if bands and name not in stored:
+        return bands[-1]  # the last cutoff may be the size of the vocabulary
+    name = name if bands else "decoder.embed_tokens.weight"
+    if name not in stored:
+        raise InputError(f"{path}: has no {name}; expected the embedding of a transformer_lm")
+    return (bands[-1] if bands else 0) + stored[name].shape[0]
+
+
+def optimisation(args: Namespace) -> dict[str, Any]:
+    """What `LanguageModel`s have too of fairseq's optimiser and schedule."""
+    found: dict[str, Any] = {}
+    optimizer = getattr(args, "optimizer", None)
+    if optimizer in ("nag", "adam"):
+        found |= {"optimizer": optimizer, "weight_decay": getattr(args, "weight_decay", 0.0)}
+    if optimizer == "nag":
+        found["momentum"] = getattr(args, "momentum", 0.99)
+    if optimizer == "adam":
+        betas = getattr(args, "adam_betas", "(0.9, 0.999)")
+        found["adam_betas"] = tuple(ast.literal_eval(betas) if isinstance(betas, str) else betas)
+    lr = getattr(args, "lr", None)
+    lr = lr[0] if isinstance(lr, list | tuple) and lr else lr
+    if isinstance(lr, float | int):
+        found |= _schedule(args, float(lr))
+    return found
+
+
+def _schedule(args: Namespace, lr: float) -> dict[str, Any]:
+    warmup = getattr(args, "warmup_updates", None) or 0
+    start = getattr(args, "warmup_init_lr", None)
+    given = start is not None and start >= 0
+    match getattr(args, "lr_scheduler", None):
+        case "cosine":
+            period = getattr(args, "lr_period_updates", -1)
+            if period <= 0:
+                period = max((getattr(args, "max_update", None) or 0) - warmup, 1)
+            return {
+                "schedule": "cosine",
+                "lr": getattr(args, "max_lr", None) or lr,
+                "min_lr": lr,
+                "warmup_updates": warmup,
+                "warmup_init_lr": start if given else lr,
+                "lr_period_updates": round(period),
+                "t_mult": getattr(args, "t_mult", 1.0),
+                "lr_shrink": getattr(args, "lr_shrink", 0.1),
+            }
+        case "inverse_sqrt" | "fixed" as kind:
+            return {
+                "schedule": "constant" if kind == "fixed" else kind,
+                "lr": lr,
+                "warmup_updates": warmup,
+                "warmup_init_lr": start if given else 0.0,
+            }
+    return {}
+
+
+# -- tensors -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that a tensor of fairseq's and one of ours have in common.
+
+    Attributes:
+        theirs: fairseq's name.
+        ours: name in the state dict of our model.
+        their_start: first of the rows in fairseq's tensor.
+        our_start: first of the rows in ours.
+        rows: how many; None for all of ours.
+        transposed: fairseq's tensor is `[columns, rows]`.
+    """
+
+    theirs: str
+    ours: str
+    their_start: int = 0
+    our_start: int = 0
+    rows: int | None = None
+    transposed: bool = False
+
+
+def pieces(hparams: Mapping[str, Any], prefix: str = "") -> list[Piece]:
+    """How the tensors of a checkpoint make those of a `TransformerLM`, in fairseq's order.
+
+    Args:
+        hparams: of the model.
+        prefix: of the names in our state dict, for a model that holds a `TransformerLM`.
+    """
+    found = [*_embedding_pieces(hparams)]
+    for layer in range(hparams["layers"]):
+        found += _layer_pieces(layer, hparams["width"])
+    if hparams["final_norm"]:
+        found += pair("decoder.layer_norm", "decoder.final_norm")
+    found += softmax_pieces(hparams)
+    return [replace(piece, ours=prefix + piece.ours) for piece in found]
+
+
+def pair(theirs: str, ours: str) -> list[Piece]:
+    """The weight and the bias of a module, all of them."""
+    return [Piece(f"{theirs}.{part}", f"{ours}.{part}") for part in ("weight", "bias")]
+
+
+def _embedding_pieces(hparams: Mapping[str, Any]) -> Iterator[Piece]:
+    theirs, ours = "decoder.embed_tokens", "decoder.embedding"
+    if not hparams["adaptive_input_cutoffs"]:
+        yield Piece(f"{theirs}.weight", f"{ours}.weight")
+    else:
+        for i in range(_bands(hparams, "input")):
+            yield Piece(f"{theirs}.embeddings.{i}.0.weight", f"{ours}.embeddings.{i}.weight")
+            yield Piece(f"{theirs}.embeddings.{i}.1.weight", f"{ours}.projections.{i}.weight")
+    if hparams["positions"] == "learned":
+        yield Piece(
+            "decoder.embed_positions.weight",
+            "decoder.positions.weight",
+            their_start=POSITION_OFFSET,
+        )
+
+
+def _layer_pieces(layer: int, width: int) -> Iterator[Piece]:
+    name = f"decoder.layers.{layer}"
+    for order, projection in ((1, "k"), (2, "v"), (0, "q")):
+        for part in ("weight", "bias"):
+            yield Piece(
+                f"{name}.self_attn.{projection}_proj.{part}",
+                f"{name}.qkv.{part}",
+                our_start=order * width,
+                rows=width,
+            )
+    yield from pair(f"{name}.self_attn.out_proj", f"{name}.attention_out")
+    yield from pair(f"{name}.self_attn_layer_norm", f"{name}.attention_norm")
+    yield from pair(f"{name}.fc1", f"{name}.fc1")
+    yield from pair(f"{name}.fc2", f"{name}.fc2")
+    yield from pair(f"{name}.final_layer_norm", f"{name}.ffn_norm")
+
+
+def softmax_pieces(hparams: Mapping[str, Any]) -> Iterator[Piece]:
+    """How those of the output softmax make `softmax`.
+
+    Args:
+        hparams: vocab_size, adaptive_softmax_cutoffs, tie_weights, tie_projections and output_bias
+            of the model.
+    """
+    tied = hparams["tie_weights"]
+    if not hparams["adaptive_softmax_cutoffs"]:
+        yield Piece(
+            "decoder.embed_tokens.weight" if tied else "decoder.embed_out", "softmax.weight"
+        )
+        if hparams["output_bias"]:
+            yield Piece(BIAS, "softmax.bias")
+        return
+    name = "decoder.adaptive_softmax"
+    if tied:
+        yield Piece(f"{name}.head.word_proj.weight", "softmax.words.0")
+        yield Piece(f"{name}.head.class_proj.weight", "softmax.classes")
+    else:
+        first = min(hparams["adaptive_softmax_cutoffs"])
+        yield Piece(f"{name}.head.weight", "softmax.words.0")
+        yield Piece(f"{name}.head.weight", "softmax.classes", their_start=first)
+    for i in range(_bands(hparams, "softmax") - 1):
+        yield Piece(
+            f"{name}.tail.{i}.0.weight",
+            f"softmax.down.{i}",
+            transposed=not (tied and hparams["tie_projections"]),
+        )
+        yield Piece(f"{name}.tail.{i}.2.weight", f"softmax.words.{i + 1}")
+
+
+def _bands(hparams: Mapping[str, Any], side: str) -> int:
+    return len(band_edges(hparams[f"adaptive_{side}_cutoffs"], hparams["vocab_size"])) - 1
+
+
+def modern_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of fairseq 0.9: those of older versions are renamed and fused
+    projections split; the output projection of later versions is renamed too, or left out where
+    it is the embedding."""
+    found: dict[str, Tensor] = {}
+    norms = {"0": "self_attn_layer_norm", "2": "final_layer_norm"}
+    for name, tensor in model.items():
+        if fused := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", name):
+            for projection, part in zip("qkv", tensor.chunk(3), strict=False):
+                found[f"{fused[1]}.{projection}_proj.{fused[2]}"] = part
+        elif norm := re.fullmatch(r"(.*)\.layer_norms\.([02])\.(weight|bias)", name):
+            found[f"{norm[1]}.{norms[norm[2]]}.{norm[3]}"] = tensor
+        elif name == "decoder.output_projection.weight":
+            embedding = model.get("decoder.embed_tokens.weight")
+            if embedding is None or not torch.equal(tensor, embedding):
+                found["decoder.embed_out"] = tensor
+        else:
+            found[name] = tensor
+    return found
+
+
+def _their_shapes(found: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of fairseq's tensors, from ours."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for piece in found:
+        rows, *columns = ours[piece.ours].shape
+        end = piece.their_start + (piece.rows or rows)
+        if piece.transposed:
+            shapes[piece.theirs] = (*columns, end)
+        else:
+            shapes[piece.theirs] = (max(end, shapes.get(piece.theirs, (0,))[0]), *columns)
+    return shapes
+
+
+def check_tensors(
+    found: list[Piece],
+    ours: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    path: Path | str,
+    besides: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Whether a checkpoint has every tensor that it should, in its shape, and no other.
+
+    Args:
+        found: how its tensors make ours.
+        ours: state dict of our model.
+        stored: its tensors.
+        path: for messages.
+        besides: shapes of further tensors that it should have.
+
+    Raises:
+        InputError: lists all that are missing, unexpected or misshapen.
+    """
+    shapes = _their_shapes(found, ours) | dict(besides or {})
+    known = {name for name in stored if not JUNK.fullmatch(name)}
+    problems = [
+        *(f"{name} is missing" for name in shapes if name not in known),
+        *(f"{name} is unexpected" for name in stored if name in known - shapes.keys()),
+        *(
+            f"{name} is {list(stored[name].shape)} instead of {list(shape)}"
+            for name, shape in shapes.items()
+            if name in known and tuple(stored[name].shape) != shape
+        ),
+    ]
+    if problems:
+        raise InputError(
+            f"{path}: expected the tensors that its arguments describe; found that "
+            + ", ".join(problems)
+        )
+
+
+def our_state(
+    found: list[Piece], ours: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A state dict of ours, in fp32, from the tensors of a checkpoint."""
+    state = {p.ours: torch.empty(ours[p.ours].shape, dtype=torch.float32) for p in found}
+    for piece in found:
+        source = stored[piece.theirs]
+        target = state[piece.ours]
+        rows = piece.rows or target.shape[0]
+        source = source.t() if piece.transposed else source
+        source = source[piece.their_start : piece.their_start + rows]
+        target[piece.our_start : piece.our_start + rows] = source
+    return state
+
+
+def _check_ties(model: LanguageModel, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """A file may hold what is one parameter here as two tensors: they must be the same."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if not torch.equal(state[name], state[other]):
+            raise InputError(
+                f"{path}: its arguments tie input and output, but the tensors of {other} and "
+                f"{name} differ; expected the same values"
+            )
+
+
+def take_tensors(
+    model: LanguageModel,
+    found: list[Piece],
+    stored: Mapping[str, Tensor],
+    path: Path | str,
+    besides: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Gives a model the weights of a checkpoint.
+
+    Args:
+        found: how its tensors make those of the model.
+        stored: its tensors.
+        path: for messages.
+        besides: shapes of tensors that it has too, and that are no weights of the model.
+
+    Raises:
+        InputError: lists all tensors that do not fit; or those that should be the same differ.
+    """
+    ours = model.state_dict()
+    check_tensors(found, ours, stored, path, besides)
+    state = our_state(found, ours, stored)
+    _check_ties(model, state, path)
+    model.load_state_dict(state)
+
+
+def load_fairseq_checkpoint(path: Path | str) -> LanguageModel:
+    """Builds the model that a fairseq checkpoint describes, with its weights in fp32: a
+    `TransformerLM`, or of the original GNN-LM's a `GNNLM`.
+
+    Raises:
+        InputError: the file cannot be read, holds objects that are not allowed, is of a kind of
+            model that ours are not, or its tensors do not fit its arguments.
+    """
+    args, stored = _read(Path(path))
+    stored = modern_names(stored)
+    settings = hyper_parameters(args, stored, path)
+    if settings["adaptive_softmax_cutoffs"]:
+        stored.pop(BIAS, None)  # which an adaptive softmax does not add
+    if getattr(args, "graph_layer", 0):
+        from neighborlm.originals.fairseq_gnn import gnn_lm  # which builds on this file
+
+        return gnn_lm(args, stored, settings, path)
+    model = TransformerLM(**settings)
+    take_tensors(model, pieces(model.hparams), stored, path)
+    return model
+
+
+# -- the way out ---------------------------------------------------------------------------------
+
+
+def export_state_dict(model: TransformerLM) -> dict[str, Tensor]:
+    """The model's tensors under fairseq's names and in its layout; tied ones share storage."""
+    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    found = pieces(model.hparams)
+    theirs: dict[str, Tensor] = {"decoder.version": torch.tensor([3.0])}
+    for name, shape in _their_shapes(found, ours).items():
+        parts = [p for p in found if p.theirs == name]
+        tensor = ours[parts[0].ours]
+        if tensor.shape != shape or parts[0].transposed:
+            tensor = tensor.new_zeros(shape)
+            for part in parts:
+                _copy_out(part, ours[part.ours], tensor)
+        theirs[name] = tensor
+    h = model.hparams
+    if h.adaptive_input_cutoffs:
+        theirs["decoder.embed_tokens._float_tensor"] = torch.zeros(1)
+    if h.positions == "sinusoidal":
+        theirs["decoder.embed_positions._float_tensor"] = torch.zeros(1)
+    if h.adaptive_softmax_cutoffs:
+        theirs["decoder.adaptive_softmax.version"] = torch.tensor([1])
+        if h.tie_weights:
+            theirs["decoder.adaptive_softmax.head._float_tensor"] = torch.zeros(1)
+    return theirs
+
+
+def _copy_out(piece: Piece, ours: Tensor, theirs: Tensor) -> None:
+    rows = piece.rows or ours.shape[0]
+    part = ours[piece.our_start : piece.our_start + rows]
+    target = theirs.t() if piece.transposed else theirs
+    target[piece.their_start : piece.their_start + rows] = part
+
+
+def export_args(model: TransformerLM) -> Namespace:
+    """The arguments that fairseq needs to build, train and evaluate the model.
+
+    `tokens_per_sample`, which `TransformerLM` does not know, is its longest row.
+
+    Raises:
+        InputError: a post-norm model or one with a bias on its logits, which fairseq's
+            transformer_lm cannot be.
+    """
+    h = model.hparams
+    if not h.pre_norm:
+        raise InputError(
+            "--model.pre_norm is false; expected true, as fairseq's transformer_lm builds "
+            "pre-norm layers whatever its arguments say"
+        )
+    if h.output_bias:
+        raise InputError(
+            "--model.output_bias is true; expected false, as fairseq's transformer_lm adds no bias "
+            "to its logits"
+        )
+    adaptive = bool(h.adaptive_softmax_cutoffs)
+    new = DEFAULTS | {theirs: h[ours] for ours, theirs in SAME.items()}
+    new |= {
+        "adaptive_input": bool(h.adaptive_input_cutoffs),
+        "adaptive_input_cutoff": _as_text(h.adaptive_input_cutoffs),
+        "adaptive_softmax_cutoff": _as_text(h.adaptive_softmax_cutoffs),
+        "arch": "transformer_lm",
+        "criterion": "adaptive_loss" if adaptive else "cross_entropy",
+        "data": "data-bin",
+        "decoder_input_dim": h.width,
+        "decoder_layerdrop": 0,
+        "decoder_learned_pos": h.positions == "learned",
+        "decoder_output_dim": h.width,
+        "future_target": False,
+        "knn_keytype": None,
+        "max_target_positions": h.max_target_positions,
+        "no_decoder_final_norm": not h.final_norm,
+        "no_scale_embedding": not h.scale_embedding,
+        "output_dictionary_size": -1,
+        "past_target": False,
+        "sample_break_mode": "none",
+        "self_target": False,
+        "share_decoder_input_output_embed": h.tie_weights and not adaptive,
+        "task": "language_modeling",
+        "tie_adaptive_proj": h.tie_weights and h.tie_projections and adaptive,
+        "tie_adaptive_weights": h.tie_weights and adaptive,
+        "tokens_per_sample": h.max_target_positions,
+        "truncate_sequence": False,
+    }
+    return Namespace(**new, **_exported_optimisation(h))
+
+
+def _as_text(cutoffs: list[int]) -> str | None:
+    return ",".join(map(str, cutoffs)) or None
+
+
+def _exported_optimisation(h: Mapping[str, Any]) -> dict[str, Any]:
+    own = {
+        "nag": {"momentum": h["momentum"]},
+        "adam": {"adam_betas": str(tuple(h["adam_betas"])), "adam_eps": 1e-8},
+    }
+    schedules = {
+        "cosine": {
+            "lr": [h["min_lr"]],
+            "max_lr": h["lr"],
+            "lr_period_updates": float(h["lr_period_updates"]),
+            "t_mult": h["t_mult"],
+            "lr_shrink": h["lr_shrink"],
+        },
+        "inverse_sqrt": {"lr": [h["lr"]]},
+        "constant": {"lr": [h["lr"]]},
+    }
+    return {
+        "optimizer": h["optimizer"],
+        "weight_decay": h["weight_decay"],
+        "lr_scheduler": "fixed" if h["schedule"] == "constant" else h["schedule"],
+        "warmup_updates": h["warmup_updates"],
+        "warmup_init_lr": h["warmup_init_lr"],
+        **own[h["optimizer"]],
+        **schedules[h["schedule"]],
+    }
+
+
+# -- files ---------------------------------------------------------------------------------
+
+
+def convert(checkpoint: Path, output: Path) -> None:
+    """Makes a Lightning checkpoint of a fairseq checkpoint.
+
+    Args:
+        checkpoint: of fairseq 0.9 or older, or of the original GNN-LM, such as
+            checkpoint_best.pt.
+        output: the Lightning checkpoint to write.
+    """
+    model = load_fairseq_checkpoint(checkpoint)
+    contents = {
+        "epoch": 0,
+        "global_step": 0,
+        LIGHTNING_KEY: pl.__version__,
+        "state_dict": model.state_dict(),
+        model.CHECKPOINT_HYPER_PARAMS_NAME: "kwargs",
+        model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams),
+    }
+    if not isinstance(model, TransformerLM):
+        # Neither the LM's datastores nor the neighbours' features are known.
+        contents |= {"lm_fingerprint": None, "neighbors": None}
+        if model.code_decoder is not None:
+            print(
+                f"{output}: is without the quantiser of {checkpoint}, as a codec lies beside the "
+                "codes that it makes and not in a model"
+            )
+    _publish(contents, output)
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    """Makes a fairseq checkpoint, without the state of the optimiser, of a Lightning checkpoint.
+
+    Args:
+        checkpoint: of a TransformerLM.
+        output: the fairseq checkpoint to write.
+    """
+    model = _load_lightning_checkpoint(checkpoint)
+    args = export_args(model)
+    history = {
+        "criterion_name": {"adaptive_loss": "AdaptiveLoss"}.get(
+            args.criterion, "CrossEntropyCriterion"
+        ),
+        "optimizer_name": {"nag": "FairseqNAG", "adam": "FairseqAdam"}[args.optimizer],
+        "lr_scheduler_state": {"best": None},
+        "num_updates": 0,
+    }
+    iterator = {"epoch": 1, "iterations_in_epoch": 0, "shuffle": True}
+    contents = {
+        "args": args,
+        "model": OrderedDict(export_state_dict(model)),
+        "optimizer_history": [history],
+        "extra_state": {"train_iterator": iterator, "val_loss": None},
+        "last_optimizer_state": None,
+    }
+    _publish(contents, output)
+
+
+def _load_lightning_checkpoint(path: Path) -> TransformerLM:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a checkpoint of a TransformerLM")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        of_gnn_lm = "lm" in checkpoint["hyper_parameters"]
+        if not of_gnn_lm:
+            model = TransformerLM(**checkpoint["hyper_parameters"])
+            model.load_state_dict(checkpoint["state_dict"])
+            return model
+    except READ_ERRORS:
+        raise InputError(f"{path}: expected a Lightning checkpoint of a TransformerLM") from None
+    raise InputError(
+        f"{path}: holds a GNNLM; expected a TransformerLM, all that fairseq itself has"
+    )

@@ -1,0 +1,176 @@
+"""Checkpoints of the original GNN-LM (Meng et al., ICLR 2022), a fork of fairseq 0.9, in as a
+`GNNLM`.
+
+They are a `transformer_lm`'s with a graph network beside the decoder and, where its neighbours come
+as codes, their quantiser. `originals.fairseq` reads the files and the LM in them and hands over
+here.
+"""
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neighborlm.common.errors import InputError
+from neighborlm.models.features import CodeDecoder
+from neighborlm.models.gnn_lm import GNNLM
+from neighborlm.models.hgt import NODE_TYPES, RELATIONS
+from neighborlm.originals.fairseq import (
+    Piece,
+    optimisation,
+    pair,
+    pieces,
+    softmax_pieces,
+    take_tensors,
+)
+
+NETWORK = "decoder.hgt_decoder"
+QUANTIZER = "decoder.tgt_quantizer"
+PROJECTIONS = {"key": "k", "query": "q", "value": "v", "output": "a"}  # ours: theirs
+OF_RELATIONS = {"prior": "pri", "attention": "att", "message": "msg"}
+CODEC_ARRAYS = {"centroids": "centroids_torch", "A": "A", "b": "b"}
+
+# What the fork assumes of an argument that is not stored.
+DEFAULTS = {
+    "decoder_gcn_dim": 1024,
+    "intra_context": 0,
+    "orig_prob_ratio": 0.0,
+    "quantizer_path": "",
+    "short_cut": False,
+}
+# Gates without effect, biases that add the same to all scores of a softmax, and tables that serve
+# to compare codes.
+UNUSED = re.compile(
+    r"decoder\.hgt_decoder\.gcs\.\d+\.(skip|k_linears\.[01]\.bias)"
+    r"|decoder\.tgt_quantizer\.(norm2_centroids_torch|sdc_table_torch)"
+)
+
+
+def gnn_lm(
+    args: Namespace, stored: Mapping[str, Tensor], lm: Mapping[str, Any], path: Path | str
+) -> GNNLM:
+    """The model that a checkpoint with a graph network describes: its weights in fp32, and what
+    decodes its neighbours' codes. Which features these had in training, the file does not say.
+
+    Args:
+        args: what the checkpoint stores.
+        stored: its tensors, under the names of fairseq 0.9.
+        lm: settings of its LM.
+        path: for messages.
+
+    Raises:
+        InputError: it is a model that `GNNLM` is not, or its tensors do not fit its arguments.
+    """
+    args = Namespace(**(DEFAULTS | vars(args)))
+    try:
+        model = GNNLM(**_settings(args, lm, path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    stored = used(stored)
+    codec = _codec_shapes(args, stored, lm["width"])
+    take_tensors(model, gnn_pieces(model.hparams), stored, path, besides=codec)
+    if codec:
+        names = {ours: f"{QUANTIZER}.{theirs}" for ours, theirs in CODEC_ARRAYS.items()}
+        model.code_decoder = CodeDecoder(
+            {ours: stored[name].float().numpy() for ours, name in names.items() if name in codec}
+        )
+    return model
+
+
+def _settings(args: Namespace, lm: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """Arguments of `GNNLM`. Nothing is unfrozen: which parts a further training changes is that
+    training's choice."""
+    if args.short_cut:
+        raise InputError(
+            "--short-cut is True, a graph network that is passed by; expected a model without it"
+        )
+    return {
+        "vocab_size": lm["vocab_size"],
+        "lm": dict(lm),
+        "layers": args.graph_layer,
+        "width": args.decoder_gcn_dim,
+        "heads": lm["heads"],
+        "dropout": lm["dropout"],
+        "attention_dropout": lm["attention_dropout"],
+        "intra_context": args.intra_context or None,  # theirs is 0 for all tokens before it
+        "lm_ratio": args.orig_prob_ratio,
+        **optimisation(args),
+    }
+
+
+def used(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that matter; those of the relations one by one, `NAME[0]` and
+    `NAME[1]`, as `network_pieces` names them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        empty = name.startswith(f"{QUANTIZER}.") and tensor.numel() == 0
+        if UNUSED.fullmatch(name) or empty:
+            continue
+        if re.fullmatch(r".*\.relation_(pri|att|msg)", name) and tensor.ndim:
+            found |= {f"{name}[{e}]": part for e, part in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
+
+
+def gnn_pieces(hparams: Mapping[str, Any]) -> list[Piece]:
+    """How the tensors of a checkpoint make those of a `GNNLM`; see `originals.fairseq.pieces`.
+
+    Args:
+        hparams: of the model.
+    """
+    lm, width = hparams["lm"], hparams["width"]
+    found = pieces(lm, "lm.")
+    found += softmax_pieces(lm)  # which the state has twice
+    return found + network_pieces(hparams["layers"], width != lm["width"], "network.")
+
+
+def network_pieces(layers: int, adapts: bool, prefix: str = "") -> list[Piece]:
+    """How those of the graph network make an `HGT`.
+
+    Args:
+        layers: of the network.
+        adapts: whether its states have another width than the features.
+        prefix: of the names in our state dict, for a model that holds an `HGT`.
+    """
+    found: list[Piece] = []
+    for layer in range(layers):
+        found += _layer_pieces(f"{NETWORK}.gcs.{layer}", f"{prefix}layers.{layer}")
+    if adapts:
+        for t, node_type in enumerate(NODE_TYPES):
+            found += pair(f"{NETWORK}.adapt_ws.{t}", f"{prefix}adapt.{node_type}")
+        found += pair(f"{NETWORK}.out", f"{prefix}out")
+    return found
+
+
+def _layer_pieces(theirs: str, ours: str) -> list[Piece]:
+    found: list[Piece] = []
+    for t, node_type in enumerate(NODE_TYPES):
+        for name, letter in PROJECTIONS.items():
+            both = pair(f"{theirs}.{letter}_linears.{t}", f"{ours}.{name}.{node_type}")
+            found += both[:1] if name == "key" else both
+        found += pair(f"{theirs}.norms.{t}", f"{ours}.norm.{node_type}")
+    for e, relation in enumerate(RELATIONS):
+        for name, short in OF_RELATIONS.items():
+            found.append(Piece(f"{theirs}.relation_{short}[{e}]", f"{ours}.{name}.{relation}"))
+    return found
+
+
+def _codec_shapes(
+    args: Namespace, stored: Mapping[str, Tensor], width: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes that the quantiser's tensors should have: none without one; its number of bytes and,
+    with a transform before it, its width are its own."""
+    centroids, matrix, bias = (f"{QUANTIZER}.{theirs}" for theirs in CODEC_ARRAYS.values())
+    if not args.quantizer_path and not any(name in stored for name in (centroids, matrix, bias)):
+        return {}
+    found = stored.get(centroids, torch.empty(0))
+    parts, _, part_width = found.shape if found.ndim == 3 else (1, 256, width)
+    if matrix not in stored and bias not in stored:
+        return {centroids: (parts, 256, width // parts)}
+    shapes = {centroids: (parts, 256, part_width), matrix: (parts * part_width, width)}
+    return shapes | ({bias: (parts * part_width,)} if bias in stored else {})

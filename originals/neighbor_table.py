@@ -1,0 +1,102 @@
+"""Neighbour tables of the original GNN-LM, used in place: raw maps without a header."""
+
+import math
+import os
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from neighborlm.common.errors import InputError
+from neighborlm.common.progress import Report
+from neighborlm.retrieval.neighbors.tables import (
+    FIELDS,
+    KIND,
+    VERSION,
+    NeighborTable,
+)
+from neighborlm.retrieval.store.arrays import data_offset
+from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
+
+ROWS_AT_ONCE = 8192
+"""Rows that are checked at a time."""
+
+
+def imported_path(queries: Datastore, k: int | Literal["*"]) -> Path:
+    """Where the manifest of the original program's table of a split is; `*` for any k."""
+    return queries.path / f"neighbors-k{k}-imported.json"
+
+
+def open_imported(queries: Datastore, memory: Datastore, k: int) -> NeighborTable:
+    """Opens the smallest table that `import_table` took over and that has at least k neighbours.
+
+    Raises:
+        InputError: none was, or of other datastores.
+    """
+    paths = queries.path.glob(imported_path(queries, "*").name)
+    found = {read_manifest(path, KIND, VERSION, FIELDS)["k"]: path for path in paths}
+    enough = [size for size in found if size >= k]
+    if not enough:
+        raise InputError(
+            f"{queries.path}: has imported tables of {sorted(found)} neighbours; expected one of "
+            f"{k} or more, which neighborlm neighbors takes over"
+        )
+    table = NeighborTable.open(found[min(enough)])
+    fingerprints = {"queries": queries.fingerprint, "memory": memory.fingerprint}
+    refuse_mismatch(table.path, table.manifest, fingerprints)
+    return table
+
+
+def import_table(
+    path: Path,
+    k: int,
+    queries: Datastore,
+    memory: Datastore,
+    report: Report = lambda *_: None,
+) -> NeighborTable:
+    """Takes over a raw table of the original program, in place: int64 `[N, k]` without a header.
+
+    Args:
+        path: its `neighbors.mmap.<k>`.
+        k: neighbours a token.
+        queries: datastore of the split; the manifest is written there.
+        memory: datastore whose rows the table holds.
+        report: see `NeighborSearch.run`.
+
+    Raises:
+        InputError: missing, of another size, or with rows that the memory does not have.
+    """
+    shape, dtype = (len(queries), k), np.dtype(np.int64)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected the original program's neighbours")
+    offset = data_offset(path, math.prod(shape) * dtype.itemsize, f"{dtype} {list(shape)}")
+    raw = {"path": os.path.relpath(path, queries.path), "offset": offset}
+    rows = np.memmap(path, dtype, "r", offset, shape)
+    _check_rows(path, rows, memory, report)
+    sample = rows[np.unique(np.linspace(0, len(rows) - 1, 256).astype(np.int64))]
+    identity = {
+        "k": k,
+        "rows": len(queries),
+        "queries": queries.fingerprint,
+        "memory": memory.fingerprint,
+        "content": blake2b(sample.tobytes(), digest_size=8).hexdigest(),
+    }
+    manifest = imported_path(queries, k)
+    fields = {**identity, "dtype": dtype.name, "distances": False, "raw": raw, "complete": True}
+    write_manifest(manifest, KIND, VERSION, fields)
+    return NeighborTable.open(manifest)
+
+
+def _check_rows(path: Path, rows: np.ndarray, memory: Datastore, report: Report) -> None:
+    """Refuses a table int64 `[N, k]` with a row that the memory does not have."""
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        block = rows[first : first + ROWS_AT_ONCE]
+        last, lowest, highest = first + len(block), block.min(), block.max()
+        if lowest < -1 or highest >= len(memory):
+            raise InputError(
+                f"{path}: holds rows from {lowest} to {highest} for tokens {first} to {last - 1}; "
+                f"expected -1 or below the {len(memory)} of {memory.path}"
+            )
+        report("checking", last, len(rows))

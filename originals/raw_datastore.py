@@ -1,0 +1,137 @@
+"""Datastores of the original programs, used in place: nothing is copied.
+
+kNN-LM leaves `PREFIX_keys.npy` and `PREFIX_vals.npy`, raw memory maps without a header; GNN-LM a
+directory with `keys.npy`, `vals.npy` (raw too) and `info.json`. A manifest that points at them
+makes a `Datastore` of either.
+"""
+
+import json
+import os
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.store.arrays import data_offset, header_bytes
+from neighborlm.retrieval.store.datastore import BLOCK_BYTES, DTYPES, KIND, VERSION, Datastore
+from neighborlm.retrieval.store.manifest import write_manifest
+
+VALUE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+def is_raw(path: Path) -> bool:
+    """Whether a path is the prefix of raw maps, or a directory with an info.json."""
+    return Path(f"{path}_keys.npy").is_file() or (path / "info.json").is_file()
+
+
+def import_datastore(
+    source: Path,
+    output: Path,
+    size: int | None = None,
+    dim: int | None = None,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+) -> Datastore:
+    """Writes a manifest for raw maps into `output` and opens it as a datastore.
+
+    Rows of zeros at the end, which the original leaves when it wrote fewer keys than it made room
+    for, are masked.
+
+    Args:
+        source: prefix of `_keys.npy` and `_vals.npy`, or a directory with an info.json.
+        output: directory for the manifest.
+        size: number of rows N; from info.json where there is one.
+        dim: width of the keys d; likewise.
+        dtype: fp16 or fp32 keys; likewise, and otherwise what fits the size of the file.
+        vocab_size: of the dictionary, to check the values against.
+
+    Raises:
+        InputError: a file's size or a value does not fit.
+    """
+    keys_path, values_path = Path(f"{source}_keys.npy"), Path(f"{source}_vals.npy")
+    if (source / "info.json").is_file():
+        info = json.loads((source / "info.json").read_text())
+        keys_path, values_path = source / "keys.npy", source / "vals.npy"
+        size, dim = info["dstore_size"], info["hidden_size"]
+        dtype = "fp16" if info.get("dstore_fp16") else "fp32"
+        vocab_size = vocab_size or info.get("vocab_size")
+    for path in (keys_path, values_path):
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file; expected the datastore of the original program"
+            )
+    if size is None or dim is None:
+        raise InputError(f"{keys_path}: is a raw map; give its --knn.size and --knn.dim")
+    dtype = dtype or _key_type(keys_path, size, dim)
+    offset = data_offset(keys_path, size * dim * DTYPES[dtype].itemsize, f"{dtype} [{size}, {dim}]")
+    value_dtype, value_offset = _value_type(values_path, size)
+    values = np.memmap(values_path, value_dtype, "r", value_offset, (size,))
+    _check_values(values, values_path, vocab_size)
+    keys = np.memmap(keys_path, DTYPES[dtype], "r", offset, (size, dim))
+    zeros = _trailing_zero_rows(keys)
+    output.mkdir(parents=True, exist_ok=True)
+    np.save(output / "masked.npy", np.arange(size - zeros, size))
+    fields = {
+        "rows": size,
+        "dim": dim,
+        "dtype": dtype,
+        "value_dtype": np.dtype(value_dtype).name,
+        "vocab_size": vocab_size,
+        "masked": zeros,
+        "made_from": {"content": _sampled_content(keys, values)},
+        "raw": {
+            "keys": {"path": os.path.relpath(keys_path, output), "offset": offset},
+            "values": {"path": os.path.relpath(values_path, output), "offset": value_offset},
+        },
+        "complete": True,
+    }
+    write_manifest(output / "manifest.json", KIND, VERSION, fields)
+    return Datastore.open(output)
+
+
+def _key_type(path: Path, size: int, dim: int) -> str:
+    """fp16 or fp32, whichever the file's size is nearer to."""
+    return "fp16" if path.stat().st_size / (size * dim) < 3 else "fp32"
+
+
+def _value_type(path: Path, size: int) -> tuple[type, int]:
+    """The integer type that fits the file's size, and where the data begin."""
+    found = path.stat().st_size - header_bytes(path)
+    value_type = VALUE_TYPES.get(found // size, np.int64)
+    expected = size * np.dtype(value_type).itemsize
+    return value_type, data_offset(path, expected, f"{np.dtype(value_type).name} [{size}]")
+
+
+def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> None:
+    lowest, highest = int(values.min()), int(values.max())
+    wraps = values.dtype == np.int16 and vocab_size is not None and vocab_size > 1 << 15
+    if lowest < 0 or wraps:
+        raise InputError(
+            f"{path}: holds {values.dtype} values from {lowest} to {highest}: a vocabulary above "
+            "32767 has wrapped in it, and which tokens they were cannot be told; dump it again"
+        )
+    if vocab_size is not None and highest >= vocab_size:
+        raise InputError(
+            f"{path}: holds the value {highest}, but the dictionary has only {vocab_size} symbols"
+        )
+
+
+def _sampled_content(keys: np.ndarray, values: np.ndarray) -> str:
+    """A hash of 256 rows spread over the store: tells one raw store from another."""
+    rows = np.unique(np.linspace(0, len(keys) - 1, 256).astype(np.int64))
+    digest = blake2b(keys[rows].tobytes(), digest_size=8)
+    digest.update(values[rows].tobytes())
+    return digest.hexdigest()
+
+
+def _trailing_zero_rows(keys: np.ndarray) -> int:
+    step = max(BLOCK_BYTES // (keys.shape[1] * keys.dtype.itemsize), 1)
+    zeros = 0
+    while zeros < len(keys):
+        block = keys[max(len(keys) - zeros - step, 0) : len(keys) - zeros]
+        filled = np.flatnonzero(block.any(axis=1))
+        if len(filled):
+            return zeros + len(block) - 1 - int(filled[-1])
+        zeros += len(block)
+    return zeros

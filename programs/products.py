@@ -1,0 +1,478 @@
+"""What the programs make of a model and a corpus, once, and find again: datastores, their indexes,
+and for the graph network neighbour tables and codes.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pytorch_lightning import Callback
+
+from neighborlm.callbacks.datastore_writer import DatastoreWriter
+from neighborlm.callbacks.index_builder import IndexBuilder
+from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
+from neighborlm.callbacks.throughput import Throughput
+from neighborlm.common.errors import InputError
+from neighborlm.common.progress import progress_bars
+from neighborlm.datamodules.graphs import NeighborMemory
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.features import CodeDecoder
+from neighborlm.models.gnn_lm import GNNLM
+from neighborlm.models.language_model import LanguageModel
+from neighborlm.originals.neighbor_table import open_imported
+from neighborlm.originals.raw_datastore import import_datastore, is_raw
+from neighborlm.programs.checkpoints import model_fingerprint
+from neighborlm.programs.cli import ProgramCLI
+from neighborlm.programs.settings import KNNSettings, NeighborSettings
+from neighborlm.retrieval.cluster.exchange import Exchange, ExchangedArray, share_files
+from neighborlm.retrieval.neighbors.codec import (
+    IMPORTED,
+    Codes,
+    build_codec,
+    build_codes,
+    check_codec,
+    codec_files,
+    has_codes,
+    open_codes,
+)
+from neighborlm.retrieval.neighbors.tables import NeighborTable
+from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.index import NOT_BUILT, is_path, make_index, resolve
+from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.manifest import refuse_mismatch
+from neighborlm.retrieval.store.sharded_builder import new_datastore
+from neighborlm.retrieval.store.shards import ShardedArray, shard_name
+
+Rows = np.ndarray | ShardedArray
+"""Arrays by rows of a datastore."""
+
+
+class Products:
+    """The datastores of one model's keys and their indexes.
+
+    Args:
+        cli: the parsed command line.
+        data: the corpus.
+        model: whose keys they hold.
+        knn: which keys, and how they are indexed.
+        root: folder of the datastores; by default datastores/<corpus>.
+        fingerprint: of the model that made them; by default that of `model`.
+    """
+
+    def __init__(
+        self,
+        cli: ProgramCLI,
+        data: LMDataModule,
+        model: LanguageModel,
+        knn: KNNSettings,
+        root: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.cli = cli
+        self.data = data
+        self.model = model
+        self.knn = knn
+        self.root = Path(root) if root else Path("datastores") / cli.corpus_name
+        self.own_fingerprint = model_fingerprint(model)
+        self.fingerprint = fingerprint or self.own_fingerprint
+        self.seconds: dict[str, float] = {}
+
+    def datastore_path(self, split: str) -> Path:
+        """Where the datastore is; with `--knn.shard`, the shard."""
+        whole = self.whole_path(split)
+        if self.knn.shard is None:
+            return whole
+        return whole / shard_name(self.knn.shard, self.knn.shards)
+
+    def whole_path(self, split: str) -> Path:
+        """`--knn.datastore`, else <split>[-<key type>] under the root."""
+        if self.knn.datastore is not None:
+            return Path(self.knn.datastore)
+        suffix = "" if self.knn.key_type == "last_ffn_input" else f"-{self.knn.key_type}"
+        name = f"{split}{suffix}".replace(":", "_")
+        return self.root / name
+
+    def expected_of_datastore(self) -> dict[str, Any]:
+        """What any datastore must have been made from to be searched with this model."""
+        expected = {
+            "model": self.fingerprint,
+            "dictionary": self.data.dictionary.fingerprint,
+            "key_type": self.knn.key_type,
+        }
+        if self.knn.key_type == "gnn":  # they depend on all that the network was shown
+            shown = {**self.cli.config.neighbors.as_dict(), **self.model.neighbors}
+            for place in ("datastores", "shards", "placement", "shard"):
+                del shown[place]
+            expected["neighbors"] = shown
+        return expected
+
+    def made_from(self, split: str) -> dict[str, Any]:
+        """What determines the content of the datastore that this command would write."""
+        data = self.data
+        return {
+            **self.expected_of_datastore(),
+            "corpus": data.fingerprint(split),
+            "split": split,
+            "break_mode": data.break_mode,
+            "tokens_per_sample": data.tokens_per_sample,
+            "context_window": data.context_window,
+            "max_tokens": data.max_tokens,
+            "drop_long_lines": data.drop_long_lines,
+            "precision": str(self.cli.config.trainer.precision or "32-true"),
+            "min_context": self.knn.min_context,
+        }
+
+    def open_fitting_datastore(self, split: str) -> Datastore | None:
+        """The datastore if it is complete; None where it must be made or finished.
+
+        Raises:
+            InputError: another model's, dictionary's, key type's or (at the default place)
+                corpus's.
+        """
+        path = self.datastore_path(split)
+        if is_raw(path):
+            return self.open_raw_datastore(path)
+        if not Datastore.is_complete(path):
+            return None
+        datastore = self._open(split)
+        made_from = datastore.manifest["made_from"]
+        if "model" not in made_from:  # the original program's, or a copy of it
+            return self.check_raw(datastore)
+        expected = self.expected_of_datastore()
+        if self.knn.datastore is None:
+            expected |= {"corpus": self.data.fingerprint(split)}
+        refuse_mismatch(path, made_from, expected)
+        refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
+        return datastore
+
+    def open_raw_datastore(self, source: Path) -> Datastore:
+        """Takes over the original program's datastore, with a manifest under datastores/."""
+        datastore = import_datastore(
+            source,
+            self.root / f"imported-{source.name}",
+            self.knn.size,
+            self.knn.dim,
+            vocab_size=self.data.vocab_size,
+        )
+        if len(datastore.masked):
+            print(f"{source}: {len(datastore.masked)} rows of zeros at its end are masked")
+        return self.check_raw(datastore)
+
+    def check_raw(self, datastore: Datastore) -> Datastore:
+        """All that can be checked of a datastore that does not say what made it: its width."""
+        width = self.model.key_width(self.knn.key_type)
+        refuse_mismatch(datastore.path, {"dim": datastore.dim}, {"dim": width})
+        return datastore
+
+    def ensure_datastore(self, split: str, *after: Callback) -> Datastore:
+        """Writes the split's datastore, or the rest of it, unless it is there.
+
+        Args:
+            after: callbacks that work on the datastore once it is written.
+        """
+        datastore = self.open_fitting_datastore(split)
+        if datastore is not None:
+            return datastore
+        if self.fingerprint != self.own_fingerprint:
+            raise InputError(
+                f"{self.datastore_path(split)}: no such datastore, and it cannot be made any more: "
+                "the LM that made the others was changed by training"
+            )
+        if self.knn.shard is not None and self.cli.config.trainer.num_nodes > 1:
+            raise InputError(
+                f"--knn.shard {self.knn.shard} is made by the processes of one host, but "
+                f"--trainer.num_nodes is {self.cli.config.trainer.num_nodes}; expected 1"
+            )
+        rows = self.data.rows(split, self.data.context_window)
+        n_tokens = len(self.data.stream(split).tokens)
+        masked = (rows.behind_less_context(self.knn.min_context), rows.dropped(n_tokens))
+        builder = new_datastore(
+            self.whole_path(split),
+            rows=n_tokens,
+            dim=self.model.key_width(self.knn.key_type),
+            dtype=self.knn.dtype,
+            vocab_size=self.data.vocab_size,
+            made_from=self.made_from(split),
+            masked=np.sort(np.concatenate(masked)),
+            shards=self.knn.shards,
+            kind=self.knn.placement,
+            only=self.knn.shard,
+        )
+        before = builder.n_written
+        if before > len(builder.masked):
+            print(f"{builder.path}: {before} of {builder.n_rows} rows are written; going on")
+        self.model.key_type = self.knn.key_type
+        wanted = None if self.knn.shard is None else builder.is_wanted()
+        loader = self.data.evaluation_dataloader(split, builder.is_written, wanted)
+        writer, throughput = DatastoreWriter(builder), Throughput()
+        trainer = self.cli.make_trainer([writer, throughput, *after], self.cli.run_dir / "evaluate")
+        trainer.predict(self.model, loader, return_predictions=False)
+        stage = "datastore" if split == "train" else f"datastore_{split}"
+        self.seconds[stage] = throughput.seconds
+        return self._open(split)
+
+    def _open(self, split: str) -> Datastore:
+        """With `--knn.shard`, the shard as part of the whole."""
+        return Datastore.open(self.whole_path(split), self.knn.shard)
+
+    def ensure_datastore_and_index(self, split: str) -> Datastore:
+        """Makes what is missing of a datastore and its index; of the datastores of hosts that have
+        a shard each, of the index."""
+        if self.knn.shard is not None and self.cli.config.trainer.num_nodes > 1:
+            self._share_trained_index(self.ensure_datastore(split))
+        existing = self.open_fitting_datastore(split)
+        taken_over = existing is not None and is_raw(self.whole_path(split))
+        builder = IndexBuilder(
+            existing.path if taken_over else self.whole_path(split),
+            self.knn.index,
+            self.knn.metric,
+            self.cli.config.seed_everything,
+            self.knn.shard,
+        )
+        datastore = self.ensure_datastore(split, builder)
+        builder.build()
+        self.seconds |= {f"index_{stage}": s for stage, s in builder.seconds.items()}
+        return datastore
+
+    def _share_trained_index(self, shard: Datastore) -> None:
+        """Has the indexes of all hosts begin with the same, which one of them trains."""
+        factory = resolve(shard, self.knn.index)
+        if factory in NOT_BUILT or is_path(factory):
+            return
+        seed = self.cli.config.seed_everything
+        building = IndexBuilding(shard, factory, self.knn.metric, seed)
+        path = building.trained_path
+        files = [path, path.with_name(f"{path.name}.json")]
+
+        def train() -> None:
+            with progress_bars(f"index {factory}") as report:
+                building.train(report)
+
+        share_files(self.cli.join_ranks(self.model), files, train)
+
+    def check_index(self) -> None:
+        """Refuses a factory string that faiss does not know."""
+        if self.knn.index not in ("auto", *NOT_BUILT) and not is_path(self.knn.index):
+            make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
+
+
+class NeighborProducts:
+    """Neighbour tables and feature store of a GNN-LM, made from the datastores of its LM.
+
+    Args:
+        cli: the parsed command line.
+        data: the corpus; its batches get their neighbours by `attach`.
+        model: gets what decodes their features.
+        settings: what the model is to see.
+        token_features: of the tokens themselves, where the settings leave it open; `stored` only
+            if there are any.
+
+    Raises:
+        InputError: the settings contradict themselves, the model's or what it was trained with.
+    """
+
+    def __init__(
+        self,
+        cli: ProgramCLI,
+        data: LMDataModule,
+        model: GNNLM,
+        settings: NeighborSettings,
+        token_features: Literal["stored", "online"],
+    ) -> None:
+        settings.check()
+        if settings.shard is not None:
+            check_hosts(cli, settings)
+        self.cli = cli
+        self.data = data
+        self.model = model
+        self.settings = settings
+        self.checkpoint = getattr(cli, "ckpt_path", model.hparams.start_from)
+        """Which the trained network is of: the one evaluated, or the one that training starts
+        from."""
+        self._choose_token_features(token_features)
+        made_by = (settings.datastores, model.lm_fingerprint)
+        self.products = Products(cli, data, model.lm, settings.knn, *made_by)
+        in_one = replace(settings.knn, shards=1, shard=None)
+        self.copies = Products(cli, data, model.lm, in_one, *made_by)
+        """Of other splits, where hosts have but a shard of the training split."""
+        self.exchange: Exchange | None = None
+        model.lm_fingerprint = self.products.fingerprint
+        self.codec = settings.codec_for(model.lm.key_width(settings.key_type))
+        seen = {
+            "features": settings.features,
+            "key_type": settings.key_type,
+            "codec": self.codec if settings.features == "codes" else None,
+        }
+        if model.neighbors is not None:
+            refuse_mismatch(self.checkpoint, model.neighbors, seen)
+        model.neighbors = seen
+        if settings.index != IMPORTED:
+            self.products.check_index()
+        if settings.features == "codes" and self.codec != IMPORTED:
+            check_codec(self.codec, model.lm.key_width(settings.key_type))
+
+    def _choose_token_features(self, default: Literal["stored", "online"]) -> None:
+        wanted = self.settings.token_features
+        if wanted == "stored" and not self.are_token_features:
+            raise InputError(
+                "--neighbors.token_features is stored, but --neighbors.key_type "
+                f"{self.settings.key_type} is not what the softmax reads; expected last_hidden"
+            )
+        default = default if self.are_token_features else "online"
+        self.settings = replace(self.settings, token_features=wanted or default)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took that was not done before."""
+        return self.products.seconds
+
+    def attach(self, *splits: str) -> None:
+        """Gives batches of some splits their neighbours, making what is missing of datastores,
+        index, tables and codes.
+
+        Args:
+            splits: of the corpus.
+        """
+        settings = self.settings
+        missing = [split for split in splits if split not in self.data.memories]
+        if not missing:
+            return
+        imported = settings.index == IMPORTED
+        if imported:
+            memory = self.products.ensure_datastore("train")
+        else:
+            memory = self.products.ensure_datastore_and_index("train")
+        if memory.part is not None and self.exchange is None:
+            self.exchange = Exchange(memory, self.cli.join_ranks(self.model))
+        features = self._features(memory)
+        for split in missing:
+            queries = self._queries(split)
+            window = self._window(memory) if split == "train" else 0
+            if imported:
+                table = open_imported(queries, memory, settings.k)
+            else:
+                table = self._table(split, queries, memory, window)
+            self.data.memories[split] = NeighborMemory(
+                self._spread(table.nearest(settings.k), queries),
+                self._spread(features, memory),
+                settings.left_context,
+                settings.right_context,
+                self.model.hparams.layers,
+                window if split == "train" else None,
+                self._spread(queries.keys, queries)
+                if settings.token_features == "stored"
+                else None,
+                self._spread(memory.values, memory) if self.model.of_values is not None else None,
+            )
+
+    def _queries(self, split: str) -> Datastore:
+        """The split's own datastore. Where hosts have a shard each of the training split, they have
+        those of the others whole."""
+        if split == "train" or self.settings.shard is None:
+            return self.products.ensure_datastore(split)
+        datastore = self.copies.open_fitting_datastore(split)
+        if datastore is None:
+            raise InputError(
+                f"{self.copies.datastore_path(split)}: no complete datastore; where hosts have a "
+                f"shard each, each makes that of the {split} split alone (--save_datastore)"
+            )
+        return datastore
+
+    def _spread(self, array: Rows, datastore: Datastore) -> Rows | ExchangedArray:
+        """The array of a datastore, of all hosts where this one has but a part."""
+        return array if datastore.part is None else ExchangedArray(array, self.exchange)
+
+    def _table(
+        self, split: str, queries: Datastore, memory: Datastore, window: int
+    ) -> NeighborTable:
+        settings = self.settings
+        writer = NeighborTableWriter(
+            queries.path if queries.part is None else queries.part.path,
+            memory.path if memory.part is None else memory.part.path,
+            settings.index,
+            settings.metric,
+            settings.nprobe,
+            settings.k,
+            window,
+            device=self.cli.device,
+            shard=settings.shard,
+        )
+        table = writer.build()
+        if writer.seconds:
+            self.seconds[f"neighbors_{split}"] = writer.seconds
+        return table
+
+    @property
+    def are_token_features(self) -> bool:
+        """Whether the keys are what the LM's softmax reads, and so a token's features."""
+        layers = self.model.lm.hparams.layers
+        last = f"layer:{layers - 1}:output"
+        final_norm = self.model.lm.hparams.final_norm
+        return self.settings.key_type in ("last_hidden", *([] if final_norm else [last]))
+
+    def _features(self, memory: Datastore) -> Rows:
+        """The feature store of neighbours, memory-mapped."""
+        if self.settings.features == "keys":
+            return memory.keys
+        if self.settings.features == "embeddings":
+            return memory.values
+        codes = open_codes(memory, IMPORTED) if self.codec == IMPORTED else self._codes(memory)
+        decoder = CodeDecoder(codes.decoder_arrays())
+        if self.codec == IMPORTED:
+            self._check_quantizer(codes, decoder)
+        self.model.code_decoder = decoder
+        return codes.codes
+
+    def _codes(self, memory: Datastore) -> Codes:
+        """The keys of the memory, quantised."""
+        making, start = not has_codes(memory, self.codec), time.perf_counter()
+        how = (memory, self.codec, self.cli.config.seed_everything)
+        with progress_bars(f"codes {self.codec}") as report:
+            if self.exchange is not None:
+                files = codec_files(memory, self.codec)
+                share_files(self.exchange.ranks, files, lambda: build_codec(*how, report))
+            codes = build_codes(*how, report)
+        if making:
+            self.seconds["codes"] = time.perf_counter() - start
+        return codes
+
+    def _check_quantizer(self, codes: Codes, decoder: CodeDecoder) -> None:
+        """Refuses imported codes where a checkpoint of the original holds another quantiser than
+        they were made by."""
+        if self.model.code_decoder is None:
+            return
+        held, found = self.model.code_decoder.centroids, decoder.centroids
+        rounding = 1e-3 * held.abs().max()  # a checkpoint may be in half precision
+        if found is None or found.shape != held.shape or (found - held).abs().max() > rounding:
+            raise InputError(
+                f"{codes.path}: the centroids of its quantiser are not those that "
+                f"{self.checkpoint} holds; expected the codes that it was trained with"
+            )
+
+    def _window(self, memory: Datastore) -> int:
+        """Tokens within which a neighbour on the training split could show what is to be
+        predicted: its chain's features have read as much as a row of the LM holds."""
+        if self.settings.exclude_window is not None:
+            return self.settings.exclude_window
+        span = memory.manifest["made_from"].get("tokens_per_sample", self.data.tokens_per_sample)
+        return span + max(self.settings.left_context, self.settings.right_context)
+
+
+def check_hosts(cli: ProgramCLI, settings: NeighborSettings) -> None:
+    """Refuses what hosts that have a shard each cannot do."""
+    trainer, data = cli.config.trainer, cli.config.data
+    given = f"--neighbors.shard {settings.shard} of {settings.shards}: this host has that alone"
+    if not 1 < settings.shards <= trainer.num_nodes:
+        raise InputError(
+            f"{given}, but --trainer.num_nodes is {trainer.num_nodes}; expected two shards or more "
+            "and a host for every one"
+        )
+    if data.num_workers > 0:
+        raise InputError(
+            f"{given}, but --data.num_workers is {data.num_workers}; expected 0, as all processes "
+            "exchange neighbours for the same batch"
+        )
+    if IMPORTED in (settings.index, settings.codec):
+        raise InputError(f"{given}, but what was {IMPORTED} is of a datastore in one piece")

@@ -1,0 +1,77 @@
+"""The figures of an evaluation, and where the user sees them: a table, a JSON file and what the
+trainer logs to, TensorBoard as a rule."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+from rich.table import Table
+
+from neighborlm.retrieval.memories.tuning import Tuning
+
+
+def figures(loss: float, tokens: int, seconds: float) -> dict[str, float]:
+    """The figures that every way of predicting is reported by.
+
+    Args:
+        loss: mean negative log-likelihood of a token, in nats.
+    """
+    ppl = math.exp(loss) if loss < 700 else math.inf
+    rate = tokens / seconds if seconds else math.inf
+    return {"loss": loss, "ppl": ppl, "seconds": seconds, "tokens_per_second": rate}
+
+
+def log_tuning(tuned: Tuning, loggers: Sequence[Logger]) -> None:
+    """The tuning as two curves: validation perplexity over lmbda (in per cent) at the best
+    temperature, and over log2 of the temperature (in quarters) at the best lmbda."""
+    row = int(tuned.losses.min(axis=1).argmin())
+    column = int(tuned.losses[row].argmin())
+    for lmbda, loss in zip(tuned.lmbdas, tuned.losses[row], strict=True):
+        name = "tuning/valid_ppl_over_lmbda_percent"
+        log({name: math.exp(loss)}, round(100 * lmbda), loggers)
+    for temperature, loss in zip(tuned.temperatures, tuned.losses[:, column], strict=True):
+        name = "tuning/valid_ppl_over_4_log2_temperature_plus_200"
+        log({name: math.exp(loss)}, round(4 * math.log2(temperature)) + 200, loggers)
+
+
+def log(values: dict[str, float], step: int, loggers: Sequence[Logger]) -> None:
+    """To TensorBoard, or whatever loggers the trainer has."""
+    for logger in loggers:
+        logger.log_metrics(values, step)
+
+
+def publish(results: dict[str, Any], output: Path, step: int, loggers: Sequence[Logger]) -> None:
+    """Writes the results as JSON, logs the figures and prints a table.
+
+    Args:
+        results: `split` and the figures of the LM; under `gnn` and `knn` those of the graph network
+            and of the mixture, where there are any.
+        output: JSON file.
+        step: updates that the model was trained with.
+        loggers: of the trainer.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    split, gnn, knn = results["split"], results.get("gnn"), results.get("knn")
+    logged = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
+    table = Table("", "perplexity", "nats / token", "tokens / s", title=f"{split} split")
+    rows = [("LM", results)]
+    if gnn:
+        logged |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
+        rows += [("GNN-LM", gnn)]
+    if knn:
+        names = ("loss", "ppl", "lmbda", "temperature", "nearest_distance")
+        names += ("kth_distance", "target_among_neighbors")
+        logged |= {f"{split}/knn/{name}": knn[name] for name in names}
+        name = "GNN-LM + kNN" if gnn else "kNN-LM"
+        rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
+    log(logged, step, loggers)
+    for logger in loggers:
+        logger.finalize("success")
+    for name, r in rows:
+        table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
+    Console().print(table, f"results: {output}")

@@ -1,0 +1,162 @@
+"""The inverted lists of a faiss index, read from its memory-mapped file."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import faiss
+import numpy as np
+from numpy.typing import DTypeLike
+
+from neighborlm.retrieval.engine.loops import shift_halves, shift_lists
+from neighborlm.retrieval.engine.parallel import in_parallel, scratch
+from neighborlm.retrieval.engine.probing import Probing
+
+TOGETHER_BYTES = 2 << 20
+"""What vectors that are decoded together, and queries that visit their lists, may take."""
+
+
+class InvertedLists:
+    """What the codes of an index stand for, list by list, and which lists a query visits.
+
+    Args:
+        ivf: an index that `serves`, with inverted lists in a memory-mapped file.
+        probing: which of them are visited; by default as many as its nprobe says.
+
+    Attributes:
+        threads: that work at a time, each on one core.
+        similar: whether large is near.
+        sizes: int64 `[nlist]`.
+        ids: int64, of all lists one after another, each from its `ids_at` on.
+    """
+
+    def __init__(self, ivf: faiss.IndexIVF, probing: Probing | None = None) -> None:
+        self.ivf = ivf
+        self.probing = probing or Probing(ivf, ivf.nprobe)
+        self.threads = 1
+        self.similar = self.probing.similar
+        self.middle = self.probing.middle
+        lists = faiss.downcast_InvertedLists(ivf.invlists)
+        self.file = faiss.rev_swig_ptr(lists.ptr, lists.totsize)
+        self.sizes, self.codes_at, ids_at = _layout(lists)
+        shift = int(ids_at[0] % 8)
+        self.ids = _from(self.file, shift, np.int64)
+        self.ids_at = (ids_at - shift) // 8
+        self._odd = int(self.codes_at[0] % 2)  # as all others, those of halves
+        self._halves = _from(self.file, self._odd, np.uint16)
+
+    @staticmethod
+    def serves(index: faiss.Index) -> bool:
+        """Whether an index is of a type whose lists this can read."""
+        known = faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer | faiss.IndexIVFPQ
+        if not isinstance(index, known) or isinstance(index, faiss.IndexIVFFlatDedup):
+            return False
+        lists = faiss.downcast_InvertedLists(index.invlists)
+        if not isinstance(lists, faiss.OnDiskInvertedLists) or index.ntotal == 0:
+            return False
+        return len(np.unique(_layout(lists)[2] % 8)) == 1
+
+    def nearest(self, queries: np.ndarray) -> np.ndarray:
+        """The lists to visit, int64 `[Q, probes]`, the nearest one first; where there are fewer an
+        empty one stands in."""
+        _, lists = self.probing.nearest(queries, self.threads)
+        if (lists < 0).any():
+            lists[lists < 0] = self._empty
+        return lists
+
+    @cached_property
+    def _empty(self) -> int:
+        self.sizes = np.append(self.sizes, 0)
+        self.codes_at, self.ids_at = np.append(self.codes_at, 0), np.append(self.ids_at, 0)
+        return len(self.sizes) - 1
+
+    def map(self, function, parts) -> list:
+        """Results for each part, by as many threads as are allowed."""
+        return in_parallel(function, parts, self.threads)
+
+    def vectors(
+        self, numbers: Sequence[int], which: slice = slice(None), more: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """What some of the codes of lists stand for.
+
+        Args:
+            numbers: of the lists.
+            which: of each list's codes.
+            more: columns to leave for others.
+
+        Returns:
+            fp32 `[n, d + more]`, relative to the middle. Their squared lengths fp32 `[n]`, or zeros
+            for inner products. And where each list's begin, and the last one's end. Arrays are
+            memory that the next call of the same thread uses again.
+        """
+        ivf, sizes = self.ivf, self.sizes[numbers]
+        first, last, step = which.start or 0, sizes, which.step or 1
+        if which.stop is not None:
+            last = np.minimum(sizes, which.stop)
+        bounds = np.zeros(len(numbers) + 1, dtype=np.int64)
+        np.cumsum(np.maximum(-((first - last) // step), 0), out=bounds[1:])
+        n = int(bounds[-1])
+        vectors = scratch("vectors", n * (ivf.d + more)).reshape(n, ivf.d + more)
+        squares = scratch("squares", n)
+        if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
+            shifts = np.tile(-self.middle, (len(numbers), 1))
+        else:  # one that stands in for those that are missing has none, and no codes
+            shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
+        if stores_halves(ivf):
+            begins = (self.codes_at[numbers] - self._odd) // 2 + first * ivf.d
+            shift_halves(self._halves, begins, step * ivf.d, bounds, shifts, vectors, squares)
+        else:
+            stored = self._decoded(np.concatenate([self._codes(i)[which] for i in numbers]))
+            shift_lists(stored, bounds, shifts, vectors, squares)
+        if self.similar:
+            squares[:] = 0
+        return vectors, squares, bounds.tolist()
+
+    def _decoded(self, codes: np.ndarray) -> np.ndarray:
+        """What is stored, fp32 `[n, d]`, for uint8 `[n, code_size]`."""
+        if isinstance(self.ivf, faiss.IndexIVFFlat):
+            return codes.view(np.float32)
+        if isinstance(self.ivf, faiss.IndexIVFPQ):
+            return self.ivf.pq.decode(codes)
+        return self.ivf.sq.decode(codes)
+
+    def _codes(self, number: int) -> np.ndarray:
+        """Those of a list, uint8 `[n, code_size]`."""
+        shape = (int(self.sizes[number]), self.ivf.code_size)
+        begin = int(self.codes_at[number])
+        return self.file[begin : begin + math.prod(shape)].reshape(shape)
+
+    def ids_of(self, number: int) -> np.ndarray:
+        """Those of the vectors of a list, int64 `[n]`."""
+        return self.ids[self.ids_at[number] :][: self.sizes[number]]
+
+    def together(self, visits: np.ndarray, stride: int = 1) -> list[list[int]]:
+        """Lists that are worked on at a time: every `stride`-th of their vectors, and the queries
+        that visit each, stay in the cache. Visits int64 `[nlist]`; lists without any are left
+        out."""
+        numbers = np.flatnonzero(visits)
+        rows = -(-self.sizes[numbers] // stride) + visits[numbers]
+        bytes_so_far = np.cumsum(4 * self.ivf.d * rows)
+        cuts = np.flatnonzero(np.diff(bytes_so_far // TOGETHER_BYTES)) + 1
+        return [part.tolist() for part in np.split(numbers, cuts) if len(part)]
+
+
+def _from(file: np.ndarray, begin: int, dtype: DTypeLike) -> np.ndarray:
+    """All whole numbers of a type from a byte on."""
+    end = begin + (len(file) - begin) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize
+    return file[begin:end].view(dtype)
+
+
+def stores_halves(index: faiss.Index) -> bool:
+    """Whether an index has lists of half-precision vectors, with nothing in front of them."""
+    halves = faiss.ScalarQuantizer.QT_fp16
+    return isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == halves
+
+
+def _layout(lists: faiss.OnDiskInvertedLists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sizes of lists, and where in the file their codes and ids begin, int64 `[nlist]` each."""
+    entries = [lists.lists.at(number) for number in range(lists.nlist)]
+    sizes = np.array([entry.size for entry in entries], dtype=np.int64)
+    codes = np.array([entry.offset for entry in entries], dtype=np.int64)
+    capacities = np.array([entry.capacity for entry in entries], dtype=np.int64)
+    return sizes, codes, codes + capacities * lists.code_size

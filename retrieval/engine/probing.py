@@ -1,0 +1,148 @@
+"""Which inverted lists of an index a query visits."""
+
+from functools import cached_property
+from typing import Literal
+
+import faiss
+import numpy as np
+
+from neighborlm.retrieval.engine.loops import choose_lists
+from neighborlm.retrieval.engine.parallel import in_parallel, product
+
+NProbe = int | Literal["auto"]
+"""How many lists, or `auto`: those that are not much farther than the nearest one."""
+FEWEST, MOST = 8, 32
+"""Lists that `auto` visits."""
+SLACK = 1.25
+"""How much farther than the nearest one a list may be for `auto`, in mean squared distances between
+a centroid and the nearest other one; docs/index.md has what others cost."""
+SAMPLE = 1024
+"""Centroids whose distance to the nearest other one is looked up."""
+BLOCK = 1 << 18
+"""Distances to centroids that are looked at together: they stay in the cache."""
+NEIGHBORHOOD = 8
+"""Lists whose order among themselves does not matter."""
+
+
+class Probing:
+    """Chooses the lists to visit.
+
+    A fixed number spends as much on a query in the middle of its list, whose neighbours all lie
+    there, as on one that lies between many. `auto` visits a list if its centroid is at most `slack`
+    farther than the nearest one; SPANN does the same with a share of the distance (Chen et al.,
+    NeurIPS 2021, equation 3), which leaves queries next to a centroid with too few.
+
+    Args:
+        ivf: a trained index; its nprobe is set.
+        nprobe: see `NProbe`.
+
+    Attributes:
+        most: lists that a query visits at most.
+        similar: whether large is near.
+        middle: fp32 `[d]`, of all centroids, or zeros for inner products.
+        centroids: fp32 `[nlist, d]`, relative to the middle.
+        slack: squared distance, for inner products half of one; infinite where all `most` are
+            visited. It grows with the keys as distances do, and indexes with the same centroids,
+            such as those of a datastore's shards, have the same.
+    """
+
+    def __init__(self, ivf: faiss.IndexIVF, nprobe: NProbe) -> None:
+        self.ivf = ivf
+        self.most = min(MOST if nprobe == "auto" else nprobe, ivf.nlist)
+        self.slack = np.inf
+        self.similar = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
+        ivf.nprobe = self.most
+        self.centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
+        self.middle = np.zeros(ivf.d, dtype=np.float32)
+        if not self.similar:  # distances from far away would lose their digits
+            self.middle = self.centroids.mean(0)
+            self.centroids -= self.middle
+        self.compares_all = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat)
+        if nprobe == "auto" and self.most > FEWEST:
+            sample = np.ascontiguousarray(self.centroids[:: -(-ivf.nlist // SAMPLE)])
+            self.slack = SLACK * faiss.knn(sample, self.centroids, 2)[0][:, 1].mean()
+            if self.similar:
+                self.slack /= 2
+
+    def nearest(self, queries: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The lists to visit, the nearest one first.
+
+        faiss keeps the nearest in a heap, which takes longer than all distances; where it compares
+        a query with every centroid it is done here.
+
+        Args:
+            queries: fp32 `[Q, d]`, as the index's lists see them.
+            threads: how many may work at a time.
+
+        Returns:
+            distances to their centroids fp32 and numbers int64 `[Q, most]`; -1 where there are
+            fewer, and for a query that is not finite.
+        """
+        finite = np.isfinite(queries).all(axis=1)
+        if not finite.all():
+            queries = np.where(finite[:, None], queries, np.float32(0))
+        if self.compares_all:
+            rows = max(BLOCK // self.ivf.nlist, 1)
+            blocks = [queries[first : first + rows] for first in range(0, len(queries), rows)]
+            found = in_parallel(self._of_all, blocks or [queries], threads)
+            distances, lists = map(np.concatenate, zip(*found, strict=True))
+        else:
+            distances, numbers = self.ivf.quantizer.search(queries, self.most)
+            columns = self._choose(-distances if self.similar else distances)
+            distances = np.take_along_axis(distances, columns, axis=1)
+            lists = np.where(columns < 0, -1, np.take_along_axis(numbers, columns, axis=1))
+        lists[~finite] = -1
+        return distances, lists
+
+    def _choose(self, far: np.ndarray) -> np.ndarray:
+        """Columns of those to visit of fp32 `[n, lists]`, see `choose_lists`."""
+        columns = np.empty((len(far), self.most), dtype=np.int64)
+        choose_lists(far, FEWEST, np.float32(self.slack), columns)
+        return columns
+
+    def _of_all(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of all centroids, as `nearest`."""
+        relative = queries - self.middle
+        far = product(relative * np.float32(-1 if self.similar else -2), self.centroids.T)
+        if not self.similar:
+            far += self._lengths
+        lists = self._choose(far)
+        far = np.take_along_axis(far, lists, axis=1)
+        if self.similar:
+            return -far, lists
+        far += np.vecdot(relative, relative)[:, None]
+        return np.maximum(far, 0, out=far), lists
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """Numbers of the lists, int64 `[nlist]`, in an order in which most of those near one
+        another are close: centroids are halved by where they lie along the direction in which they
+        differ most, then each half, and so on."""
+        ranks = np.empty(len(self.centroids), dtype=np.int64)
+        parts = [np.arange(len(ranks))]
+        ranked = 0
+        while parts:
+            part = parts.pop()
+            if len(part) <= NEIGHBORHOOD:
+                ranks[part] = np.arange(ranked, ranked + len(part))
+                ranked += len(part)
+            else:
+                along = _along_most_varied(self.centroids[part])
+                parts += reversed(np.array_split(part[np.argsort(along, kind="stable")], 2))
+        return ranks
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Squared lengths of the centroids, fp32 `[nlist]`."""
+        return np.vecdot(self.centroids, self.centroids)
+
+
+def _along_most_varied(vectors: np.ndarray) -> np.ndarray:
+    """Where vectors fp32 `[n, d]` lie, fp32 `[n]`, along about the direction of the largest
+    variance, by a few steps of power iteration."""
+    vectors = vectors - vectors.mean(0)
+    direction = vectors[np.vecdot(vectors, vectors).argmax()]
+    for _ in range(4):
+        direction = vectors.T @ (vectors @ direction)
+        direction /= max(np.linalg.norm(direction), np.finfo(np.float32).tiny)
+    return vectors @ direction

@@ -1,0 +1,311 @@
+"""The k nearest of far more vectors of inverted lists than are wanted.
+
+Bringing all distances together, as a `Visit` does, would take longer than computing them. So a
+bound is found for each query on a sample, and of all distances only those below it are kept. Where
+the processor multiplies bytes four times as fast as numbers of 32 bits, products of bytes tell
+first what may be below (`Bytes`), with errors that are known, and distances are computed for that
+alone.
+"""
+
+import threading
+from functools import cache
+
+import numpy as np
+import torch
+
+from neighborlm.retrieval.engine.inverted_lists import InvertedLists
+from neighborlm.retrieval.engine.loops import (
+    keep,
+    lay_out,
+    nearest_of_kept,
+    round_to_bytes,
+    sort_by_query,
+)
+from neighborlm.retrieval.engine.parallel import scratch
+from neighborlm.retrieval.engine.selection import sort_rows
+from neighborlm.retrieval.engine.visit import GROUP, Visit
+from neighborlm.retrieval.search.retriever import Take
+
+ROWS, COLUMNS = 512, 1024
+"""Queries and vectors whose distances are looked at together: they stay in the cache."""
+TOO_MANY = 8
+"""How many times more than there are may seem to be below the bound by products of bytes, for these
+to be worth while."""
+ROOM = 3 << 19
+"""Distances that one piece of memory holds; at least those of a block."""
+
+
+@cache
+def bytes_are_exact() -> bool:
+    """Whether torch multiplies bytes without losing any bit. On processors that lack instructions
+    for it sums of pairs are cut off at 16 bits."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm")):
+        return False
+    one = torch.full((33, 260), 127, dtype=torch.int8)
+    one[1::3], one[2::3, ::2] = -127, -127
+    found = torch._int_mm(one.repeat(8, 1), one.T)
+    return torch.equal(found.double(), one.repeat(8, 1).double() @ one.T.double())
+
+
+@cache
+def bytes_pay() -> bool:
+    """Whether products of bytes are likely to be worth while here."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and bytes_are_exact()
+
+
+class Kept:
+    """What is nearer to queries than their bounds, in the order in which it was found.
+
+    Attributes:
+        queries, places, distances: int32, int64 and fp32 `[ROOM]`: numbers of the queries, places
+            among the ids.
+        n: how many there are.
+    """
+
+    def __init__(self) -> None:
+        self.queries = np.empty(ROOM, dtype=np.int32)
+        self.places = np.empty(ROOM, dtype=np.int64)
+        self.distances = np.empty(ROOM, dtype=np.float32)
+        self.n = 0
+
+
+class Pieces:
+    """As many pieces of memory for what is kept as are needed, of 24 MB each; they are used again
+    by later searches of the same thread, since new memory costs more than what is written to it."""
+
+    def __init__(self) -> None:
+        self.all: list[Kept] = []
+        self.used = 0
+
+    def clear(self) -> None:
+        """Forgets what was kept."""
+        self.used = 0
+
+    def last(self, needed: int) -> Kept:
+        """One with room for so many more.
+
+        Raises:
+            ValueError: that is more than one has.
+        """
+        if self.used:
+            piece = self.all[self.used - 1]
+            if len(piece.distances) - piece.n >= needed:
+                return piece
+        if self.used == len(self.all):
+            self.all.append(Kept())
+        piece = self.all[self.used]
+        if len(piece.distances) < needed:
+            raise ValueError(f"room for {needed} distances, more than {len(piece.distances)}")
+        piece.n = 0
+        self.used += 1
+        return piece
+
+
+_memory = threading.local()
+
+
+def rounding(dim: int) -> np.float32:
+    """More than the part of itself by which a sum of so many products in fp32 is off."""
+    return np.float32((dim + 4) * 2.0**-23)
+
+
+class Numbers:
+    """Tells by distances what is below the bounds.
+
+    A distance, without the query's squared length, is `scale_q scale_x` times a product, plus the
+    vector's square, up to `error_q length_x + length_q error_x`.
+
+    Args:
+        similar: whether large products are near, not small distances.
+        queries: fp32 `[Q, d]`, finite.
+        bounds: fp32 `[Q]`.
+
+    Attributes:
+        left: `[Q, d]`, what is multiplied.
+        of_queries: fp32 `[Q, 4]`: scale, length, error, and the bound less the squared length.
+        multiply: the matrix product.
+        type: of what it gives.
+    """
+
+    multiply = staticmethod(torch.mm)
+    type = np.float32
+
+    def __init__(self, similar: bool, queries: np.ndarray, bounds: np.ndarray) -> None:
+        self.similar = similar
+        self.queries = queries
+        self.bounds = bounds
+        self.slack = rounding(queries.shape[1])
+        self.left, scales, _, errors, lengths = self.rounded(queries)
+        limits = bounds + self.slack * np.abs(bounds)
+        if not similar:
+            limits -= (1 - self.slack) * lengths**2
+        factor = np.float32(1 if similar else 2)
+        columns = (-factor * scales, factor * lengths, factor * errors, limits)
+        self.of_queries = np.stack(columns, axis=1)
+
+    def of(self, vectors: np.ndarray, squares: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """For vectors fp32 `[m, d]` and their squared lengths `[m]`, what `left` is multiplied
+        with, `[d, m]`, and fp32 `[4, m]`: scale, length when rounded, error, and the square."""
+        right, scales, rounded, errors, lengths = self.rounded(vectors)
+        errors = errors + self.slack * lengths
+        return right.T, np.stack([scales, rounded, errors, (1 - self.slack) * squares])
+
+    @staticmethod
+    def rounded(vectors: np.ndarray) -> tuple[torch.Tensor, *tuple[np.ndarray, ...]]:
+        """What is multiplied for vectors fp32 `[m, d]`, and fp32 `[m]` each: its scale, its length,
+        that of the error, and the vector's; here nothing is rounded."""
+        lengths = np.linalg.norm(vectors, axis=1)
+        ones, zeros = np.ones_like(lengths), np.zeros_like(lengths)
+        return torch.from_numpy(vectors), ones, lengths, zeros, lengths
+
+
+class Bytes(Numbers):
+    """Tells what is below the bounds, and a little more, by products of bytes.
+
+    With queries q = Q + e_Q and vectors x = X + e_X, where Q and X are bytes times a scale of each,
+    the product q x differs from Q X by no more than |e_Q| |X| + |q| |e_X| (Cauchy-Schwarz).
+    """
+
+    multiply = staticmethod(getattr(torch, "_int_mm", None))
+    type = np.int32
+
+    @staticmethod
+    def rounded(vectors: np.ndarray) -> tuple[torch.Tensor, *tuple[np.ndarray, ...]]:
+        """See `Numbers.rounded`."""
+        whole = np.empty(vectors.shape, dtype=np.int8)
+        return torch.from_numpy(whole), *round_to_bytes(vectors, whole)
+
+
+class Sieve:
+    """Finds what a `Visit` finds, keeping of all distances only those below a bound.
+
+    The bound of a query is the distance of the r-th nearest of every `stride`-th vector that it
+    visits: of its k nearest about k / stride are among these, and r is so much larger that fewer
+    than k vectors below it are improbable. Queries that have fewer, such as where many vectors are
+    the same, are left to a `Visit`: what is found does not depend on the sample.
+
+    Args:
+        search: where.
+        k: neighbours to select.
+        visited: vectors that a query visits, on average.
+        ordered: nearest first.
+
+    Attributes:
+        bytes_a_query: that are needed in memory.
+    """
+
+    def __init__(self, search: InvertedLists, k: int, visited: int, ordered: bool) -> None:
+        self.search = search
+        self.k = k
+        self.ordered = ordered
+        self.stride = min(max(visited // 4096, 8), 64)
+        in_sample = k / self.stride
+        self.rank = int(in_sample + 4 * in_sample**0.5 + 4)
+        kept = 28 * self.stride * self.rank  # numbers, places and distances, and copies of two
+        self.bytes_a_query = max(kept, 4 * visited // self.stride)
+
+    def hand_over(
+        self, take: Take, part: np.ndarray, queries: np.ndarray, lists: np.ndarray
+    ) -> np.ndarray:
+        """Gives what is found of some queries to `take`.
+
+        Args:
+            part: int64 `[n]`, which queries.
+            queries, lists: fp32 `[Q, d]` and int64 `[Q, probes]`.
+
+        Returns:
+            those of `part` that are left to a `Visit`, bool `[n]`.
+        """
+        queries, lists = queries[part], lists[part]
+        bounds = Visit(self.search, queries, lists, self.rank, stride=self.stride).farthest()
+        pieces = self._kept(queries - self.search.middle, lists, bounds)
+        of_pieces = np.zeros((len(pieces), len(part)), dtype=np.int64)
+        for number, piece in enumerate(pieces):
+            of_pieces[number] = np.bincount(piece.queries[: piece.n], minlength=len(part))
+        counts = of_pieces.sum(0)
+        rows = np.cumsum(counts) - counts
+        total = int(counts.sum())
+        distances, places = scratch("kept", total), scratch("places", total, np.int64)
+
+        def bring_together(number: int) -> None:
+            piece, free = pieces[number], rows + of_pieces[:number].sum(0)
+            kept = (piece.queries[: piece.n], piece.places, piece.distances)
+            sort_by_query(*kept, free, places, distances)
+
+        self.search.map(bring_together, range(len(pieces)))
+        enough = np.flatnonzero(counts >= self.k)
+
+        def select(first: int) -> None:
+            group = enough[first : first + GROUP]
+            found = np.empty((len(group), self.k), dtype=np.float32)
+            ids = np.empty((len(group), self.k), dtype=np.int64)
+            kept = (distances, places, rows[group], counts[group])
+            nearest_of_kept(*kept, self.search.ids, found, ids)
+            if self.ordered:
+                found, nearest = sort_rows(found)
+                ids = np.take(ids, nearest)
+            take(part[group], -found if self.search.similar else found, ids)
+
+        self.search.map(select, range(0, len(enough), GROUP))
+        return counts < self.k
+
+    def _kept(self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray) -> list[Kept]:
+        """What is nearer than the bounds fp32 `[n]`, of ascending ranges of lists."""
+        search = self.search
+        visitors, bounds_of_lists, _, _ = lay_out(lists, search.sizes)
+        visits = np.diff(bounds_of_lists)
+        by_bytes = bytes_pay() and search.ivf.d > 1  # torch multiplies columns of one byte wrongly
+        first = (Bytes if by_bytes else Numbers)(search.similar, queries, bounds)
+        work = np.cumsum(visits * search.sizes)
+        shares = work[-1] * np.arange(1, search.threads) // search.threads
+        ranges = np.split(np.arange(len(visits)), np.searchsorted(work, shares))
+        exactly = cache(lambda: Numbers(search.similar, queries, bounds))
+        memory = vars(_memory).setdefault("of_ranges", [])
+        memory.extend(Pieces() for _ in ranges[len(memory) :])
+
+        def sift(of_range: int) -> list[Kept]:
+            pieces, by, seemed, below = memory[of_range], first, 0, 0
+            pieces.clear()
+            numbers = ranges[of_range]
+            for number in numbers[visits[numbers] > 0].tolist():
+                who = visitors[bounds_of_lists[number] : bounds_of_lists[number + 1]]
+                computed, kept = self._sift_list(number, who, by, pieces)
+                seemed, below = seemed + computed, below + kept
+                if by is first and seemed > TOO_MANY * (below + ROWS):
+                    by = exactly()
+            return pieces.all[: pieces.used]
+
+        return [piece for found in search.map(sift, range(len(ranges))) for piece in found]
+
+    def _sift_list(
+        self, number: int, who: np.ndarray, by: Numbers, pieces: Pieces
+    ) -> tuple[int, int]:
+        """Keeps what of a list is nearer than the bounds of the queries that visit it.
+
+        Args:
+            number: of the list.
+            who: int64 `[n]`, numbers of the queries.
+            by: tells what may be near.
+            pieces: where it is kept.
+
+        Returns:
+            how many distances were computed, and how many are kept.
+        """
+        search, computed, kept = self.search, 0, 0
+        left, of_queries = by.left[torch.from_numpy(who)], by.of_queries[who]
+        for column in range(0, int(search.sizes[number]), COLUMNS):
+            vectors, squares, _ = search.vectors([number], slice(column, column + COLUMNS))
+            right, of_vectors = by.of(vectors, squares)
+            place = int(search.ids_at[number]) + column
+            for row in range(0, len(who), ROWS):
+                rows = slice(row, row + ROWS)
+                products = scratch("products", len(who[rows]) * len(vectors), by.type)
+                piece = pieces.last(len(products))
+                products, before = products.reshape(-1, len(vectors)), piece.n
+                by.multiply(left[rows], right, out=torch.from_numpy(products))
+                compared = (products, of_queries[rows], of_vectors)
+                these = (who[rows], by.queries, vectors, by.bounds, by.similar, place)
+                where = (piece.queries, piece.places, piece.distances, before)
+                piece.n, more = keep(*compared, *these, *where)
+                computed, kept = computed + more, kept + piece.n - before
+        return computed, kept

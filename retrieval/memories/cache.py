@@ -1,0 +1,302 @@
+"""What one pass of retrieval found for every scored token of a split: on it any lmbda, temperature
+and smaller k can be tried, without the model and without a search.
+
+A directory with `manifest.json` and, row i belonging to token i of the split:
+
+    lm_log_prob.npy   fp32 [N]          of the target; NaN where the token is not scored
+    targets.npy       unsigned [N]      the targets, 0 where not scored
+    scores.npy        fp32 [N, k]       of the neighbours, nearest first, -inf where missing
+    values.npy        unsigned [N, k]   the tokens that followed them; any where missing
+
+Unsigned is the smallest type that holds the vocabulary. The nearest k of a row are its first k
+columns. A cache is complete or it is written anew.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.store.arrays import make_room, open_array
+from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
+
+KIND, VERSION = "retrieval", 1
+FIELDS = ("complete", "rows", "k", "vocab_size", "scored", "results", "made_from")
+BLOCK_BYTES = 16 << 20
+"""How much of a cache is in memory at once."""
+
+
+class Retrieved(NamedTuple):
+    """What was retrieved for n tokens, enough to try any lmbda and temperature.
+
+    Attributes:
+        positions: int64 `[n]`, of the tokens in the split.
+        targets: int64 `[n]`.
+        lm_log_prob: fp32 `[n]`.
+        scores: fp32 `[n, k]`, -inf where missing.
+        hits: bool `[n, k]`, whether the neighbour is there and its value is the target.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    lm_log_prob: Tensor
+    scores: Tensor
+    hits: Tensor
+
+
+@dataclass(frozen=True)
+class RetrievalCache:
+    """An opened cache, memory-mapped; iterating over it reads it from disk block by block, as often
+    as is wanted, and `len` is the number of blocks.
+
+    Attributes:
+        path: its directory.
+        manifest: what `manifest.json` says.
+        k: neighbours of each token that are looked at, the nearest of those that are kept.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    k: int
+    lm_log_prob: np.ndarray
+    targets: np.ndarray
+    scores: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RetrievalCache":
+        """Opens a complete cache.
+
+        Raises:
+            InputError: missing, unfinished, or its files are not what its manifest says.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"{path}: no such directory; expected a cache of retrieved neighbours")
+        manifest = read_manifest(path / "manifest.json", KIND, VERSION, FIELDS)
+        if not manifest["complete"]:
+            raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
+        k = manifest["k"]
+        arrays = _arrays(manifest["rows"], k, manifest["vocab_size"])
+        opened = (open_array(path / name, shape, dtype) for name, (dtype, shape) in arrays.items())
+        return cls(path, manifest, k, *opened)
+
+    @staticmethod
+    def is_complete(path: Path) -> bool:
+        """Whether a finished cache lies there.
+
+        Raises:
+            InputError: there is a manifest, but not a cache's.
+        """
+        manifest = path / "manifest.json"
+        return manifest.exists() and read_manifest(manifest, KIND, VERSION, FIELDS)["complete"]
+
+    @property
+    def n_scored(self) -> int:
+        """Tokens that are scored, the only ones that `blocks` has."""
+        return self.manifest["scored"]
+
+    def fits(self, expected: Mapping[str, Any]) -> None:
+        """Compares the cache with what is at hand; one of more neighbours serves a smaller k.
+
+        Args:
+            expected: any of `rows`, `k`, `vocab_size` and the settings that it was made from.
+
+        Raises:
+            InputError: one sentence that names the first difference and both sides of it.
+        """
+        found = {name: self.manifest[name] for name in ("rows", "vocab_size")}
+        found |= {**self.manifest["made_from"], "k": min(self.k, expected.get("k", self.k))}
+        refuse_mismatch(self.path, found, expected)
+
+    def nearest(self, k: int) -> "RetrievalCache":
+        """The same cache with the nearest k neighbours of each token, k at most what it keeps.
+
+        They are nearest by the scores that are kept. Where those are exact and the index's are not,
+        the k that it would have found alone may be others.
+        """
+        if not 1 <= k <= self.manifest["k"]:
+            raise InputError(f"{self.path}: keeps {self.manifest['k']} neighbours a token, not {k}")
+        fields = (self.lm_log_prob, self.targets, self.scores, self.values)
+        return RetrievalCache(self.path, self.manifest, k, *fields)
+
+    @property
+    def _block_rows(self) -> int:
+        row = 8 + self.k * (self.scores.itemsize + self.values.itemsize + 1)
+        return max(BLOCK_BYTES // row, 1)
+
+    def __len__(self) -> int:
+        return -(-len(self.targets) // self._block_rows)
+
+    def __iter__(self) -> Iterator[Retrieved]:
+        return self.blocks()
+
+    def blocks(self) -> Iterator[Retrieved]:
+        """The scored tokens in order, a bounded number of bytes at a time."""
+        for first in range(0, len(self.targets), self._block_rows):
+            block = slice(first, first + self._block_rows)
+            lm_log_prob = self.lm_log_prob[block]
+            scored = np.flatnonzero(~np.isnan(lm_log_prob))
+            scores = torch.from_numpy(self.scores[block, : self.k][scored])
+            targets = self.targets[block][scored]
+            same = self.values[block, : self.k][scored] == targets[:, None]
+            yield Retrieved(
+                torch.from_numpy(scored + first),
+                torch.from_numpy(targets.astype(np.int64)),
+                torch.from_numpy(lm_log_prob[scored]),
+                scores,
+                torch.from_numpy(same) & ~scores.isneginf(),
+            )
+
+
+class RetrievalCacheBuilder:
+    """Writes a cache, any rows in any order, by any number of processes, each its own rows.
+
+    What a killed run left is written anew.
+
+    Args:
+        path: the directory.
+        rows: tokens N of the split.
+        k: neighbours a token.
+        vocab_size: targets and values are below it.
+        made_from: JSON-able settings that determine the content.
+
+    Raises:
+        InputError: the directory holds something else, or the disk has no room.
+    """
+
+    def __init__(
+        self, path: Path | str, rows: int, k: int, vocab_size: int, made_from: dict[str, Any]
+    ) -> None:
+        self.path = Path(path)
+        fields = {"rows": rows, "k": k, "vocab_size": vocab_size, "made_from": made_from}
+        self.fields = json.loads(json.dumps(fields))  # as it will be read again
+        arrays = _arrays(rows, k, vocab_size)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            if not self._is_begun():
+                self._create(arrays)
+        self.lm_log_prob, self.targets, self.scores, self.values = (
+            open_array(self.path / name, shape, dtype, mode="r+")
+            for name, (dtype, shape) in arrays.items()
+        )
+
+    def _is_begun(self) -> bool:
+        """Whether another process of this run, or a killed run of the same content, made the files:
+        then every row that counts will be written again."""
+        if not (self.path / "manifest.json").exists():
+            return False
+        manifest = read_manifest(self.path / "manifest.json", KIND, VERSION, FIELDS)
+        if manifest["complete"]:
+            raise InputError(f"{self.path}: already holds a complete cache; expected none")
+        return self._is_ours(manifest)
+
+    def _is_ours(self, manifest: Mapping[str, Any]) -> bool:
+        return all(manifest[name] == value for name, value in self.fields.items())
+
+    def _create(self, arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
+        (self.path / "manifest.json").unlink(missing_ok=True)
+        places = {self.path / name: array for name, array in arrays.items()}
+        make_room(self.path, "cache of retrieved neighbours", places)
+        lm_log_prob = np.load(self.path / "lm_log_prob.npy", mmap_mode="r+")
+        lm_log_prob[:] = np.nan
+        lm_log_prob.flush()
+        self._write_manifest(scored=0, results=None, complete=False)
+
+    def _write_manifest(self, **state: Any) -> None:
+        write_manifest(self.path / "manifest.json", KIND, VERSION, {**self.fields, **state})
+
+    def write(
+        self,
+        positions: ArrayLike,
+        targets: ArrayLike,
+        lm_log_prob: ArrayLike,
+        scores: ArrayLike,
+        values: ArrayLike,
+    ) -> None:
+        """Stores what was retrieved for n scored tokens.
+
+        Args:
+            positions: int64 `[n]`, of the tokens in the split.
+            targets: `[n]`.
+            lm_log_prob: fp32 `[n]`, natural logarithms.
+            scores: fp32 `[n, k]` in any order, -inf where missing.
+            values: `[n, k]`.
+
+        Raises:
+            InputError: a log-probability or a score is NaN.
+            ValueError: a position, target or value is out of range.
+        """
+        positions, lm_log_prob = np.asarray(positions), np.asarray(lm_log_prob, np.float32)
+        targets, scores, values = map(np.asarray, (targets, scores, values))
+        limits = {"positions": (positions, self.fields["rows"])}
+        limits |= {"targets": (targets, self.fields["vocab_size"])}
+        limits |= {"values": (values, self.fields["vocab_size"])}
+        for name, (array, limit) in limits.items():
+            if array.size and not 0 <= array.min() <= array.max() < limit:
+                raise ValueError(f"{name} from {array.min()} to {array.max()} in {self.path}")
+        if np.isnan(lm_log_prob).any() or np.isnan(scores).any():
+            raise InputError(
+                f"{self.path}: a log-probability or a neighbour's score is NaN; mend the model"
+            )
+        self.lm_log_prob[positions] = lm_log_prob
+        self.targets[positions] = targets
+        self.scores[positions], self.values[positions] = nearest_first(scores, values)
+
+    def sync(self) -> None:
+        """Brings to disk what was written."""
+        for array in (self.lm_log_prob, self.targets, self.scores, self.values):
+            array.flush()
+
+    def finish(self, results: dict[str, Any] | None = None) -> RetrievalCache:
+        """Marks the cache complete, once, after every process has called `sync`.
+
+        Args:
+            results: JSON-able figures of the pass that are to be found again in the manifest.
+
+        Raises:
+            InputError: another command has taken the directory meanwhile.
+        """
+        with FileLock(self.path / ".lock"):
+            manifest = read_manifest(self.path / "manifest.json", KIND, VERSION, FIELDS)
+            if not self._is_ours(manifest):
+                raise InputError(f"{self.path}: was taken by another command; choose another place")
+            scored = int(np.count_nonzero(~np.isnan(self.lm_log_prob)))
+            self._write_manifest(scored=scored, results=results, complete=True)
+        return RetrievalCache.open(self.path)
+
+
+def nearest_first(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores fp32 and values `[n, k]` by descending scores; of equal ones the first stays first.
+
+    >>> nearest_first(np.array([[-2, -np.inf, -1]], np.float32), np.array([[7, 8, 9]]))[1].tolist()
+    [[9, 7, 8]]
+    """
+    if (scores[:, 1:] <= scores[:, :-1]).all():
+        return scores, values
+    # Score and place in one integer: numpy sorts those faster than it argsorts, and stably.
+    bits = np.ascontiguousarray(scores, np.float32).view(np.int32)
+    descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    pairs = (descending.astype(np.int64) << 32) | np.arange(scores.shape[1])
+    pairs.sort(axis=1)
+    order = pairs & 0xFFFFFFFF
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(values, order, 1)
+
+
+def _arrays(rows: int, k: int, vocab_size: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of each file."""
+    token = np.min_scalar_type(vocab_size - 1)
+    return {
+        "lm_log_prob.npy": (np.dtype(np.float32), (rows,)),
+        "targets.npy": (token, (rows,)),
+        "scores.npy": (np.dtype(np.float32), (rows, k)),
+        "values.npy": (token, (rows, k)),
+    }

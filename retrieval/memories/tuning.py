@@ -1,0 +1,176 @@
+"""Perplexity for many k, temperatures and lmbdas at once, from what one pass of retrieval found;
+and the search for the best pair.
+
+Neighbours come nearest first, so those of a smaller k are the first of a larger: their weights are
+computed once for each temperature and added up to every k (eq. 2 and 3 of Khandelwal et al., ICLR
+2020; see retrieval/knn.py).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neighborlm.retrieval.engine.loops import LIGHTEST
+from neighborlm.retrieval.memories.cache import Retrieved
+from neighborlm.retrieval.memories.knn import interpolate
+
+PART = 1 << 19
+"""Numbers that are weighed at a time: they stay in the processor's cache."""
+
+
+# -- the grid ------------------------------------------------------------------------------------
+
+
+def sweep(
+    blocks: Iterable[Retrieved],
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    lmbdas: Sequence[float],
+) -> np.ndarray:
+    """Mean negative log-likelihood of every combination, in one pass.
+
+    Args:
+        blocks: such as a `RetrievalCache`; each token's neighbours nearest first.
+        ks: ascending, at most as many as there are neighbours.
+        temperatures: more than 0.
+        lmbdas: from 0 to 1.
+
+    Returns:
+        float64 `[ks, temperatures, lmbdas]`, nats per token.
+    """
+    total, count = total_losses(blocks, ks, temperatures, lmbdas)
+    return (total / count).numpy()
+
+
+def total_losses(
+    blocks: Iterable[Retrieved],
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    lmbdas: Sequence[float],
+) -> tuple[Tensor, int]:
+    """Summed negative log-likelihoods, float64 `[ks, temperatures, lmbdas]`, and the number of
+    tokens; for the arguments see `sweep`."""
+    weights = torch.as_tensor(lmbdas, dtype=torch.float64)
+    total = torch.zeros(len(ks), len(temperatures), len(weights), dtype=torch.float64)
+    count = 0
+    rows = max(PART // max(ks[-1], len(ks) * len(weights)), 1)
+    for block in blocks:
+        count += len(block.lm_log_prob)
+        columns = (block.lm_log_prob, block.scores[:, : ks[-1]], block.hits[:, : ks[-1]])
+        for lm, scores, hits in zip(*(column.split(rows) for column in columns), strict=True):
+            of_knn = knn_log_probs(scores, hits, ks, temperatures)
+            for i in range(len(temperatures)):
+                mixed = interpolate(lm[:, None, None], of_knn[:, :, i, None], weights)
+                total[:, i] -= mixed.sum(0, dtype=torch.float64)
+    return total, count
+
+
+def knn_log_probs(
+    scores: Tensor, hits: Tensor, ks: Sequence[int], temperatures: Sequence[float]
+) -> Tensor:
+    """`knn.knn_log_prob` for every k and temperature.
+
+    Args:
+        scores: fp32 `[Q, k]`, nearest first unless the only one of `ks` is k; -inf where missing.
+        hits: bool `[Q, k]`, none of them missing.
+        ks: ascending, the last of them k.
+        temperatures: divide the scores.
+
+    Returns:
+        fp32 `[Q, ks, temperatures]`, -inf where no neighbour carries the target.
+    """
+    # Relative to the best neighbour, and hits to the best hit, each sum has a term that is 1: every
+    # k that takes in a hit takes in the best one.
+    of_hits = scores.masked_fill(~hits, -torch.inf)
+    best, best_hit = (x.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0) for x in (scores, of_hits))
+    below_best, below_hit = scores - best, of_hits - best_hit
+    widths = np.diff(ks, prepend=0).tolist()
+
+    def sums(below: Tensor, temperature: float) -> Tensor:
+        weights = (below / temperature).clamp_(min=LIGHTEST).exp_()
+        return torch.stack([part.sum(1) for part in weights.split(widths, dim=1)], 1).cumsum(1)
+
+    result = scores.new_empty(len(scores), len(ks), len(temperatures))
+    for i, temperature in enumerate(temperatures):
+        of_target = sums(below_hit, temperature)
+        share = of_target / sums(below_best, temperature)
+        log_prob = (best_hit - best) / temperature + share.log()
+        result[:, :, i] = log_prob.masked_fill(of_target < 0.5, -torch.inf)
+    return result
+
+
+def spread(blocks: Iterable[Retrieved]) -> tuple[Tensor, int]:
+    """How far the best score lies above the mean of those that are not missing, summed over the
+    tokens that have any, and how many tokens there are."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for block in blocks:
+        count += len(block.scores)
+        missing = block.scores.isneginf()
+        below = (block.scores - block.scores.amax(dim=1, keepdim=True)).masked_fill_(missing, 0.0)
+        total -= (below.sum(1) / (~missing).sum(1).clamp(min=1)).sum(dtype=torch.float64)
+    return total, count
+
+
+# -- the search for the best pair ----------------------------------------------------------------
+
+
+class Tuning(NamedTuple):
+    """What `tune` found.
+
+    Attributes:
+        lmbda, temperature: the best pair.
+        loss: its mean negative log-likelihood in nats.
+        lmbdas, temperatures: the grid.
+        losses: float64 `[temperatures, lmbdas]`, all of it.
+    """
+
+    lmbda: float
+    temperature: float
+    loss: float
+    lmbdas: np.ndarray
+    temperatures: np.ndarray
+    losses: np.ndarray
+
+
+def tune(
+    blocks: Iterable[Retrieved], sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tuning:
+    """The lmbda and temperature that give retrieved tokens the highest likelihood.
+
+    Temperatures are tried by octaves around the spread of the scores, then by quarter octaves
+    around the best; each with lmbda from 0 to 0.99 in steps of 0.01.
+
+    Args:
+        blocks: such as a `RetrievalCache` or a list, gone through three times; neighbours may come
+            in any order.
+        sum_over_ranks: adds up a float64 tensor over the ranks that hold parts of the tokens.
+    """
+    total, own = spread(blocks)
+    total, count = sum_over_ranks(torch.stack([total, torch.tensor(float(own)).double()])).tolist()
+    octave = octave_of(total / count)
+    k = next((block.scores.shape[1] for block in blocks), 1)
+    lmbdas = np.arange(100) / 100
+    losses: dict[float, np.ndarray] = {}
+
+    def try_out(exponents: np.ndarray) -> float:
+        temperatures = [t for t in (2.0**exponents).tolist() if t not in losses]
+        table = sum_over_ranks(total_losses(blocks, [k], temperatures, lmbdas)[0])[0] / count
+        losses.update(zip(temperatures, table.numpy(), strict=True))
+        return math.log2(min(losses, key=lambda t: losses[t].min()))
+
+    best = try_out(np.arange(octave - 7.0, octave + 6.0))
+    try_out(best + np.arange(-3, 4) / 4)
+    temperatures = np.array(sorted(losses))
+    table = np.stack([losses[t] for t in temperatures])
+    row, column = np.unravel_index(table.argmin(), table.shape)
+    found = (lmbdas[column], temperatures[row], table[row, column])
+    return Tuning(*map(float, found), lmbdas, temperatures, table)
+
+
+def octave_of(spread: float) -> int:
+    """The power of two at or below a spread of scores; 0 where there is none."""
+    return math.floor(math.log2(spread)) if spread > 0 else 0

@@ -1,0 +1,320 @@
+"""Building a faiss index over a datastore, resumably.
+
+While it is built, `<name>.faiss.partial` holds the trained index with the keys added so far. One
+that is larger than `PART_BYTES` is built in parts, and its lists are merged on disk into
+`<name>.faiss.lists`; not so the fast-scan types, whose lists faiss can only hold in memory.
+
+Where a datastore lies in shards, each has an index of its own beside its keys. All begin with
+`<name>.faiss.trained` beside the manifest of the whole, so that what they find compares.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from hashlib import blake2b, file_digest
+from pathlib import Path
+
+import faiss
+import numpy as np
+from faiss.contrib.ondisk import merge_ondisk
+
+from neighborlm.common.errors import InputError
+from neighborlm.common.interrupts import interrupts_held
+from neighborlm.retrieval.search.index import (
+    KIND,
+    NUMBERED_RIGHTLY,
+    VERSION,
+    check_numbers,
+    index_path,
+    make_index,
+    read_index,
+)
+from neighborlm.retrieval.search.retriever import Metric, faiss_reason, normalized
+from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
+from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
+
+TRAINED_KIND = "trained index"
+POINTS_PER_CENTROID = 64
+SAMPLE_AT_LEAST = 65536
+"""Training vectors beyond what the centroids need, for the quantiser's sake."""
+GPUS = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+PART_BYTES = 512 << 20
+"""What inverted lists may take in memory while they are built."""
+PARTIAL_EVERY = 60.0
+"""Seconds of adding after which a partial index is kept (more if keeping it takes long)."""
+
+
+def sample_size(lists: int, n_keys: int) -> int:
+    """Keys that an index with so many inverted lists is trained on, at most all there are."""
+    return min(max(lists * POINTS_PER_CENTROID, SAMPLE_AT_LEAST), n_keys)
+
+
+def _bytes_of_lists(index: faiss.Index) -> int:
+    """What the codes and ids of an index take in memory; 0 if they cannot be merged on disk."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None or GPUS:
+        return 0
+    if not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists):
+        return 0
+    return ivf.ntotal * (ivf.code_size + 8)
+
+
+def on_gpus(index: faiss.Index) -> faiss.Index:
+    """The index on all GPUs, for training and adding, where faiss sees any and knows the type
+    there; the index itself otherwise."""
+    if not GPUS:
+        return index
+    try:
+        return faiss.index_cpu_to_all_gpus(index)
+    except RuntimeError as error:
+        print(f"building on the CPU: faiss has no such index on GPUs ({faiss_reason(error)})")
+        return index
+
+
+class IndexBuilding:
+    """Builds one index: trains it on a sample, adds every key, and keeps what is done.
+
+    Args:
+        datastore: whose keys to index.
+        factory: faiss factory string.
+        metric: how to compare.
+        seed: of the training sample.
+        trained: what `train` has left of the whole, where the datastore is a shard of it.
+    """
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        factory: str,
+        metric: Metric,
+        seed: int = 1,
+        trained: Path | None = None,
+    ) -> None:
+        self.datastore = datastore
+        self.factory = factory
+        self.metric = metric
+        self.seed = seed
+        self.trained = trained
+        self.path = index_path(datastore, factory, metric)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.seconds = {"train": 0.0, "add": 0.0}
+        self.parts: list[str] = []
+        """Names of the files that hold the first keys, in order."""
+        self.n_in_parts = 0
+        self.whole = True
+        """False while faiss adds: what an exception leaves then is no index to go on from."""
+
+    @property
+    def identity(self) -> dict:
+        """What determines the index."""
+        identity = {
+            "factory": self.factory,
+            "metric": self.metric,
+            "dim": self.datastore.dim,
+            "keys": self.datastore.n_keys,
+            "datastore": self.datastore.fingerprint,
+            "seed": self.seed,
+        }
+        if self.trained is not None:
+            identity["trained"] = self._trained_fingerprint
+        return identity
+
+    @cached_property
+    def _trained_fingerprint(self) -> str:
+        manifest = self.trained.with_name(f"{self.trained.name}.json")
+        return read_manifest(manifest, TRAINED_KIND, VERSION, ("fingerprint",))["fingerprint"]
+
+    def is_complete(self) -> bool:
+        """Whether this very index is there already.
+
+        Raises:
+            InputError: an index of this name is there, but made from something else.
+        """
+        return self._is_there(self.path, KIND, self.identity)
+
+    def _is_there(self, path: Path, kind: str, identity: dict) -> bool:
+        manifest = path.with_name(f"{path.name}.json")
+        if not (path.is_file() and manifest.is_file()):
+            return False
+        found = read_manifest(manifest, kind, VERSION)
+        refuse_mismatch(path, found, identity)
+        check_numbers(path, found)
+        return True
+
+    @property
+    def trained_path(self) -> Path:
+        """What `train` publishes, with a `.json` beside it."""
+        part = self.datastore.part
+        path = self.path if part is None else part.path / self.path.name
+        return path.with_name(f"{path.name}.trained")
+
+    def train(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Publishes the trained index without any key in the directory of the whole, for those of
+        the shards to begin with, unless it is there already. Where the datastore is one shard, the
+        sample is of its keys.
+
+        Raises:
+            InputError: one of this name is there, but made from something else.
+        """
+        path, identity, part = self.trained_path, self.identity, self.datastore.part
+        if part is not None:
+            n_keys = self.datastore.n_keys_of_whole
+            identity |= {"keys": n_keys, "datastore": fingerprint_of(part.manifest)}
+        if not self._is_there(path, TRAINED_KIND, identity):
+            self._write(self._begin(report), path)
+            with open(path, "rb") as file:
+                fingerprint = file_digest(file, partial(blake2b, digest_size=8)).hexdigest()
+            manifest = path.with_name(f"{path.name}.json")
+            write_manifest(
+                manifest, TRAINED_KIND, VERSION, {**identity, "fingerprint": fingerprint}
+            )
+        return path
+
+    def run(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Trains, adds and publishes the index; continues from a partial one.
+
+        Args:
+            report: called with a stage, how much of it is done, and how much there is.
+        """
+        index = self._open_partial()
+        if index is None:
+            for left_over in self.path.parent.glob(f"{self.path.name}.part-*"):
+                left_over.unlink()
+            index = self._begin(report)
+            self._keep(index)
+        start = time.perf_counter()
+        try:
+            self._add(index, report)
+        except KeyboardInterrupt:
+            if self.whole:
+                self._keep(index)
+            raise
+        if self.parts:
+            self._merge(index, report)
+        self._write(index, self.path)
+        self.seconds["add"] = time.perf_counter() - start
+        fields = {**self.identity, "complete": True, "seconds": self.seconds}
+        write_manifest(self.path.with_name(f"{self.path.name}.json"), KIND, VERSION, fields)
+        self.partial.unlink(missing_ok=True)
+        self._partial_manifest.unlink(missing_ok=True)
+        for part in self.parts:
+            self.path.with_name(part).unlink()
+        return self.path
+
+    @property
+    def _partial_manifest(self) -> Path:
+        return self.partial.with_name(f"{self.partial.name}.json")
+
+    def _open_partial(self) -> faiss.Index | None:
+        if not (self.partial.is_file() and self._partial_manifest.is_file()):
+            return None
+        manifest = read_manifest(self._partial_manifest, KIND, VERSION)
+        if manifest["parts"] and manifest["version"] < NUMBERED_RIGHTLY:
+            return None
+        if any(manifest.get(key) != value for key, value in self.identity.items()):
+            return None
+        files = [self.path.with_name(part) for part in manifest["parts"]]
+        try:
+            index = on_gpus(faiss.read_index(str(self.partial)))
+            self.n_in_parts = sum(read_index(file).ntotal for file in files)
+        except (RuntimeError, InputError) as error:
+            print(f"{self.partial}: cannot be read ({faiss_reason(error)}); building anew")
+            return None
+        self.parts = manifest["parts"]
+        return index
+
+    def _begin(self, report: Callable[[str, int, int], None]) -> faiss.Index:
+        """A trained index without any key."""
+        if self.trained is not None:
+            return on_gpus(faiss.read_index(str(self.trained)))
+        index = make_index(self.datastore.dim, self.factory, self.metric)
+        ivf = faiss.try_extract_index_ivf(index)  # hidden once the index is on GPUs
+        lists = ivf.nlist if ivf is not None else 0
+        index = on_gpus(index)
+        start = time.perf_counter()
+        report("training", 0, 1)
+        self._train(index, lists)
+        report("training", 1, 1)
+        self.seconds["train"] = time.perf_counter() - start
+        return index
+
+    def _train(self, index: faiss.Index, lists: int) -> None:
+        """Trains on a seeded random sample, read in file order."""
+        size = sample_size(lists, self.datastore.n_keys)
+        if lists > size:
+            raise InputError(
+                f"--knn.index {self.factory} has {lists} lists but the datastore only {size} keys; "
+                "choose fewer lists"
+            )
+        _, sample = self.datastore.sample(size, self.seed)
+        try:
+            index.train(normalized(sample, self.metric))
+        except RuntimeError as error:
+            raise InputError(
+                f"--knn.index {self.factory} cannot be trained on {size} keys "
+                f"({faiss_reason(error)})"
+            ) from None
+
+    def _add(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:
+        last_kept, pause = time.perf_counter(), PARTIAL_EVERY
+        total = self.datastore.n_keys
+        done = self.n_in_parts + index.ntotal
+        report("adding", done, total)
+        for block in self.datastore.blocks(start=done):
+            self.whole = False
+            with interrupts_held() as held:
+                self._add_block(index, normalized(block, self.metric), done)
+            self.whole = True
+            done += len(block)
+            report("adding", done, total)
+            if held:
+                raise KeyboardInterrupt
+            if done == total:
+                break
+            if _bytes_of_lists(index) > PART_BYTES:
+                self._put_aside(index)
+            if time.perf_counter() - last_kept > pause:
+                start = time.perf_counter()
+                self._keep(index)
+                last_kept = time.perf_counter()
+                pause = max(PARTIAL_EVERY, 10 * (last_kept - start))
+
+    def _add_block(self, index: faiss.Index, keys: np.ndarray, first: int) -> None:
+        """Adds keys fp32 `[n, d]`, of which `first` is the number of the first."""
+        if self.n_in_parts:  # faiss would count them from the beginning of this part
+            index.add_with_ids(keys, np.arange(first, first + len(keys)))
+        else:
+            index.add(keys)
+
+    def _put_aside(self, index: faiss.Index) -> None:
+        """Makes a part of what was added since the last one, and empties the index."""
+        part = self.path.with_name(f"{self.path.name}.part-{len(self.parts)}")
+        self._write(index, part)
+        self.n_in_parts += index.ntotal
+        self.parts.append(part.name)
+        index.reset()
+        self._keep(index)
+
+    def _merge(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:
+        """Fills the index with all parts, its lists being in a file."""
+        report("merging", 0, 1)
+        self._put_aside(index)
+        files = [str(self.path.with_name(part)) for part in self.parts]
+        lists = self.path.with_name(f"{self.path.name}.lists")
+        lists.unlink(missing_ok=True)
+        merge_ondisk(index, files, str(lists))
+        report("merging", 1, 1)
+
+    def _keep(self, index: faiss.Index) -> None:
+        self._partial_manifest.unlink(missing_ok=True)
+        self._write(index, self.partial)
+        fields = {**self.identity, "parts": self.parts}
+        write_manifest(self._partial_manifest, KIND, VERSION, fields)
+
+    def _write(self, index: faiss.Index, path: Path) -> None:
+        making = path.with_name(f"{path.name}.making")
+        if GPUS:
+            index = faiss.index_gpu_to_cpu(index)
+        faiss.write_index(index, str(making))
+        os.replace(making, path)

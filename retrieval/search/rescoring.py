@@ -1,0 +1,80 @@
+"""Distances to the stored keys of neighbours that an index found by its codes of them."""
+
+import faiss
+import numpy as np
+
+from neighborlm.retrieval.engine.loops import distances_of_pairs
+from neighborlm.retrieval.engine.parallel import in_parallel
+from neighborlm.retrieval.search.retriever import Metric, normalized
+from neighborlm.retrieval.store.datastore import Datastore
+
+PLACE_BITS = 20
+"""Of this many bits are the places of neighbours that are sorted by their rows at a time."""
+KEY_BYTES = 1 << 20
+"""What the keys that are compared at a time may take."""
+
+
+def exact_distances(
+    queries: np.ndarray, rows: np.ndarray, datastore: Datastore, metric: Metric
+) -> np.ndarray:
+    """Distances to the stored keys of neighbours that an index found.
+
+    Each distinct row is read once, those of a block in ascending order; no `[Q, k, d]` array is
+    made. By as many threads as faiss would take here.
+
+    Args:
+        queries: fp32 `[Q, d]`.
+        rows: int64 `[Q, k]`, -1 where missing.
+
+    Returns:
+        fp32 `[Q, k]`; what stands at missing neighbours has no meaning.
+
+    Raises:
+        ValueError: there are not as many queries as rows, or not as wide as keys.
+    """
+    if queries.shape != (len(rows), datastore.dim):
+        raise ValueError(f"{queries.shape} queries, {rows.shape} rows, {datastore.dim} wide keys")
+    queries = normalized(queries, metric)
+    threads = faiss.omp_get_max_threads()
+    flat = rows.reshape(-1)
+    size = 1 << PLACE_BITS
+    parts = [flat[first : first + size] for first in range(0, max(flat.size, 1), size)]
+    sorted_pairs = in_parallel(_sorted_pairs, parts, threads)
+    distinct = np.sort(np.concatenate(in_parallel(_rows_of, sorted_pairs, threads)))
+    distinct = distinct[_firsts(distinct)]
+    result = np.zeros(flat.shape, dtype=np.float32)
+
+    def measure(block: np.ndarray) -> None:
+        keys = normalized(datastore.read(block), metric)
+        bounds = np.array([block[0], block[-1] + 1]) << PLACE_BITS
+        for number, pairs in enumerate(sorted_pairs):
+            begin, end = np.searchsorted(pairs, bounds)
+            which = (pairs[begin:end], PLACE_BITS, number * size, rows.shape[1], block)
+            part = result[number * size : (number + 1) * size]
+            distances_of_pairs(*which, keys, queries, metric == "l2", part)
+
+    step = max(KEY_BYTES // (4 * datastore.dim), 1)
+    in_parallel(measure, [distinct[i : i + step] for i in range(0, len(distinct), step)], threads)
+    return result.reshape(rows.shape)
+
+
+def _sorted_pairs(rows: np.ndarray) -> np.ndarray:
+    """Row and place `[n]` of neighbours in one integer each, in ascending order, without missing
+    ones: numpy sorts integers much faster than it argsorts them."""
+    pairs = rows << PLACE_BITS
+    pairs |= np.arange(len(rows))
+    pairs.sort()
+    return pairs[np.searchsorted(pairs, 0) :]
+
+
+def _firsts(ascending: np.ndarray) -> np.ndarray:
+    """Where each distinct number is for the first time."""
+    new = np.ones(len(ascending), dtype=bool)
+    np.not_equal(ascending[1:], ascending[:-1], out=new[1:])
+    return np.flatnonzero(new)
+
+
+def _rows_of(pairs: np.ndarray) -> np.ndarray:
+    """The distinct rows."""
+    rows = pairs >> PLACE_BITS
+    return rows[_firsts(rows)]

@@ -1,0 +1,68 @@
+"""Searches the shards of a datastore one by one, and keeps what is nearest of all."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from neighborlm.retrieval.engine.selection import k_smallest, sort_rows
+from neighborlm.retrieval.search.retriever import Metric, Retriever
+
+
+class ShardedRetriever(Retriever):
+    """See `Retriever`.
+
+    Args:
+        retrievers: one a shard; the rows they find are those of the whole.
+        metric: what they compare by.
+        trained: fingerprint of the trained index that those of the shards began with, if any.
+    """
+
+    def __init__(
+        self, retrievers: Sequence[Retriever], metric: Metric, trained: str | None = None
+    ) -> None:
+        self.retrievers = retrievers
+        self.metric = metric
+        self.trained = trained
+        self.exact = all(retriever.exact for retriever in retrievers)
+
+    def search(
+        self, queries: np.ndarray, k: int, ordered: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Retriever.search`."""
+        distances, rows = self.retrievers[0].search(queries, k)
+        for retriever in self.retrievers[1:]:
+            found = [(distances, rows), retriever.search(queries, k)]
+            distances, rows = nearest_of(found, k, self.metric)
+        return distances, rows
+
+
+def nearest_of(
+    found: Sequence[Sequence[np.ndarray]], k: int, metric: Metric
+) -> tuple[np.ndarray, ...]:
+    """The k nearest of all that was found for the same queries, nearest first.
+
+    Args:
+        found: distances fp32 and rows int64, -1 where missing, and whatever else there is of each
+            neighbour, of any type; `[Q, n]`, with any n.
+        k: how many.
+        metric: of the distances.
+
+    Returns:
+        the same of the nearest, `[Q, k]`.
+    """
+    distances, rows, *others = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+    sign = np.float32(1 if metric == "l2" else -1)
+    farthest = np.finfo(np.float32).max
+    values = np.minimum(sign * distances, farthest)
+    values[(rows < 0) | np.isnan(values)] = farthest
+    n, width = values.shape
+    chosen = k_smallest(values, min(k, width)) + np.arange(0, n * width, width)[:, None]
+    values, order = sort_rows(np.take(values, chosen))
+    nearest = np.take(chosen, order)
+    columns = [sign * values, *(np.take(column, nearest) for column in (rows, *others))]
+    lacking = [(0, 0), (0, max(k - width, 0))]
+    fill = [sign * farthest, -1, *([0] * len(others))]
+    return tuple(
+        np.pad(column, lacking, constant_values=value)
+        for column, value in zip(columns, fill, strict=True)
+    )

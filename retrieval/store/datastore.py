@@ -1,0 +1,534 @@
+"""The datastore: a key (vector of a context) and a value (the token that followed) for every token
+of a text (Khandelwal et al., ICLR 2020, section 2).
+
+A directory with `keys.npy` [N, d] float16 or float32, `values.npy` [N] unsigned, and
+`manifest.json`. Row i belongs to token i of the split. Rows in `masked.npy` hold no key and are
+never found. `checksums.npy` uint64 [chunks, 2] is of chunks of the keys and of the values.
+
+Or a directory whose manifest names shards, each an ordinary datastore of its own that also says
+which rows of the whole it holds (see `retrieval.store.shards`).
+"""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.lib.format import open_memmap
+
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.store.arrays import open_array, open_raw, take_room
+from neighborlm.retrieval.store.checksums import (
+    ALGORITHM,
+    DTYPE,
+    checksum,
+    checksums,
+    rows_of_chunk,
+)
+from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
+from neighborlm.retrieval.store.shards import Placement, ShardedArray
+
+KIND, VERSION = "datastore", 1
+SHARDED_VERSION = 2
+"""Of a manifest that names shards."""
+FIELDS = ("complete", "rows", "dim", "dtype", "value_dtype", "masked", "made_from")
+DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+BLOCK_BYTES = 64 << 20
+"""How much of the keys is read at once, as fp32."""
+
+
+class Part(NamedTuple):
+    """Which part a shard is, and of what: the whole's directory and manifest."""
+
+    placement: Placement
+    number: int
+    path: Path
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Datastore:
+    """An opened datastore; arrays are memory-mapped.
+
+    Attributes:
+        path: its directory.
+        manifest: what `manifest.json` says.
+        keys: `[N, d]`.
+        values: `[N]`.
+        masked: int64, the ascending numbers of the rows without a key.
+        part: of a shard that was opened as part of a whole. `rows_of`, `sample`, `read` and
+            `values_of` then go by rows of the whole; what else counts rows, the arrays too, goes by
+            the shard's own.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    keys: np.ndarray | ShardedArray
+    values: np.ndarray | ShardedArray
+    masked: np.ndarray
+    part: Part | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, shard: int | None = None) -> "Datastore":
+        """Opens a complete datastore.
+
+        Args:
+            path: its directory.
+            shard: open this shard alone, as part of the whole; the others need not be there.
+
+        Raises:
+            InputError: missing, unfinished, or its files are not what its manifest says.
+        """
+        path = Path(path)
+        manifest = read_datastore_manifest(path)
+        if shard is not None:
+            return cls._open_shard(path, manifest, shard)
+        if not cls.is_complete(path):
+            raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
+        if "shards" in manifest:
+            return cls._open_sharded(path, manifest)
+        rows, dim = manifest["rows"], manifest["dim"]
+        dtype, value_dtype = DTYPES[manifest["dtype"]], np.dtype(manifest["value_dtype"])
+        if "raw" in manifest:
+            raw, at = manifest["raw"], path / "manifest.json"
+            keys = open_raw(at, raw["keys"], (rows, dim), dtype)
+            values = open_raw(at, raw["values"], (rows,), value_dtype)
+        else:
+            keys = open_array(path / "keys.npy", (rows, dim), dtype)
+            values = open_array(path / "values.npy", (rows,), value_dtype)
+        masked = np.empty(0, dtype=np.int64)
+        if manifest["masked"]:
+            masked = open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
+        return cls(path, manifest, keys, values, masked)
+
+    @classmethod
+    def _open_sharded(cls, path: Path, manifest: dict[str, Any]) -> "Datastore":
+        shards = [cls._open_shard(path, manifest, n) for n in range(len(manifest["shards"]))]
+        placement = placement_of(manifest)
+        keys, values = (
+            ShardedArray([getattr(shard, name) for shard in shards], placement)
+            for name in ("keys", "values")
+        )
+        masked = [shard.in_whole(shard.masked) for shard in shards]
+        return cls(path, manifest, keys, values, np.sort(np.concatenate(masked)))
+
+    @classmethod
+    def _open_shard(cls, path: Path, manifest: dict[str, Any], number: int) -> "Datastore":
+        places = shard_paths(path, manifest)
+        if not 0 <= number < len(places):
+            raise InputError(f"{path}: has {len(places)} shards; expected one of number {number}")
+        if not places[number].is_dir():
+            raise InputError(
+                f"{path}: its shard {number} of {len(places)} is missing at {places[number]}; "
+                "bring it there, or tell where it is: neighborlm datastore assemble"
+            )
+        opened = cls.open(places[number])
+        placement = placement_of(manifest)
+        check_shard(opened.path, opened.manifest, manifest, placement.described(number))
+        fields = (opened.path, opened.manifest, opened.keys, opened.values, opened.masked)
+        return cls(*fields, Part(placement, number, path, manifest))
+
+    def shard(self, number: int) -> "Datastore":
+        """One of the shards alone, as part of the whole, see `part`; of a shard itself."""
+        if self.part is not None and self.part.number == number:
+            return self
+        return self.open(self.path, number)
+
+    def shards(self) -> list["Datastore"]:
+        """All of them, each as part of the whole; none where it has none."""
+        return [self.shard(number) for number in range(len(self.manifest.get("shards", ())))]
+
+    @property
+    def n_shards(self) -> int:
+        """How many directories its rows lie in."""
+        return max(len(shard_paths(self.path, self.manifest)), 1)
+
+    @staticmethod
+    def is_complete(path: Path) -> bool:
+        """Whether a finished datastore lies there, of shards: with all of them.
+
+        Where all were complete before, that one is missing now is found when it is opened.
+
+        Raises:
+            InputError: there is a manifest, but not a datastore's.
+        """
+        if not (path / "manifest.json").exists():
+            return False
+        manifest = read_manifest(path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+        if manifest["complete"] or "shards" not in manifest:
+            return manifest["complete"]
+        return all(map(Datastore.is_complete, shard_paths(path, manifest)))
+
+    def __len__(self) -> int:
+        """Rows, the masked ones included."""
+        return len(self.keys)
+
+    @property
+    def dim(self) -> int:
+        """Width of the keys."""
+        return self.keys.shape[1]
+
+    @property
+    def n_keys(self) -> int:
+        """Rows that hold a key."""
+        return len(self.keys) - len(self.masked)
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The manifest of what this is a part of; its own where it is no part."""
+        return self.manifest if self.part is None else self.part.manifest
+
+    @property
+    def n_keys_of_whole(self) -> int:
+        """Rows of the whole that hold a key."""
+        return self.whole["rows"] - self.whole["masked"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies what the datastore was made from, and so its content."""
+        return fingerprint_of(self.manifest)
+
+    def rows_of(self, key_numbers: np.ndarray) -> np.ndarray:
+        """From the number of a key, counted without masked rows, to its row; -1 stays."""
+        rows = key_numbers
+        if len(self.masked):
+            before = np.searchsorted(
+                self.masked - np.arange(len(self.masked)), key_numbers, side="right"
+            )
+            rows = np.where(key_numbers < 0, -1, key_numbers + before)
+        return self.in_whole(rows)
+
+    def in_whole(self, rows: np.ndarray) -> np.ndarray:
+        """From its own rows, int64, to what `read` knows them by."""
+        return rows if self.part is None else self.part.placement.rows_of(self.part.number, rows)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Keys of ascending row numbers, fp32 `[len(rows), d]`."""
+        return _fp32(self.keys[self.places_of(rows)])
+
+    def values_of(self, rows: np.ndarray) -> np.ndarray:
+        """Values of rows int64 of any shape; any value where missing, -1."""
+        if rows.size and rows.min() < 0:
+            rows = np.where(rows < 0, self.in_whole(np.int64(0)), rows)
+        return self.values[self.places_of(rows)]
+
+    def places_of(self, rows: np.ndarray) -> np.ndarray:
+        """From rows, those of the whole where this is part of one, to places in the arrays.
+
+        Raises:
+            ValueError: a row is another shard's.
+        """
+        if self.part is None:
+            return rows
+        numbers, places = self.part.placement.locate(rows)
+        if (numbers != self.part.number).any():
+            raise ValueError(f"rows of other shards than {self.part.number}: {self.path}")
+        return places
+
+    def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """A random sample, read in file order.
+
+        Args:
+            size: how many; all that have a key where there are fewer.
+
+        Returns:
+            ascending rows int64 `[n]`, and their keys fp32 `[n, d]`.
+        """
+        size = min(size, self.n_keys)
+        chosen = np.random.default_rng(seed).choice(self.n_keys, size, replace=False, shuffle=False)
+        rows = self.rows_of(np.sort(chosen))
+        return rows, self.read(rows)
+
+    def blocks(self, start: int = 0, block_rows: int | None = None) -> Iterator[np.ndarray]:
+        """Keys from number `start` on, in order and without masked rows, as fp32 blocks."""
+        step = block_rows or max(BLOCK_BYTES // (4 * self.dim), 1)
+        for first in range(start, self.n_keys, step):
+            last = min(first + step, self.n_keys)
+            if len(self.masked) == 0:
+                yield _fp32(np.array(self.keys[first:last]))
+            else:
+                yield self.read(self.rows_of(np.arange(first, last)))
+
+
+def _fp32(keys: np.ndarray) -> np.ndarray:
+    """Torch converts several times faster than numpy."""
+    return torch.from_numpy(keys).float().numpy()
+
+
+def read_datastore_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a datastore in any state.
+
+    Raises:
+        InputError: there is none, or of keys of an unknown type.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such datastore; --save_datastore or --knnlm makes it")
+    manifest = read_manifest(path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+    if manifest["dtype"] not in DTYPES:
+        raise InputError(f"{path}: has keys of type {manifest['dtype']}; expected fp16 or fp32")
+    return manifest
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """See `Datastore.fingerprint`: the same however rows are dealt into shards."""
+    fields = ["rows", "dim", "dtype", "masked", "made_from"]
+    if "shard" in manifest:
+        fields.append("shard")
+    parts = repr([manifest[field] for field in fields])
+    return blake2b(parts.encode(), digest_size=8).hexdigest()
+
+
+def shard_paths(path: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Where the shards of the datastore in directory `path` lie; none where it has none."""
+    return [path / shard["path"] for shard in manifest.get("shards", ())]
+
+
+def placement_of(manifest: Mapping[str, Any]) -> Placement:
+    """How the rows of a sharded datastore are dealt."""
+    return Placement(manifest["rows"], len(manifest["shards"]), manifest["block_rows"])
+
+
+def check_shard(
+    path: Path, shard: Mapping[str, Any], whole: Mapping[str, Any], place: Mapping[str, Any]
+) -> None:
+    """Refuses a shard of another datastore, or of another place in it.
+
+    Args:
+        path: of the shard.
+        shard: its manifest.
+        whole: manifest of the datastore.
+        place: see `Placement.described`.
+    """
+    refuse_mismatch(path, shard["made_from"], whole["made_from"])
+    fields = {name: whole[name] for name in ("made_from", "dim", "dtype", "value_dtype")}
+    refuse_mismatch(path, shard, {**fields, "shard": dict(place)})
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """`np.isfinite(array).all()` of floats of 16 or 32 bits, ten times as fast for halves."""
+    whole = np.dtype(f"i{array.itemsize}")
+    infinity = np.array(np.inf, array.dtype).view(whole)  # all bits of the exponent
+    return not ((array.view(whole) & infinity) == infinity).any()
+
+
+def files_while_written(
+    fields: Mapping[str, Any],
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of each large file of a datastore that is written, by its manifest."""
+    rows, dim = fields["rows"], fields["dim"]
+    return {
+        "keys.npy": (DTYPES[fields["dtype"]], (rows, dim)),
+        "values.npy": (np.dtype(fields["value_dtype"]), (rows,)),
+        "written.npy": (np.dtype(bool), (rows,)),
+    }
+
+
+def bytes_of(files: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> int:
+    """What files of some types and shapes take, and a page for their headers."""
+    return 4096 + sum(dtype.itemsize * math.prod(shape) for dtype, shape in files.values())
+
+
+def check_room(needed: Mapping[Path, int]) -> None:
+    """Refuses directories whose disks have no room for so many bytes in each.
+
+    Raises:
+        InputError: naming the first on such a disk.
+    """
+    devices = {path: path.stat().st_dev for path in needed}
+    total: Counter[int] = Counter()
+    for path, size in needed.items():
+        total[devices[path]] += size
+    for path, device in devices.items():
+        free = shutil.disk_usage(path).free
+        if total[device] > free:
+            count = list(devices.values()).count(device)
+            what = "the datastore needs" if count == 1 else f"{count} shards on its disk need"
+            raise InputError(
+                f"{path}: {what} {total[device] / 1e9:.1f} GB but the disk has {free / 1e9:.1f} GB "
+                "free; --knn.dtype fp16 halves it, --knn.datastore moves it"
+            )
+
+
+class DatastoreBuilder:
+    """Writes a datastore, any rows in any order, by any number of processes, and goes on where a
+    killed run stopped.
+
+    Which rows are written is kept in `written.npy` until the datastore is complete; a row is
+    marked only after its key has reached the disk, and from then on it does not change. Of a chunk
+    of rows that are all marked the checksums are taken, while it is in memory.
+
+    Args:
+        path: the directory.
+        rows: number of tokens N.
+        dim: width of the keys d.
+        dtype: fp16 or fp32.
+        vocab_size: values are below it.
+        made_from: JSON-able settings that determine the content.
+        masked: ascending numbers of the rows that get no key.
+        shard: its place in a whole, see `Placement.described`; None where it is one.
+
+    Raises:
+        InputError: the directory holds something else, or the disk has no room.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        rows: int,
+        dim: int,
+        dtype: str,
+        vocab_size: int,
+        made_from: dict[str, Any],
+        masked: np.ndarray,
+        shard: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.masked = masked
+        self.fields = {
+            "rows": rows,
+            "dim": dim,
+            "dtype": dtype,
+            "value_dtype": np.min_scalar_type(vocab_size - 1).name,
+            "vocab_size": vocab_size,
+            "masked": len(masked),
+            "made_from": made_from,
+        }
+        if shard is not None:
+            self.fields["shard"] = shard
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            if (self.path / "manifest.json").exists():
+                self._check_existing()
+            else:
+                self._create()
+            if not (self.path / "checksums.npy").exists():
+                np.save(self.path / "checksums.npy", np.zeros(self._shape_of_sums, DTYPE))
+        arrays = files_while_written(self.fields)
+        arrays["checksums.npy"] = (DTYPE, self._shape_of_sums)
+        self.keys, self.values, self.written, self.sums = (
+            open_array(self.path / name, shape, kind, mode="r+")
+            for name, (kind, shape) in arrays.items()
+        )
+        self.unmarked: list[np.ndarray] = []
+
+    def _check_existing(self) -> None:
+        manifest = read_manifest(self.path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+        refuse_mismatch(self.path, {"shards": len(manifest.get("shards", [1]))}, {"shards": 1})
+        if manifest["complete"]:
+            raise InputError(f"{self.path}: already holds a complete datastore; expected none")
+        refuse_mismatch(self.path, manifest["made_from"], self.fields["made_from"])
+        refuse_mismatch(self.path, manifest, self.fields)
+        if len(self.masked) and not np.array_equal(
+            self.masked, open_array(self.path / "masked.npy", self.masked.shape, self.masked.dtype)
+        ):
+            raise InputError(
+                f"{self.path / 'masked.npy'}: masks other rows than this command would"
+            )
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that have one checksum."""
+        return rows_of_chunk(self.fields["dim"] * DTYPES[self.fields["dtype"]].itemsize)
+
+    @property
+    def _shape_of_sums(self) -> tuple[int, int]:
+        return -(-self.fields["rows"] // self.chunk_rows), 2
+
+    def _create(self) -> None:
+        arrays = files_while_written(self.fields)
+        check_room({self.path: bytes_of(arrays)})
+        for name, (kind, shape) in arrays.items():
+            open_memmap(self.path / name, mode="w+", dtype=kind, shape=shape).flush()
+            take_room(self.path / name)
+        if len(self.masked):
+            np.save(self.path / "masked.npy", self.masked)
+            written = np.load(self.path / "written.npy", mmap_mode="r+")
+            written[self.masked] = True
+            written.flush()
+        self._write_manifest(complete=False)
+
+    def _write_manifest(self, complete: bool) -> None:
+        fields = {**self.fields, "complete": complete}
+        if complete:
+            fields["checksums"] = describe_checksums(self.chunk_rows, self.masked)
+        write_manifest(self.path / "manifest.json", KIND, VERSION, fields)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows to write, masked ones included."""
+        return len(self.written)
+
+    @property
+    def n_written(self) -> int:
+        """Rows that are safely on disk, masked ones included."""
+        return int(np.count_nonzero(self.written))
+
+    def is_written(self, rows: np.ndarray) -> bool:
+        """Whether all of these rows are on disk already."""
+        return bool(self.written[rows].all())
+
+    def write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+        """Stores keys `[n, d]` and values `[n]` at rows int64 `[n]`, those left out that are masked
+        or written already.
+
+        Raises:
+            InputError: a key is not finite in the datastore's type.
+            ValueError: a value is outside the vocabulary.
+        """
+        if len(values) and not 0 <= values.min() <= values.max() < self.fields["vocab_size"]:
+            raise ValueError(f"values from {values.min()} to {values.max()} in {self.path}")
+        missing = ~self.written[rows]
+        if not missing.all():
+            rows, keys, values = rows[missing], keys[missing], values[missing]
+        if keys.dtype != self.keys.dtype:  # torch rounds to halves twice as fast as numpy
+            keys = torch.from_numpy(keys).to(TORCH_DTYPES[self.fields["dtype"]]).numpy()
+        if not all_finite(keys):
+            raise InputError(
+                f"{self.path}: a key is infinite or NaN as {self.fields['dtype']}; "
+                "use --knn.dtype fp32 (or mend the model if it stays so)"
+            )
+        self.keys[rows] = keys
+        self.values[rows] = values
+        self.unmarked.append(rows)
+
+    def sync(self) -> None:
+        """Brings to disk what was written, then marks it as written."""
+        if not self.unmarked:
+            return
+        self.keys.flush()
+        self.values.flush()
+        rows = np.concatenate(self.unmarked)
+        self.written[rows] = True
+        self.written.flush()
+        self.unmarked.clear()
+        for chunk in np.unique(rows // self.chunk_rows).tolist():
+            part = slice(chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows)
+            if self.written[part].all():
+                self.sums[chunk] = checksum(self.keys[part]), checksum(self.values[part])
+
+    def finish(self) -> Datastore:
+        """Marks the datastore complete, once, after every process has called `sync`."""
+        missing = len(self.written) - self.n_written
+        if missing:
+            raise RuntimeError(f"{self.path}: {missing} rows were never written")
+        lacking = np.flatnonzero((self.sums == 0).any(axis=1)).tolist()
+        for chunk, sums in checksums((self.keys, self.values), self.chunk_rows, lacking):
+            self.sums[chunk] = sums
+        self.sums.flush()
+        self._write_manifest(complete=True)
+        (self.path / "written.npy").unlink(missing_ok=True)
+        return Datastore.open(self.path)
+
+
+def describe_checksums(chunk_rows: int, masked: np.ndarray) -> dict[str, Any]:
+    """What a manifest says of checksums, that of the masked rows included."""
+    return {"algorithm": ALGORITHM, "rows": chunk_rows, "masked": checksum(masked.astype(np.int64))}

@@ -1,0 +1,224 @@
+"""What is done to datastores that exist: they are listed, shown, verified, dealt into other shards,
+merged, and put together from shards that lie apart."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.store.arrays import open_array
+from neighborlm.retrieval.store.checksums import (
+    ALGORITHM,
+    DTYPE,
+    checksum,
+    checksums,
+    rows_of_chunk,
+)
+from neighborlm.retrieval.store.datastore import (
+    BLOCK_BYTES,
+    FIELDS,
+    KIND,
+    SHARDED_VERSION,
+    VERSION,
+    Datastore,
+    check_shard,
+    describe_checksums,
+    shard_paths,
+)
+from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
+from neighborlm.retrieval.store.sharded_builder import new_datastore
+from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind, Placement
+
+SYNC_SECONDS = 10.0
+Report = Callable[[int, int], None]
+"""What is called with how much is done, and how much there is."""
+
+
+def shards_of(datastore: Datastore) -> list[Datastore]:
+    """The ordinary datastores that one consists of."""
+    paths = shard_paths(datastore.path, datastore.manifest)
+    return [Datastore.open(path) for path in paths] or [datastore]
+
+
+# -- checksums -----------------------------------------------------------------------------------
+
+
+def verify_datastore(datastore: Datastore, report: Report = lambda *_: None) -> None:
+    """Reads all of it and compares it with its checksums.
+
+    Raises:
+        InputError: it has none, or one sentence that names the first damaged file and its rows.
+    """
+    shards = shards_of(datastore)
+    total, done = sum(map(len, shards)), 0
+    for shard in shards:
+        if "checksums" not in shard.manifest:
+            raise InputError(f"{shard.path}: has no checksums; verify --record true makes them")
+    for shard in shards:
+        described = shard.manifest["checksums"]
+        refuse_mismatch(shard.path, described, {"algorithm": ALGORITHM})
+        if checksum(np.asarray(shard.masked)) != described["masked"]:
+            raise InputError(f"{shard.path / 'masked.npy'}: is damaged")
+        rows = described["rows"]
+        shape = (-(-len(shard) // rows), 2)
+        expected = open_array(shard.path / "checksums.npy", shape, DTYPE)
+        for chunk, found in checksums((shard.keys, shard.values), rows, range(len(expected))):
+            first, last = chunk * rows, min((chunk + 1) * rows, len(shard))
+            for name, *sums in zip(("keys", "values"), found, expected[chunk], strict=True):
+                if sums[0] != sums[1]:
+                    raise InputError(
+                        f"{_file_of(shard, name)}: rows {first} to {last - 1} are damaged: their "
+                        f"checksum is {sums[0]:016x}, expected {sums[1]:016x}"
+                    )
+            report(done + last, total)
+        done += len(shard)
+
+
+def _file_of(datastore: Datastore, name: str) -> Path:
+    if "raw" in datastore.manifest:
+        return datastore.path / datastore.manifest["raw"][name]["path"]
+    return datastore.path / f"{name}.npy"
+
+
+def record_checksums(datastore: Datastore, report: Report = lambda *_: None) -> None:
+    """Gives checksums to what has none: made before there were any, or by another program."""
+    for shard in shards_of(datastore):
+        if "checksums" in shard.manifest:
+            continue
+        rows = rows_of_chunk(shard.dim * shard.keys.dtype.itemsize)
+        sums = np.zeros((-(-len(shard) // rows), 2), DTYPE)
+        for chunk, found in checksums((shard.keys, shard.values), rows, range(len(sums))):
+            sums[chunk] = found
+            report(min((chunk + 1) * rows, len(shard)), len(shard))
+        np.save(shard.path / "checksums.npy", sums)
+        fields = {**shard.manifest, "checksums": describe_checksums(rows, shard.masked)}
+        write_manifest(shard.path / "manifest.json", KIND, VERSION, fields)
+
+
+# -- merging and splitting -----------------------------------------------------------------------
+
+
+def deal_again(
+    source: Datastore,
+    output: Path,
+    shards: int,
+    kind: Kind = "contiguous",
+    block_rows: int = BLOCK_ROWS,
+    report: Report = lambda *_: None,
+) -> Datastore:
+    """Copies a datastore into so many shards, or into one directory; goes on where a killed copy
+    stopped.
+
+    Args:
+        source: of any number of shards.
+        output: directory of the copy.
+        shards: how many it is to have; 1 for an ordinary datastore.
+        kind: how rows are dealt.
+        block_rows: of `round_robin`.
+        report: called with how many rows are copied, and how many there are.
+
+    Raises:
+        InputError: something else is there, or a disk has no room.
+    """
+    manifest = source.manifest
+    vocab_size = manifest.get("vocab_size") or _largest_value(source) + 1
+    builder = new_datastore(
+        output,
+        len(source),
+        source.dim,
+        manifest["dtype"],
+        vocab_size,
+        manifest["made_from"],
+        source.masked,
+        shards,
+        kind,
+        block_rows=block_rows,
+    )
+    step = _step(source)
+    last_sync = time.perf_counter()
+    report(0, len(source))
+    for first in range(0, len(source), step):
+        rows = np.arange(first, min(first + step, len(source)))
+        if not builder.is_written(rows):
+            builder.write(rows, source.keys[first : first + step], source.values[rows])
+        if time.perf_counter() - last_sync > SYNC_SECONDS:
+            builder.sync()
+            last_sync = time.perf_counter()
+        report(int(rows[-1]) + 1, len(source))
+    builder.sync()
+    return builder.finish()
+
+
+def _step(source: Datastore) -> int:
+    return max(BLOCK_BYTES // (4 * source.dim), 1)
+
+
+def _largest_value(source: Datastore) -> int:
+    return max(int(source.values[i : i + (1 << 24)].max()) for i in range(0, len(source), 1 << 24))
+
+
+def put_together(shards: list[Path], output: Path) -> Datastore:
+    """Makes one datastore of shards where they lie; nothing is copied.
+
+    Args:
+        shards: their directories, in any order.
+        output: directory for the manifest of the whole.
+
+    Raises:
+        InputError: they are no shards, not of one datastore, or not all of it.
+    """
+    if not shards:
+        raise InputError("--shards: names none; expected all shards of a datastore")
+    found = sorted(map(_as_shard, shards), key=lambda shard: shard.manifest["shard"]["number"])
+    first = found[0].manifest
+    placement = Placement.from_shard(first["shard"])
+    numbers = [shard.manifest["shard"]["number"] for shard in found]
+    if numbers != list(range(placement.shards)):
+        raise InputError(
+            f"--shards: are the numbers {numbers} of {placement.shards}; expected each once"
+        )
+    for number, shard in enumerate(found):
+        check_shard(shard.path, shard.manifest, first, placement.described(number))
+    fields = ("dim", "dtype", "value_dtype", "vocab_size", "made_from")
+    described = {
+        **{name: first[name] for name in fields},
+        "rows": placement.rows,
+        "masked": sum(len(shard.masked) for shard in found),
+        "placement": placement.kind,
+        "block_rows": placement.block_rows,
+        "shards": [{"path": _path_from(output, shard.path)} for shard in found],
+        "complete": True,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with FileLock(output / ".lock"):
+        _refuse_another(output, described)
+        write_manifest(output / "manifest.json", KIND, SHARDED_VERSION, described)
+    return Datastore.open(output)
+
+
+def _as_shard(path: Path) -> Datastore:
+    opened = Datastore.open(path)
+    if "shard" not in opened.manifest:
+        raise InputError(f"{path}: is a whole datastore; expected a shard of one")
+    return opened
+
+
+def _path_from(output: Path, shard: Path) -> str:
+    """Relative where the shard lies in the directory of the whole, so that both can be moved."""
+    shard, output = Path(os.path.abspath(shard)), Path(os.path.abspath(output))
+    return str(shard.relative_to(output)) if shard.is_relative_to(output) else str(shard)
+
+
+def _refuse_another(output: Path, described: dict[str, Any]) -> None:
+    """Refuses a directory with another datastore; its shards may have moved."""
+    if not (output / "manifest.json").exists():
+        return
+    found = read_manifest(output / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+    same = ("made_from", "rows", "dim", "dtype", "masked", "placement", "block_rows")
+    if "shards" not in found or any(found[name] != described[name] for name in same):
+        raise InputError(f"{output}: already holds another datastore; expected none")

@@ -1,0 +1,155 @@
+"""A model saved by Lightning comes back the same; other files are refused without running them."""
+
+import pickle
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.programs.checkpoints import load_model, model_fingerprint
+
+SMALL = {
+    **{"width": 8, "ffn_width": 12, "layers": 2, "heads": 2, "dropout": 0.3},
+    **{"adaptive_input_cutoffs": (4, 7, 1000), "adaptive_softmax_cutoffs": (4, 7, 1000)},
+    **{"adaptive_input_factor": 2, "adaptive_softmax_factor": 2, "adam_betas": (0.8, 0.9)},
+}
+
+
+def make(seed: int = 0, **settings) -> TransformerLM:
+    torch.manual_seed(seed)
+    return TransformerLM(**{"vocab_size": 16, **SMALL, **settings})
+
+
+def contents(model: TransformerLM) -> dict:
+    """What of Lightning's layout `load_model` reads."""
+    return {"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save(contents(make()), path)
+    return path
+
+
+def test_saved_by_lightning(tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("a b c d e f g h i\n" * 3)
+    data = LMDataModule(str(tmp_path), tokens_per_sample=8, cache_dir=str(tmp_path / "cache"))
+    model = make(vocab_size=data.vocab_size)
+    trainer = pl.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+
+    loaded = load_model(tmp_path / "model.ckpt")
+    assert not loaded.training
+    assert loaded.updates == trainer.global_step > 0
+    assert loaded.dictionary_fingerprint == data.dictionary.fingerprint
+    assert dict(loaded.hparams) == dict(model.hparams)
+    assert loaded.hparams.adaptive_input_cutoffs == [4, 7]
+    assert loaded.softmax.words[1] is loaded.decoder.embedding.embeddings[1].weight
+    assert model_fingerprint(loaded) == model_fingerprint(model)
+    batch = next(iter(data.val_dataloader()))
+    assert torch.equal(loaded.score(batch).log_probs, model.eval().score(batch).log_probs)
+
+
+def test_a_compiled_model_is_loaded_uncompiled(saved):
+    model = make()
+    torch.save({**contents(model), "hyper_parameters": {**model.hparams, "compile": True}}, saved)
+    assert load_model(saved).hparams.compile is False
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.ckpt: no such checkpoint"):
+        load_model(tmp_path / "none.ckpt")
+    with pytest.raises(InputError, match="no such checkpoint"):
+        load_model(tmp_path)
+
+
+def spoil(name: str, path) -> None:
+    """Makes of a checkpoint another file."""
+    model = make()
+    others = {
+        "no weights": {"hyper_parameters": dict(model.hparams)},
+        "no settings": {"state_dict": model.state_dict()},
+        "weights of another width": {**contents(model), "state_dict": make(width=4).state_dict()},
+        "a weight too few": {
+            **contents(model),
+            "state_dict": dict(list(model.state_dict().items())[1:]),
+        },
+        "another module": {**contents(model), "hyper_parameters": {"hidden": 3}},
+        "a list": [torch.ones(2)],
+    }
+    if name in others:
+        torch.save(others[name], path)
+    elif name == "half a file":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_bytes({"empty": b"", "text": b"the cat\n", "zip": b"PK\x03\x04"}[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("empty", "text", "zip", "half a file", "no weights", "no settings", "a list"),
+        *("weights of another width", "a weight too few", "another module"),
+    ],
+)
+def test_what_is_no_checkpoint(saved, name):
+    assert load_model(saved)
+    spoil(name, saved)
+    with pytest.raises(InputError, match="cannot be read as a checkpoint") as error:
+        load_model(saved)
+    assert str(saved) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class Harmful:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_checkpoint_is_executed(saved, tmp_path):
+    trace = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Harmful(trace))).close()
+    assert trace.exists()  # it does harm where pickles are trusted
+    trace.unlink()
+    torch.save({**contents(make()), "callbacks": Harmful(trace)}, saved)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_model(saved)
+    saved.write_bytes(pickle.dumps(Harmful(trace), protocol=2))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_model(saved)
+    assert not trace.exists()
+
+
+def test_fingerprint_is_of_the_weights_and_nothing_else(saved, tmp_path):
+    model = make()
+    fingerprint = model_fingerprint(model)
+    assert model_fingerprint(load_model(saved)) == fingerprint
+    torch.save({**contents(model), "global_step": 7, "loops": {}}, tmp_path / "other.ckpt")
+    assert model_fingerprint(load_model(tmp_path / "other.ckpt")) == fingerprint
+    assert model_fingerprint(make(seed=1)) != fingerprint
+    assert model_fingerprint(make().double()) != fingerprint
+    for parameter in model.parameters():
+        value = parameter.data.view(-1)[-1].clone()
+        parameter.data.view(-1)[-1] = torch.nextafter(value, value + 1)
+        assert model_fingerprint(model) != fingerprint
+        parameter.data.view(-1)[-1] = value
+    assert model_fingerprint(model) == fingerprint

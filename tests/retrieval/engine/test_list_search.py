@@ -1,0 +1,411 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from neighborlm.retrieval.engine import list_search, sieve, visit
+from neighborlm.retrieval.engine.list_search import ListSearch
+from neighborlm.retrieval.memories.knn import Votes
+from neighborlm.retrieval.search.index import make_index, read_index
+
+N, DIM = 3000, 16
+
+
+@pytest.fixture(autouse=True)
+def sieve_of_few(monkeypatch):
+    """Where these tests visit few vectors."""
+    monkeypatch.setattr(list_search, "MANY", 12)
+    monkeypatch.setattr(list_search, "AT_LEAST", 0)
+
+
+def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
+    if keys is None:
+        keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + shift
+    index = make_index(DIM, factory, "l2" if metric == faiss.METRIC_L2 else "ip")
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    index = read_index(tmp_path / "x.faiss")
+    index.nprobe = 5
+    return index
+
+
+def queries(n=200, shift=0.0):
+    return np.random.default_rng(1).standard_normal((n, DIM), dtype=np.float32) + shift
+
+
+def assert_same(found, expected):
+    (distances, ids), (expected_distances, expected_ids) = found, expected
+    assert np.allclose(distances, expected_distances, rtol=1e-4, atol=1e-4)
+    assert (ids == expected_ids).mean() > 0.99  # nearly equal distances may change places
+    assert np.array_equal(np.sort(ids < 0), np.sort(expected_ids < 0))
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+@pytest.mark.parametrize("factory", ["IVF20,Flat", "IVF20,SQfp16", "IVF20,SQ8", "IVF20,PQ8"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("k", "by_bytes"), [(70, False), (20, False), (20, True), (3, True)])
+def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threads, k, by_bytes):
+    """With a sieve where k is small, and in several parts."""
+    if by_bytes and not sieve.bytes_are_exact():
+        pytest.skip("this processor's products of bytes lose bits")
+    monkeypatch.setattr(sieve, "bytes_pay", lambda: by_bytes)
+    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)
+    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 18)
+    monkeypatch.setattr(sieve, "ROWS", 17)
+    monkeypatch.setattr(sieve, "COLUMNS", 50)
+    left, real = [], sieve.Sieve.hand_over
+    monkeypatch.setattr(sieve.Sieve, "hand_over", lambda *a: left.append(real(*a)) or left[-1])
+    index = opened(tmp_path, factory, metric)
+    assert ListSearch.serves(index)
+    expected = index.search(queries(), k)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        assert_same(ListSearch(index).search(queries(), k), expected)
+    finally:
+        faiss.omp_set_num_threads(before)
+    assert (len(left) > 1) == (k < 70)
+    assert not left or np.concatenate(left).mean() < 0.02
+
+
+needs_exact_bytes = pytest.mark.skipif(
+    not sieve.bytes_are_exact(), reason="this processor's products of bytes lose bits"
+)
+
+
+@needs_exact_bytes
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_products_of_bytes_lose_nothing_below_the_bound(tmp_path, metric, outlier, shift):
+    """Whatever the bound is, and where one dimension takes most of a byte's steps."""
+    rng = np.random.default_rng(2)
+    scale = np.ones(DIM, dtype=np.float32)
+    scale[3] = outlier
+    keys = scale * rng.standard_normal((N, DIM), dtype=np.float32) + np.float32(shift)
+    looking = scale * queries(40) + np.float32(shift)
+    lists = ListSearch(opened(tmp_path, "IVF20,Flat", metric, keys=keys))
+    vectors, squares, _ = lists.vectors([7])
+    relative = looking - lists.middle
+    if metric == faiss.METRIC_L2:
+        exact = ((relative[:, None].astype(np.float64) - vectors) ** 2).sum(-1)
+    else:
+        exact = -relative.astype(np.float64) @ vectors.T.astype(np.float64)
+    who = np.arange(3, 40, 2)
+    for share in (0.01, 0.1, 0.7, 1.1):
+        bounds = np.quantile(exact, min(share, 1), axis=1).astype(np.float32)
+        bounds[: 40 if share > 1 else 0] = np.inf
+        by = sieve.Bytes(lists.similar, relative, bounds)
+        right, of_vectors = by.of(vectors, squares)
+        products = (torch._int_mm(by.left[who], right).numpy(), by.of_queries[who], of_vectors)
+        room = (np.empty(exact.size, type) for type in (np.int32, np.int64, np.float32))
+        asked, near, distances = kept = tuple(room)
+        n, computed = sieve.keep(
+            *products, who, relative, vectors, bounds, lists.similar, 0, *kept, 0
+        )
+        below = exact[who] < bounds[who, None].astype(np.float64)
+        close = np.isclose(exact[who], bounds[who, None], rtol=1e-5, atol=1e-5)
+        found = np.zeros_like(below)
+        found[np.searchsorted(who, asked[:n]), near[:n]] = True
+        assert np.array_equal(found | close, below | close)
+        expected = exact[asked[:n], near[:n]]
+        assert np.allclose(distances[:n], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+        assert computed >= n
+        if share < 0.5 and outlier == 1 and not (shift and metric != faiss.METRIC_L2):
+            assert computed < 2 * n + 100  # it spares most of the work
+
+
+@needs_exact_bytes
+def test_where_bytes_tell_too_little_numbers_do(tmp_path, monkeypatch):
+    """One dimension takes all steps of a byte, and of others the distances are made."""
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
+    keys[:, 0] = 5000
+    asked = queries()
+    asked[:, 0] = 5000
+    index = opened(tmp_path, "IVF2,Flat", faiss.METRIC_INNER_PRODUCT, keys=keys)
+    index.nprobe = 2
+    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
+    monkeypatch.setattr(sieve, "ROWS", 20)
+    monkeypatch.setattr(sieve, "COLUMNS", 50)
+    used, real = [], sieve.Numbers.rounded
+    monkeypatch.setattr(
+        sieve.Numbers, "rounded", staticmethod(lambda *a: used.append(1) or real(*a))
+    )
+    distances, _ = ListSearch(index).search(asked, 3)
+    assert np.allclose(distances, index.search(asked, 3)[0], rtol=1e-6)
+    assert used
+
+
+def said_by(distances, ids, values, targets, temperature, sign):
+    """As `Votes.said`, in float64, of what faiss finds."""
+    scores = np.where(ids < 0, -np.inf, -sign * distances.astype(np.float64))
+    hits = values[ids] == targets[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_weights = (scores - scores.max(1, keepdims=True)) / temperature
+        of_hits = np.logaddexp.reduce(np.where(hits, log_weights, -np.inf), axis=1)
+        said = of_hits - np.logaddexp.reduce(log_weights, axis=1)
+    return np.stack([said, scores.max(1), np.where(ids < 0, np.inf, scores).min(1)])
+
+
+@pytest.mark.parametrize("k", [1, 20, 70, 900])
+@pytest.mark.parametrize("temperature", [1.0, 0.02, 30.0])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_votes_are_those_of_what_faiss_finds(tmp_path, metric, temperature, k):
+    """Also where k is more than there are, hits weigh next to nothing, and a value is of no key;
+    with a sieve where k is small."""
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    rng = np.random.default_rng(3)
+    values, targets = rng.integers(0, 40, N), rng.integers(0, 42, 200)
+    sign = 1 if metric == faiss.METRIC_L2 else -1
+    votes = Votes(targets, temperature, "l2" if sign > 0 else "ip", lambda rows: values[rows])
+    ListSearch(index).vote(queries(), k, votes, lambda ids: values[ids])
+    found = index.search(queries(), k)
+    expected = said_by(*found, values, targets, temperature, sign)
+    close = np.isclose(votes.said, expected, rtol=2e-5, atol=2e-4 / temperature)
+    assert close[0].mean() > 0.99  # nearly equal distances may change places at the k-th
+    assert close[1:].all()
+    assert np.isneginf(votes.said[0]).any()
+    assert (found[1] < 0).any() == (k == 900)
+
+
+def test_of_equal_keys_at_the_last_place_just_k_vote(tmp_path):
+    keys = np.repeat(np.eye(DIM, dtype=np.float32), 40, axis=0)
+    search = ListSearch(opened(tmp_path, "IVF4,Flat", keys=keys))
+    asked, targets = np.eye(DIM, dtype=np.float32)[:8].repeat(25, axis=0), np.zeros(200, int)
+    _, ids = search.search(asked, 30)
+    values = np.zeros(len(keys), dtype=np.int64)
+    values[::3] = 7
+    votes = Votes(targets, 1.0, "l2", lambda rows: values[rows])
+    search.vote(asked, 30, votes, lambda ids: values[ids])
+    share = (values[ids] == 0).mean(1)
+    assert np.allclose(np.exp(votes.said[0]), share, atol=1e-6)
+    assert np.allclose(votes.said[1:], 0, atol=1e-5)
+
+
+def test_queries_that_find_nothing_hear_no_votes(tmp_path):
+    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+    asked = queries()
+    asked[5], asked[9, 3] = np.nan, np.inf
+    votes = Votes(np.zeros(200, int), 1.0, "l2", np.zeros_like)
+    search.vote(asked, 70, votes, np.zeros_like)
+    for column in (5, 9):
+        assert votes.said[:, column].tolist() == [-np.inf, -np.inf, np.inf]
+    assert np.allclose(np.delete(votes.said[0], [5, 9]), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [70, 3])
+def test_parts_are_the_whole(tmp_path, k):
+    index = opened(tmp_path, "IVF20,SQfp16")
+    expected, _ = index.search(queries(), k)
+    seen = np.zeros(200, dtype=int)
+
+    def take(which, distances, ids):
+        seen[which] += 1
+        assert np.allclose(distances, expected[which], rtol=1e-4)
+
+    ListSearch(index).search_in_parts(queries(), k, take, ordered=True)
+    assert (seen == 1).all()
+
+
+def test_parts_with_one_query_that_fills_more_than_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 12)
+    index = opened(tmp_path, "IVF20,Flat")
+    index.nprobe = 20
+    assert_same(ListSearch(index).search(queries(8), 1000), index.search(queries(8), 1000))
+
+
+def in_a_new_thread(function, *args):
+    """Which has used no memory yet."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+@pytest.mark.parametrize("k", [70, 3])
+def test_only_queries_that_are_not_finite(tmp_path, k):
+    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+    asked = np.full((200, DIM), np.nan, dtype=np.float32)
+    _, ids = in_a_new_thread(search.search, asked, k)
+    assert (ids == -1).all()
+
+
+def test_a_part_of_which_no_query_is_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 16)
+    index = opened(tmp_path, "IVF20,Flat")
+    asked = queries(400)
+    asked[100:] = np.inf
+    distances, ids = ListSearch(index).search(asked, 3)
+    assert (ids[100:] == -1).all()
+    assert_same((distances[:100], ids[:100]), index.search(asked[:100], 3))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_vectors_of_one_number(tmp_path, monkeypatch, metric, equal):
+    """Where they are equal, nothing is nearer than the bound."""
+    monkeypatch.setattr(sieve, "TOO_MANY", 1000)
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((N, 1), dtype=np.float32)
+    keys = np.sign(keys) if equal else keys
+    index = make_index(1, "IVF2,Flat", "l2" if metric == faiss.METRIC_L2 else "ip")
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    index = read_index(tmp_path / "x.faiss")
+    index.nprobe = 2
+    asked = rng.standard_normal((200, 1), dtype=np.float32)
+    distances, _ = in_a_new_thread(ListSearch(index).search, asked, 20)
+    assert np.allclose(distances, index.search(asked, 20)[0], rtol=1e-5, atol=1e-6)
+
+
+@needs_exact_bytes
+@pytest.mark.parametrize(
+    ("of_queries", "of_keys"), [(1.0, 1e20), (1.0, 2e38), (1e20, 1.0), (1e-18, 1e-18)]
+)
+def test_numbers_that_are_very_large_or_small(tmp_path, monkeypatch, of_queries, of_keys):
+    """Where errors, or their bounds, are infinite or vanish, nothing is lost."""
+    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
+    keys[8] = 1
+    keys[slice(8, 9) if of_keys > 1 else slice(None)] *= np.float32(of_keys)
+    keys[7] = 0
+    index = make_index(DIM, "IVF4,Flat", "ip")
+    index.train(keys[9:])
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    index = read_index(tmp_path / "x.faiss")
+    index.nprobe = 4
+    asked = np.eye(DIM, dtype=np.float32)[np.arange(200) % DIM] * np.float32(of_queries)
+    distances, _ = ListSearch(index).search(asked, 20)
+    expected = np.sort(asked.astype(np.float64) @ keys.T.astype(np.float64))[:, ::-1][:, :20]
+    assert np.allclose(distances / expected, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by_bytes", [False, pytest.param(True, marks=needs_exact_bytes)])
+@pytest.mark.parametrize("k", [70, 3])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_queries_that_are_not_finite_find_nothing(tmp_path, monkeypatch, metric, k, by_bytes):
+    """And spoil no other query."""
+    monkeypatch.setattr(sieve, "bytes_pay", lambda: by_bytes)
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    asked = queries()
+    asked[3, 2], asked[150] = np.nan, np.inf
+    distances, ids = ListSearch(index).search(asked, k)
+    finite = np.isfinite(asked).all(axis=1)
+    assert (ids[~finite] == -1).all()
+    assert_same((distances[finite], ids[finite]), index.search(asked[finite], k))
+
+
+@needs_exact_bytes
+def test_a_key_that_is_not_finite_hides_no_other(tmp_path, monkeypatch):
+    """faiss keeps one in an index of inner products."""
+    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
+    index = make_index(DIM, "IVF4,Flat", "ip")
+    index.train(keys)
+    keys[5, 3] = np.inf
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    index = read_index(tmp_path / "x.faiss")
+    index.nprobe = 4
+    asked = queries()
+    asked[:, 3] = -np.abs(asked[:, 3])  # far from that key
+    assert_same(ListSearch(index).search(asked, 10), index.search(asked, 10))
+
+
+@needs_exact_bytes
+def test_one_large_query_changes_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
+    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+    large = np.vstack([queries(), np.full((1, DIM), 1e3, np.float32)])
+    distances, ids = search.search(queries(), 3)
+    with_it, ids_with_it = search.search(large, 3)
+    assert np.array_equal(ids, ids_with_it[:-1])
+    assert np.array_equal(distances, with_it[:-1])
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_a_bound_that_is_too_near_loses_nothing(tmp_path, monkeypatch, metric):
+    """Half of the queries get one below which fewer than k vectors are left."""
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    real = visit.Visit.farthest
+
+    def too_near(visit):
+        bounds = real(visit)
+        bounds[::2] -= 0.5 * np.abs(bounds[::2])
+        return bounds
+
+    monkeypatch.setattr(visit.Visit, "farthest", too_near)
+    assert_same(ListSearch(index).search(queries(), 30), index.search(queries(), 30))
+
+
+def test_order_and_threads_of_a_sieve_change_no_figure(tmp_path):
+    """A token's neighbours come in the same order whatever else is searched for with it."""
+    search = ListSearch(opened(tmp_path, "IVF20,SQfp16"))
+    expected, expected_ids = search.search(queries(), 20, ordered=False)
+    faiss.omp_set_num_threads(3)
+    for part in (slice(0, 200), slice(40, 90)):
+        distances, ids = search.search(queries()[part], 20, ordered=False)
+        assert np.array_equal(ids, expected_ids[part])
+        assert np.allclose(distances, expected[part], rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_missing_neighbours_are_as_faiss_gives_them(tmp_path, metric):
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    index.nprobe = 1
+    distances, ids = ListSearch(index).search(queries(), 400)
+    expected, expected_ids = index.search(queries(), 400)
+    assert (ids < 0).any()
+    assert_same((distances, ids), (expected, expected_ids))
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+@pytest.mark.parametrize("k", [70, 900])
+def test_in_any_order_it_finds_the_same(tmp_path, metric, k):
+    search = ListSearch(opened(tmp_path, "IVF20,SQfp16", metric))
+    distances, ids = search.search(queries(), k, ordered=False)
+    assert (ids < 0).any() == (k == 900)
+    expected, expected_ids = search.search(queries(), k)
+    order = np.argsort(ids, axis=1, kind="stable")
+    right = np.argsort(expected_ids, axis=1, kind="stable")
+    assert np.array_equal(
+        np.take_along_axis(ids, order, 1), np.take_along_axis(expected_ids, right, 1)
+    )
+    assert np.array_equal(
+        np.take_along_axis(distances, order, 1), np.take_along_axis(expected, right, 1)
+    )
+
+
+def test_empty_lists_and_few_keys(tmp_path):
+    keys = np.repeat(np.eye(DIM, dtype=np.float32), 40, axis=0)
+    index = opened(tmp_path, "IVF30,Flat", keys=keys)
+    distances, _ = ListSearch(index).search(queries(), 3)
+    assert np.allclose(distances, index.search(queries(), 3)[0], atol=1e-5)
+
+
+def test_distances_far_from_the_origin_keep_their_digits(tmp_path):
+    shift = 1000.0
+    index = opened(tmp_path, "IVF20,Flat", shift=shift)
+    index.nprobe = 20
+    distances, ids = ListSearch(index).search(queries(shift=shift), 10)
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + np.float32(shift)
+    own = queries(shift=shift)[:, None].astype(np.float64)
+    exact = ((own - keys[ids]) ** 2).sum(-1)
+    assert np.abs(distances - exact).max() < 1e-4 * exact.max()
+
+
+def test_types_it_cannot_read_are_left_to_faiss(tmp_path):
+    assert not ListSearch.serves(opened(tmp_path, "IVF20,PQ8x4fs"))
+    assert not ListSearch.serves(faiss.index_factory(DIM, "IVF20,Flat"))
+    # Codes of 13 bytes: ids do not lie at multiples of 8 bytes from one another.
+    keys = np.random.default_rng(0).standard_normal((N, 13), dtype=np.float32)
+    index = faiss.index_factory(13, "IVF20,SQ8")
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "y.faiss"))
+    assert not ListSearch.serves(read_index(tmp_path / "y.faiss"))

@@ -1,0 +1,58 @@
+"""`neighborlm codec ...`: what quantised features lose; takes over those of the original GNN-LM."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from neighborlm.originals.codes import import_codes
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.neighbors.codec import compare_codecs
+from neighborlm.retrieval.store.datastore import Datastore
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Compares codecs on a datastore, and takes over the codes of the original program.
+
+    neighborlm codec compare --datastore DIR --codecs '["OPQ16_128,PQ16", "SQ8"]'
+    neighborlm codec import --datastore DIR --codes FILE --quantizer FILE
+    """
+
+    def compare(
+        datastore: Path, codecs: list[str], seed: int = 1, output: Path | None = None
+    ) -> None:
+        """Prints what codecs cost and lose.
+
+        Args:
+            datastore: directory of the datastore.
+            codecs: faiss factory strings.
+            seed: of the sample of keys.
+            output: JSON file for the results.
+        """
+        results = compare_codecs(Datastore.open(datastore), codecs, seed)
+        table = Table("codec", "bytes a row", "relative error", "seconds to train")
+        for name, quality in results.items():
+            figures = f"{quality.relative_error:.4g}", f"{quality.train_seconds:.1f}"
+            table.add_row(name, str(quality.code_size), *figures)
+        Console().print(table)
+        if output is not None:
+            found = {name: asdict(quality) for name, quality in results.items()}
+            output.write_text(json.dumps(found, indent=1) + "\n")
+
+    def take_over(datastore: Path, codes: Path, quantizer: Path) -> None:
+        """Takes over the original's codes, in place: `--neighbors.codec imported` uses them.
+
+        Args:
+            datastore: directory of the datastore whose keys were encoded.
+            codes: uint8, raw or .npy.
+            quantizer: its faiss codec.
+        """
+        taken = import_codes(Datastore.open(datastore), codes, quantizer)
+        error = taken.manifest["relative_error"]
+        print(f"codes: {taken.path}, {len(taken.codes)} rows, relative error {error:.4f}")
+
+    auto_cli({"compare": compare, "import": take_over}, args=args, as_positional=False)

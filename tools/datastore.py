@@ -1,0 +1,225 @@
+"""`neighborlm datastore ...`: looks at datastores, verifies, deals, merges and assembles them."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jsonargparse import auto_cli
+
+from neighborlm.common.errors import InputError
+from neighborlm.common.progress import progress_bars
+from neighborlm.originals.raw_datastore import import_datastore
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.store.datastore import (
+    DTYPES,
+    KIND,
+    Datastore,
+    fingerprint_of,
+    read_datastore_manifest,
+    shard_paths,
+)
+from neighborlm.retrieval.store.maintenance import (
+    deal_again,
+    put_together,
+    record_checksums,
+    verify_datastore,
+)
+from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind
+
+# -- looking -------------------------------------------------------------------------------------
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Directories of the datastores under a folder, shards of one that is there too left out."""
+    for path in sorted(folder.rglob("manifest.json")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        of_a_whole = '"shard": {' in text and (path.parent.parent / "manifest.json").exists()
+        if f'"kind": "{KIND}"' in text and not of_a_whole:
+            yield path.parent
+
+
+def state_of(path: Path, manifest: dict[str, Any]) -> str:
+    """`complete`, or what is missing."""
+    shards = shard_paths(path, manifest)
+    missing = [str(number) for number, shard in enumerate(shards) if not shard.is_dir()]
+    if missing:
+        return f"without shard {', '.join(missing)}"
+    if Datastore.is_complete(path):
+        return "complete"
+    written = sum(_written_rows(shard) for shard in shards or [path])
+    return f"unfinished, {100 * written // manifest['rows']} % written"
+
+
+def _written_rows(path: Path) -> int:
+    if Datastore.is_complete(path):
+        return read_datastore_manifest(path)["rows"]
+    marks = path / "written.npy"
+    return int(np.count_nonzero(np.load(marks, mmap_mode="r"))) if marks.exists() else 0
+
+
+def line_of(path: Path) -> str:
+    """A datastore in one line."""
+    manifest = read_datastore_manifest(path)
+    rows, dim, made_from = manifest["rows"], manifest["dim"], manifest["made_from"]
+    row_bytes = dim * DTYPES[manifest["dtype"]].itemsize
+    size = rows * (row_bytes + np.dtype(manifest["value_dtype"]).itemsize)
+    room = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    parts = [f"{path}: {rows} rows x {dim} {manifest['dtype']}", room]
+    if "shards" in manifest:
+        parts.append(f"{len(manifest['shards'])} shards {manifest['placement']}")
+    if "shard" in manifest:
+        parts.append(f"shard {manifest['shard']['number']} of {manifest['shard']['of']}")
+    parts.append(state_of(path, manifest))
+    told = ("split", "key_type", "model")
+    return ", ".join(parts + [f"{name} {made_from[name]}" for name in told if name in made_from])
+
+
+# -- the program ---------------------------------------------------------------------------------
+
+
+def list_datastores(path: Path) -> None:
+    """Prints a line for every datastore under a folder.
+
+    Args:
+        path: the folder.
+    """
+    for place in below(path):
+        try:
+            print(line_of(place))
+        except InputError as error:
+            print(error)
+
+
+def show(path: Path) -> None:
+    """Prints what a datastore is and what it was made from.
+
+    Args:
+        path: its directory.
+    """
+    manifest = read_datastore_manifest(path)
+    described = {
+        **manifest,
+        "fingerprint": fingerprint_of(manifest),
+        "state": state_of(path, manifest),
+    }
+    print(json.dumps(described, indent=1))
+
+
+def verify(path: Path, record: bool = False) -> None:
+    """Reads a datastore and compares it with its checksums; names the first damaged rows.
+
+    Args:
+        path: its directory.
+        record: give checksums to a datastore or a shard that has none, instead of refusing it.
+    """
+    datastore = Datastore.open(path)
+    with progress_bars(str(path), transient=True) as report:
+        if record:
+            record_checksums(datastore, partial(report, "recording"))
+            datastore = Datastore.open(path)
+        verify_datastore(datastore, partial(report, "verifying"))
+    print(f"{path}: {len(datastore)} rows are as they were written")
+
+
+def split(
+    source: Path,
+    output: Path,
+    shards: int,
+    placement: Kind = "contiguous",
+    block_rows: int = BLOCK_ROWS,
+) -> None:
+    """Copies a datastore into shards; repeated, it goes on where it stopped.
+
+    Args:
+        source: directory of a datastore, in one piece or of other shards.
+        output: directory of the copy.
+        shards: how many.
+        placement: contiguous or round_robin.
+        block_rows: consecutive rows that lie together where they are dealt round_robin.
+    """
+    _copy(source, output, shards, placement, block_rows)
+
+
+def merge(source: Path, output: Path) -> None:
+    """Copies the shards of a datastore into one directory; repeated, it goes on where it stopped.
+
+    Args:
+        source: directory of a datastore of shards.
+        output: directory of the copy.
+    """
+    _copy(source, output, 1, "contiguous", BLOCK_ROWS)
+
+
+def _copy(source: Path, output: Path, shards: int, kind: Kind, block_rows: int) -> None:
+    for name, value in (("shards", shards), ("block_rows", block_rows)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}; expected at least 1")
+    opened = Datastore.open(source)
+    with progress_bars(str(output)) as report:
+        told = partial(report, "copying")
+        made = deal_again(opened, output, shards, kind, block_rows, told)
+    print(line_of(made.path))
+
+
+def assemble(shards: list[Path], output: Path) -> None:
+    """Makes one datastore of shards where they lie; nothing is copied.
+
+    Args:
+        shards: their directories.
+        output: directory for the manifest of the whole; again, once shards were moved.
+    """
+    print(line_of(put_together(shards, output).path))
+
+
+def take_over(
+    source: Path,
+    output: Path,
+    size: int | None = None,
+    dim: int | None = None,
+    dtype: Literal["fp16", "fp32"] | None = None,
+    vocab_size: int | None = None,
+) -> None:
+    """Makes a datastore of the original's raw maps, in place.
+
+    Args:
+        source: prefix of _keys.npy and _vals.npy, or a directory with an info.json.
+        output: directory for the manifest.
+        size: number of rows, where there is no info.json.
+        dim: width of the keys, where there is no info.json.
+        dtype: of the keys; told from the file's size by default.
+        vocab_size: of the dictionary, to check the values against.
+    """
+    datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
+    print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
+    if len(datastore.masked):
+        print(f"{len(datastore.masked)} rows of zeros at its end are masked")
+
+
+COMMANDS = {
+    "list": list_datastores,
+    "show": show,
+    "verify": verify,
+    "split": split,
+    "merge": merge,
+    "assemble": assemble,
+    "import": take_over,
+}
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Looks at datastores, verifies, merges and splits them, and takes over those of the original
+    programs.
+
+    neighborlm datastore list --path datastores
+    neighborlm datastore show --path datastores/text/train
+    neighborlm datastore verify --path datastores/text/train
+    neighborlm datastore split --source datastores/text/train --output DIR --shards 4
+    neighborlm datastore merge --source DIR --output DIR
+    neighborlm datastore assemble --shards '[DIR, DIR]' --output DIR
+    neighborlm datastore import --source PREFIX --output DIR --size N --dim D
+    """
+    auto_cli(COMMANDS, args=args, as_positional=False)

@@ -1,0 +1,33 @@
+"""`neighborlm neighbors ...`: takes over neighbour tables of the original GNN-LM."""
+
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from neighborlm.common.progress import progress_bars
+from neighborlm.originals.neighbor_table import import_table
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.store.datastore import Datastore
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Takes over a neighbour table of the original program: `--neighbors.index imported` uses it.
+
+    neighborlm neighbors --table neighbors.mmap.128 --k 128 --queries DIR --memory DIR
+    """
+
+    def take_over(table: Path, k: int, queries: Path, memory: Path) -> None:
+        """Makes a neighbour table of the original's raw map, in place.
+
+        Args:
+            table: its neighbors.mmap.<k>.
+            k: neighbours a token.
+            queries: directory of the split's datastore.
+            memory: directory of the datastore whose rows it holds.
+        """
+        with progress_bars(f"neighbours k={k}", transient=True) as report:
+            taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory), report)
+        print(f"neighbours: {taken.path}, {len(taken.rows)} tokens")
+
+    auto_cli(take_over, args=args, as_positional=False)
