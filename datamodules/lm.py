@@ -270,6 +270,11 @@ class LMDataModule(pl.LightningDataModule):
 
     # -- the corpus ------------------------------------------------------------------------------
 
+    @property
+    def name(self) -> str:
+        """The known corpus's name or the folder's."""
+        return Path(self.corpus).resolve().name
+
     @cached_property
     def files(self) -> CorpusFiles:
         """The corpus's text files, downloaded or made when they are missing."""

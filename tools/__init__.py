@@ -11,8 +11,8 @@ TOOLS = {
     "neighbors": ("tools.neighbors", "take over the original program's neighbour tables"),
     "plan": ("tools.plan", "bytes that a memory takes, before anything is run"),
     "convert": ("tools.convert", "checkpoints of fairseq to ours and back"),
-    "train": ("programs.training", "train.py"),
-    "evaluate": ("programs.evaluation", "evaluate.py"),
+    "train": ("programs.train", "train.py"),
+    "evaluate": ("programs.evaluate", "evaluate.py"),
 }
 """Where the `main` of each command is, and what it does."""
 
