@@ -20,17 +20,15 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from neighborlm.common.contracts import LanguageModel, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
-from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.models.scorer import Scorer
+from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.cluster import rank_watch
 from neighborlm.retrieval.cluster.distributed import TIMEOUT
 from neighborlm.retrieval.cluster.ranks import Ranks
-
-ARCHITECTURES: dict[str, type[LanguageModel]] = {"lm": TransformerLM, "gnn_lm": GNNLM}
 
 
 class ProgramCLI(LightningCLI):
@@ -50,8 +48,9 @@ class ProgramCLI(LightningCLI):
     def __init__(self) -> None:
         quiet()
         self.arch = chosen_architecture(sys.argv[1:])
+        self.architecture = ARCHITECTURES[self.arch]
         super().__init__(
-            ARCHITECTURES[self.arch],
+            self.architecture.make,
             LMDataModule,
             run=False,
             save_config_callback=None,
@@ -84,7 +83,7 @@ class ProgramCLI(LightningCLI):
             default=30,
             help="seconds without an answer from another host until the run stops",
         )
-        if self.arch == "gnn_lm":
+        if self.architecture.has_neighbors:
             parser.add_class_arguments(NeighborSettings, "neighbors")
 
     def before_instantiate_classes(self) -> None:
@@ -142,7 +141,7 @@ class ProgramCLI(LightningCLI):
         self.device = trainer.strategy.root_device
         return trainer
 
-    def join_ranks(self, model: LightningModule) -> Ranks:
+    def join_ranks(self, model: LanguageModel) -> Ranks:
         """Has all processes of this run started and joined, for what they do together between the
         stages.
 
@@ -151,7 +150,7 @@ class ProgramCLI(LightningCLI):
         """
         if self.ranks is None:
             trainer = self.make_trainer([], self.run_dir / "evaluate")
-            trainer.predict(model, [], return_predictions=False)
+            trainer.predict(Scorer(model, Want()), [], return_predictions=False)
             self.ranks = Ranks.connect(TIMEOUT)
         return self.ranks
 

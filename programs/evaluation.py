@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, replace
-from functools import partial
+from functools import partial, reduce
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -22,11 +22,12 @@ from neighborlm.callbacks.knn_interpolation import KNNInterpolation
 from neighborlm.callbacks.mixture import Mixture
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
+from neighborlm.common.contracts import LanguageModel, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
-from neighborlm.programs.checkpoints import load_model, model_fingerprint
+from neighborlm.models.scorer import Scorer
+from neighborlm.programs.architectures import Source
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.products import NeighborProducts, Products
@@ -98,16 +99,13 @@ class EvaluateCLI(ProgramCLI):
         self.knn.check()
         path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
         self.ckpt_path = Path(path)
-        self.model = load_model(self.ckpt_path)
-        if isinstance(self.model, GNNLM) != (self.arch == "gnn_lm"):
-            raise InputError(
-                f"{self.ckpt_path}: holds a {type(self.model).__name__}, but --arch is {self.arch} "
-                "(the first line of a gnn_lm.yaml); expected the config that it was trained with"
-            )
-        for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
-            self.model.key_width(key_type)
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule: LMDataModule = self.config_init.data
+        source = Source(self.datamodule, self.ckpt_path, self.config.model)
+        self.model = self.architecture.load(source)
+        if self.config.knnlm or self.config.save_datastore or self.config.build_index:
+            for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
+                self.model.key_width(key_type)
         check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
         self.datamodule.max_target_positions = self.model.max_target_positions
 
@@ -162,9 +160,9 @@ class Evaluation:
 
     def check_dictionary(self) -> None:
         """Refuses a checkpoint that was trained with another dictionary than the corpus has."""
-        expected = self.model.dictionary_fingerprint
+        expected = getattr(self.model, "dictionary_fingerprint", None)
         found = self.data.dictionary.fingerprint
-        size = self.model.hparams.vocab_size
+        size = self.model.vocab_size
         if size != self.data.vocab_size or expected not in (None, found):
             raise InputError(
                 f"{self.cli.ckpt_path}: was trained with a dictionary of {size} symbols "
@@ -250,8 +248,9 @@ class Evaluation:
         it, and times, the model's alone where kNN runs beside it."""
         throughput = Throughput()
         trainer = self.cli.make_trainer([throughput, *callbacks], self.cli.run_dir / "evaluate")
-        trainer.test(self.model, self.data.evaluation_dataloader(split), verbose=False)
-        total = self.model.test_loss.compute()
+        scorer = Scorer(self.model, reduce(Want.and_also, (c.want for c in callbacks), Want()))
+        trainer.test(scorer, self.data.evaluation_dataloader(split), verbose=False)
+        total = scorer.test_loss.compute()
         tokens = int(total["tokens"])
         searching = any(isinstance(callback, KNNInterpolation) for callback in callbacks)
         seconds = throughput.model_seconds if searching else throughput.seconds
@@ -260,7 +259,7 @@ class Evaluation:
         own = figures(total["loss"].item(), tokens, seconds)
         if self.neighbors is None:
             return results | own
-        lm_loss = self.model.lm_loss.compute()["loss"].item()
+        lm_loss = scorer.lm_loss.compute()["loss"].item()
         of_network = own | asdict(self.neighbors.settings)
         if self.neighbors.exchange is not None:
             of_network["communication"] = self.neighbors.exchange.communication
@@ -270,7 +269,6 @@ class Evaluation:
         """The model's perplexity on a split and, with `--knnlm`, the mixture's."""
         if not self.cli.config.knnlm:
             self.give_neighbors(split)
-            self.model.key_type = None
             lm_scores = self.lm_scores()
             results = self.score(split, *lm_scores)
             self.save_scores(*(callback.table for callback in lm_scores))
@@ -286,12 +284,13 @@ class Evaluation:
             datastore,
             retriever,
             knn.k,
+            key_type=knn.key_type,
             distances=knn.distances,
             similarity=knn.similarity,
             missing=knn.missing,
             rescoring=self.ensure_rescoring(),
+            rescoring_key_type=knn.rescore_key_type,
         )
-        self.model.key_type, self.model.rescoring_key_type = knn.key_type, knn.rescore_key_type
         tuned = self.tuned(datastore) if knn.lmbda == "auto" else None
         mixed_by = {
             "lmbda": tuned.lmbda if tuned else knn.lmbda,
@@ -419,7 +418,7 @@ class Evaluation:
         knn, index = self.knn, resolve(datastore, self.knn.index)
         return {
             **self.products.made_from(split),
-            "model": model_fingerprint(self.model),
+            "model": self.model.fingerprint,
             "neighbors": asdict(self.neighbors.settings) if self.neighbors else None,
             "datastore": fingerprint_of(datastore.whole),
             "index": [index, Path(index).stat().st_size] if is_path(index) else index,
@@ -445,9 +444,12 @@ class Evaluation:
         """Writes results.json, logs the figures and prints a table."""
         if not self.trainer.is_global_zero:
             return
-        results |= {"checkpoint": str(self.cli.ckpt_path), "stage_seconds": self.seconds}
+        ckpt_path = self.cli.ckpt_path
+        made_from = {"checkpoint": str(ckpt_path) if ckpt_path.exists() else None}
+        results |= {**made_from, "stage_seconds": self.seconds}
         output = Path(self.cli.config.output or self.cli.run_dir / "results.json")
-        publish(results, output, self.model.updates, self.trainer.loggers)
+        updates = getattr(self.model, "updates", 0)
+        publish(results, output, updates, self.trainer.loggers)
 
 
 def own_part() -> tuple[int, None, int]:

@@ -20,6 +20,7 @@ from neighborlm.common.interrupts import interrupts_held
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.lm import ResumableLoader
 from neighborlm.models.gnn_lm import GNNLM
+from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.products import NeighborProducts
@@ -39,6 +40,9 @@ class TrainCLI(ProgramCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section; the model's vocabulary is the corpus's."""
         super().add_arguments_to_parser(parser)
+        if self.architecture.make is None:
+            trained = ", ".join(name for name, a in ARCHITECTURES.items() if a.make is not None)
+            raise InputError(f"--arch {self.arch} is not trained here; expected one of {trained}")
         parser.link_arguments(
             "data", "model.vocab_size", lambda data: data.vocab_size, apply_on="instantiate"
         )
@@ -58,8 +62,8 @@ class TrainCLI(ProgramCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the data module and a new model."""
-        if self.arch == "lm":  # known before the corpus is read
-            longest = self.config.model.max_target_positions
+        longest = self.config.model.get("max_target_positions")
+        if longest is not None:  # known before the corpus is read
             check_row_length(self.config.data.tokens_per_sample, longest)
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
@@ -236,7 +240,7 @@ def give_neighbors(cli: TrainCLI) -> dict[str, float]:
         )
     splits = [split for split in SPLITS if cli.datamodule.has(split)]
     products.attach(*splits)
-    if cli.model.hparams.start_from is None:
+    if cli.config.model.start_from is None:
         loader = cli.datamodule.val_dataloader()
         loader.sampler.dealt = False  # all ranks begin alike
         cli.model.begin_as_lm(islice(loader, BATCHES_TO_BEGIN))
