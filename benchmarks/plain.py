@@ -28,7 +28,7 @@ from neighborlm.datamodules.graphs import hetero_graph
 from neighborlm.datamodules.lm import LMBatch, LMDataModule
 from neighborlm.models.adaptive import OutputSoftmax, PlainSoftmax
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
+from neighborlm.common.contracts import LanguageModel
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.neighbors.tables import NeighborTable, compacted, outside_window

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neighborlm.callbacks.background import Background
 from neighborlm.callbacks.mixture import Mixture
+from neighborlm.common.contracts import Want
 from neighborlm.retrieval.cluster.distributed import DistributedRetriever
 from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn import Votes
@@ -32,19 +33,22 @@ since the model and the search call many functions that take less than a millise
 
 
 class KNNInterpolation(Callback):
-    """Searches with the keys that `test_step` returns, while the model computes the next batch.
+    """Searches with the keys that the test step of a `Scorer` of `want` returns, while the model
+    computes the next batch.
 
     Args:
         datastore: whose values vote.
         retriever: finds its rows.
         k: neighbours per token.
         lmbda, temperature: see `Mixture`.
+        key_type: of the datastore's keys.
         distances: `exact` computes them from the stored keys, `index` takes the retriever's.
         similarity: what `exact` computes; by default the retriever's metric.
         missing: `left_out`, or `last_row` to count the last row in place of missing neighbours,
             as the original program does.
         rescoring: datastore of the same text with keys of another type; distances are then those
-            from the model's `rescoring_keys` to its keys.
+            from the model's keys of that type to its keys.
+        rescoring_key_type: of its keys.
         cache: gets what is retrieved for every token.
         keep_scores: keep the per-token log-probabilities.
 
@@ -59,16 +63,21 @@ class KNNInterpolation(Callback):
         k: int,
         lmbda: float,
         temperature: float = 1.0,
+        key_type: str = "last_ffn_input",
         distances: str = "exact",
         similarity: Metric | None = None,
         missing: str = "left_out",
         rescoring: Datastore | None = None,
+        rescoring_key_type: str | None = None,
         cache: RetrievalCacheBuilder | None = None,
         keep_scores: bool = False,
     ) -> None:
         self.datastore = datastore
         self.retriever = retriever
         self.k = k
+        self.key_type = key_type
+        self.rescoring_key_type = rescoring_key_type or key_type
+        self.want = Want(tuple(dict.fromkeys((key_type, self.rescoring_key_type))))
         self.similarity: Metric = similarity or retriever.metric
         known = retriever.exact and self.similarity == retriever.metric
         # Missing neighbours that the last row stands for have a distance that nobody knows yet.
@@ -146,9 +155,9 @@ class KNNInterpolation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
     ) -> None:
         """Queues the search for a batch's keys, once enough have come together."""
-        others = outputs.keys if self.rescoring is None else outputs.rescoring_keys
+        keys, others = outputs.keys[self.key_type], outputs.keys[self.rescoring_key_type]
         columns = (outputs.positions, outputs.targets, outputs.log_probs)
-        columns += (outputs.keys.float(), others.float())
+        columns += (keys.float(), others.float())
         self.waiting.append([column.cpu() for column in columns])
         if sum(len(columns[0]) for columns in self.waiting) >= self.enough:
             self.enough = min(2 * self.enough, QUERIES_AT_ONCE)

@@ -15,13 +15,9 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
-from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.run import TRAINER_DEFAULTS, Run
 from neighborlm.programs.settings import NeighborSettings
-
-ARCHITECTURES: dict[str, type[LanguageModel]] = {"lm": TransformerLM, "gnn_lm": GNNLM}
 
 
 class ProgramCLI(LightningCLI):
@@ -34,8 +30,9 @@ class ProgramCLI(LightningCLI):
     def __init__(self) -> None:
         quiet()
         self.arch = chosen_architecture(sys.argv[1:])
+        self.architecture = ARCHITECTURES[self.arch]
         super().__init__(
-            ARCHITECTURES[self.arch],
+            self.architecture.make,
             LMDataModule,
             run=False,
             save_config_callback=None,
@@ -65,7 +62,7 @@ class ProgramCLI(LightningCLI):
             default=30,
             help="seconds without an answer from another host until the run stops",
         )
-        if self.arch == "gnn_lm":
+        if self.architecture.has_neighbors:
             parser.add_class_arguments(NeighborSettings, "neighbors")
 
     def before_instantiate_classes(self) -> None:
@@ -92,7 +89,7 @@ class ProgramCLI(LightningCLI):
     @property
     def neighbor_settings(self) -> NeighborSettings | None:
         """The section neighbors, of a GNN-LM."""
-        if self.arch != "gnn_lm":
+        if not self.architecture.has_neighbors:
             return None
         return NeighborSettings(**self.config.neighbors.as_dict())
 

@@ -9,6 +9,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.programs.architectures import Source
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.evaluation import Subject, evaluate, make_datastore, make_index
 from neighborlm.programs.exits import exit_with_one_sentence
@@ -96,16 +97,13 @@ class EvaluateCLI(ProgramCLI):
         self.knn.check()
         path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
         self.ckpt_path = Path(path)
-        self.model = load_model(self.ckpt_path)
-        if isinstance(self.model, GNNLM) != (self.arch == "gnn_lm"):
-            raise InputError(
-                f"{self.ckpt_path}: holds a {type(self.model).__name__}, but --arch is {self.arch} "
-                "(the first line of a gnn_lm.yaml); expected the config that it was trained with"
-            )
-        for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
-            self.model.key_width(key_type)
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule: LMDataModule = self.config_init.data
+        source = Source(self.datamodule, self.ckpt_path, self.config.model)
+        self.model = self.architecture.load(source)
+        if self.memories or self.config.save_datastore or self.config.build_index:
+            for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
+                self.model.key_width(key_type)
         check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
         self.datamodule.max_target_positions = self.model.max_target_positions
 
@@ -149,7 +147,8 @@ def main() -> None:
     if evaluated.trainer.is_global_zero:
         output = Path(cli.config.output or cli.run_dir / "results.json")
         results = evaluated.results
-        results |= {"checkpoint": str(cli.ckpt_path), "stage_seconds": evaluated.seconds}
+        checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
+        results |= {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
         updates = getattr(cli.model, "updates", 0)
         publish(results, output, updates, evaluated.trainer.loggers)
 

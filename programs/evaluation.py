@@ -240,8 +240,6 @@ def check_search(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> N
     products = subject.products(knn)
     if knn.shard is not None:
         check_search_by_hosts(subject.run, knn)
-    for key_type in filter(None, (knn.key_type, knn.rescore_key_type)):
-        subject.model.key_width(key_type)
     existing = products.open_fitting_datastore("train")
     where = products.datastore_path("train")
     if existing is None:

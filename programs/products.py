@@ -14,16 +14,16 @@ from neighborlm.callbacks.datastore_writer import DatastoreWriter
 from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.callbacks.throughput import Throughput
+from neighborlm.common.contracts import LanguageModel
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
 from neighborlm.datamodules.graphs import NeighborMemory
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.features import CodeDecoder
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
+from neighborlm.models.scorer import Scorer
 from neighborlm.originals.neighbor_table import open_imported
 from neighborlm.originals.raw_datastore import import_datastore, is_raw
-from neighborlm.programs.checkpoints import model_fingerprint
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
 from neighborlm.retrieval.cluster.exchange import Exchange, ExchangedArray, share_files
@@ -77,7 +77,7 @@ class Products:
         self.model = model
         self.knn = knn
         self.root = Path(root) if root else Path("datastores") / data.name
-        self.own_fingerprint = model_fingerprint(model)
+        self.own_fingerprint = model.fingerprint
         self.fingerprint = fingerprint or self.own_fingerprint
         self.shown = shown
         self.seconds: dict[str, float] = {}
@@ -206,12 +206,11 @@ class Products:
         before = builder.n_written
         if before > len(builder.masked):
             print(f"{builder.path}: {before} of {builder.n_rows} rows are written; going on")
-        self.model.key_type = self.knn.key_type
         wanted = None if self.knn.shard is None else builder.is_wanted()
         loader = self.data.evaluation_dataloader(split, builder.is_written, wanted)
-        writer, throughput = DatastoreWriter(builder), Throughput()
+        writer, throughput = DatastoreWriter(builder, self.knn.key_type), Throughput()
         trainer = self.run.trainer([writer, throughput, *after])
-        trainer.predict(self.model, loader, return_predictions=False)
+        trainer.predict(Scorer(self.model, writer.want), loader, return_predictions=False)
         stage = "datastore" if split == "train" else f"datastore_{split}"
         self.seconds[stage] = throughput.seconds
         return self._open(split)

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from neighborlm.callbacks.lightning_internals import KeepSigterm, WatchRanks
+from neighborlm.common.contracts import LanguageModel, Want
 from neighborlm.common.errors import InputError
+from neighborlm.models.scorer import Scorer
+from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.retrieval.cluster.distributed import TIMEOUT
 from neighborlm.retrieval.cluster.ranks import Ranks
 
@@ -68,7 +71,7 @@ class Run:
         self,
         callbacks: Sequence[Callback] = (),
         stage: Literal["train", "evaluate"] = "evaluate",
-        trained: LightningModule | None = None,
+        trained: TrainableLM | None = None,
     ) -> Trainer:
         """A trainer for one stage, with the user's settings and these callbacks.
 
@@ -108,14 +111,14 @@ class Run:
         self.device = trainer.strategy.root_device
         return trainer
 
-    def join_ranks(self, module: LightningModule) -> Ranks:
+    def join_ranks(self, model: LanguageModel) -> Ranks:
         """Has all processes of this run started and joined, for what they do together between the
         stages.
 
         Args:
-            module: what Lightning runs in one of the stages.
+            model: that one of the stages is of.
         """
         if self.ranks is None:
-            self.trainer().predict(module, [], return_predictions=False)
+            self.trainer().predict(Scorer(model, Want()), [], return_predictions=False)
             self.ranks = Ranks.connect(TIMEOUT)
         return self.ranks

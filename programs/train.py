@@ -10,6 +10,7 @@ from jsonargparse.typing import PositiveInt
 from pytorch_lightning.cli import LightningArgumentParser
 
 from neighborlm.common.errors import InputError
+from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.training import train
@@ -24,6 +25,9 @@ class TrainCLI(ProgramCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section; the model's vocabulary is the corpus's."""
         super().add_arguments_to_parser(parser)
+        if self.architecture.make is None:
+            trained = ", ".join(name for name, a in ARCHITECTURES.items() if a.make is not None)
+            raise InputError(f"--arch {self.arch} is not trained here; expected one of {trained}")
         parser.link_arguments(
             "data", "model.vocab_size", lambda data: data.vocab_size, apply_on="instantiate"
         )

@@ -16,7 +16,7 @@ from neighborlm.common.interrupts import interrupts_held
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
+from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.programs.products import NeighborProducts
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import NeighborSettings
@@ -47,7 +47,7 @@ class Trained:
 
 
 def train(
-    model: LanguageModel,
+    model: TrainableLM,
     data: LMDataModule,
     run: Run,
     *,
@@ -130,7 +130,7 @@ def give_neighbors(
     model: GNNLM, data: LMDataModule, run: Run, settings: NeighborSettings
 ) -> dict[str, float]:
     """Makes what a GNN-LM reads besides the text; the seconds of each stage that was missing."""
-    start = model.hparams.start_from
+    start = model.hparams.get("start_from")
     products = NeighborProducts(run, data, model, settings, "stored", start)
     stored = products.settings.token_features == "stored"
     if stored and model.trains_features and not model.hparams.lm_path_probability:

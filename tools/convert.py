@@ -2,7 +2,7 @@
 
 from jsonargparse import auto_cli
 
-from neighborlm.originals.fairseq import convert, export
+from neighborlm.originals.conversion import convert, export
 from neighborlm.programs.exits import exit_with_one_sentence
 
 

@@ -31,8 +31,8 @@ class Bigram:
 
 
 def test_bigrams_are_evaluated(evaluated, words, monkeypatch):
-    def load(settings, data):
-        return Bigram(data.stream("train").tokens, data.vocab_size)
+    def load(source):
+        return Bigram(source.data.stream("train").tokens, source.data.vocab_size)
 
     monkeypatch.setitem(ARCHITECTURES, "bigram", Architecture(load=load))
     results, _ = evaluated("--arch", "bigram")

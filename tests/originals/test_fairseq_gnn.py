@@ -25,7 +25,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.graphs import NeighborMemory
 from neighborlm.models.gnn_lm import GNNLM, mix
 from neighborlm.models.transformer_lm import TransformerLM
-from neighborlm.originals.fairseq import load_fairseq_checkpoint
+from neighborlm.originals.conversion import load_fairseq_checkpoint
 from neighborlm.programs.checkpoints import load_model, model_fingerprint
 from neighborlm.tools.convert import main
 
