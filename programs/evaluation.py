@@ -43,8 +43,9 @@ from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
 from neighborlm.retrieval.memories import MEMORIES, MIXERS, ConstantMixer, KNNMemory
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
-from neighborlm.retrieval.memories.knn_memory import opinion_of
+from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
 from neighborlm.retrieval.memories.tuning import Tuning, tune
+from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.search import open_retriever
 from neighborlm.retrieval.search.index import is_path, resolve
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
@@ -218,7 +219,7 @@ class MadeOnDemand:
         own = self.settings.rescore_key_type is None
         own &= self.settings.similarity in (None, self.settings.metric)
         rescore = own and self.settings.distances == "exact"
-        return open_retriever(self.datastore(), search, rescore=rescore)
+        return open_distributed(self.datastore(), search, rescore)
 
     def rescoring_datastore(self) -> Datastore | None:
         """The datastore of `--knn.rescore_key_type`."""
@@ -519,7 +520,7 @@ def mixed_from_cache(
     start = time.perf_counter()
     tally = Tally(keep_scores=token_scores is not None)
     for block in islice(cache, *own_part()):
-        opinion = opinion_of(block, knn.temperature, knn.similarity or knn.metric)
+        opinion = opinion_from_cache(block, knn.temperature, knn.similarity or knn.metric)
         asked = Scored(block.positions, block.targets, block.lm_log_prob)
         log_probs = (asked.log_probs.double(), opinion.log_probs.double())
         tally.add(asked, {"knn": opinion}, mixer.mixed(log_probs))

@@ -22,10 +22,10 @@ from neighborlm.common.contracts import (
     Votes,
     Want,
 )
-from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
-from neighborlm.retrieval.memories.knn import knn_weights, neighbor_scores
+from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder, Retrieved
+from neighborlm.retrieval.memories.knn import knn_weights, neighbor_scores, votes_of_scores
 from neighborlm.retrieval.search.rescoring import exact_distances
-from neighborlm.retrieval.search.retriever import votes_of
+from neighborlm.retrieval.search.retriever import in_parts, votes_of, with_values
 from neighborlm.retrieval.store.datastore import Datastore
 
 
@@ -118,23 +118,29 @@ class KNNMemory(Memory):
     def say(self, asked: Scored) -> Opinion:
         """log p_kNN of the targets (eq. 2), and as features the distances of the nearest and of the
         k-th neighbour; of a token without neighbours there are none, infinite."""
-        votes = self._votes(asked)
-        sign = -1 if self.similarity == "l2" else 1
-        nearest, farthest = (torch.from_numpy(sign * x) for x in (votes.nearest, votes.farthest))
-        features = {"nearest_distance": nearest, "kth_distance": farthest}
-        return Opinion(torch.from_numpy(votes.log_probs), features)
+        return opinion_of(self._votes(asked), self.similarity)
 
     def _votes(self, asked: Scored) -> Votes:
         queries, targets = asked.keys[self.key_type].numpy(), asked.targets.numpy()
         if self.neighbors_are_needed:
             neighbors = self.neighbors(asked)
             if self.cache is not None:
-                scores = neighbor_scores(neighbors.distances, neighbors.rows, self.similarity)
-                columns = (asked.positions, asked.targets, asked.log_probs)
-                self.cache.write(*columns, scores, neighbors.values)
+                self._write(asked, neighbors)
             return votes_of(neighbors, targets, self.temperature, self.similarity)
         with self._timed("search"):
             return self.retriever.vote(queries, self.k, targets, self.temperature)
+
+    def _write(self, asked: Scored, neighbors: Neighbors) -> None:
+        """Keeps what was retrieved."""
+
+        def write(part: slice) -> None:
+            scores = neighbor_scores(
+                neighbors.distances[part], neighbors.rows[part], self.similarity
+            )
+            columns = (asked.positions[part], asked.targets[part], asked.log_probs[part])
+            self.cache.write(*columns, scores, neighbors.values[part])
+
+        in_parts(write, len(neighbors.rows))
 
     @property
     def neighbors_are_needed(self) -> bool:
@@ -157,9 +163,7 @@ class KNNMemory(Memory):
                 distances = exact_distances(others, rows, self.rescoring, self.similarity)
             elif self.rescores:
                 distances = exact_distances(queries, rows, self.datastore, self.similarity)
-        if values is None:
-            values = self.datastore.values_of(rows)
-        return Neighbors(distances, rows, values)
+        return with_values(Neighbors(distances, rows, values), self.datastore)
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
         """See `Memory.distribution`: the neighbours' values and weights."""
@@ -173,6 +177,19 @@ class KNNMemory(Memory):
         start = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - start
+
+
+def opinion_of(votes: Votes, similarity: Metric) -> Opinion:
+    """Votes as an opinion, see `KNNMemory.say`."""
+    sign = -1 if similarity == "l2" else 1
+    nearest, farthest = (torch.from_numpy(sign * x) for x in (votes.nearest, votes.farthest))
+    features = {"nearest_distance": nearest, "kth_distance": farthest}
+    return Opinion(torch.from_numpy(votes.log_probs), features)
+
+
+def opinion_from_cache(block: Retrieved, temperature: float, similarity: Metric) -> Opinion:
+    """What `KNNMemory.say` said of the tokens of a cache, at any temperature."""
+    return opinion_of(votes_of_scores(block.scores, block.hits, temperature), similarity)
 
 
 def key_type_of(datastore: Datastore) -> str:

@@ -3,11 +3,10 @@
 import numpy as np
 
 from neighborlm.common.contracts import Neighbors
-from neighborlm.retrieval.search import INDEX_KINDS
-from neighborlm.retrieval.search.retriever import Retriever
+from neighborlm.retrieval.search import INDEX_KINDS, BaseRetriever
 
 
-class AllAtOnce(Retriever):
+class AllAtOnce(BaseRetriever):
     metric, exact = "l2", True
 
     def __init__(self, datastore, search):
