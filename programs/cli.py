@@ -40,16 +40,21 @@ class ProgramCLI(LightningCLI):
     The data module is made at once; the trainer by `make_trainer`, as often as a program has
     stages.
 
+    Args:
+        args: the command line of `neighborlm train` or `evaluate`; by default that of the process.
+
     Attributes:
+        tool: what `neighborlm` calls the program.
         device: this process's, once there has been a trainer.
         ranks: all processes, once `join_ranks` has been called.
     """
 
+    tool: str
     ranks: Ranks | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         quiet()
-        self.arch = chosen_architecture(sys.argv[1:])
+        self.arch = chosen_architecture(sys.argv[1:] if args is None else args)
         super().__init__(
             ARCHITECTURES[self.arch],
             LMDataModule,
@@ -62,6 +67,8 @@ class ProgramCLI(LightningCLI):
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_kwargs={} if args is None else {"prog": f"neighborlm {self.tool}"},
+            args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -232,6 +239,7 @@ def quiet() -> None:
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     for message in (
+        ".*args parameter is intended to run from within Python.*",  # `neighborlm train` has both
         ".*does not have many workers.*",
         ".*Couldn't infer the batch indices.*",
         ".*exists and is not empty.*",

@@ -44,6 +44,8 @@ from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
 class EvaluateCLI(ProgramCLI):
     """The command line of evaluate.py; the model is the checkpoint's, whatever the config says."""
 
+    tool = "evaluate"
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections; what the one of the model says is only carried along."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -458,16 +460,12 @@ def own_part() -> tuple[int, None, int]:
 
 
 @exit_with_one_sentence
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Does the stages that the flags ask for."""
-    cli = EvaluateCLI()
+    cli = EvaluateCLI(args)
     evaluation = Evaluation(cli)
     if cli.config.save_datastore or cli.config.build_index:
         evaluation.make_products(cli.config.split or "train")
         if not cli.config.knnlm:
             return
     evaluation.publish(evaluation.evaluate(cli.config.split or "test"))
-
-
-if __name__ == "__main__":
-    main()

@@ -36,6 +36,8 @@ FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointi
 class TrainCLI(ProgramCLI):
     """The command line of train.py."""
 
+    tool = "train"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section; the model's vocabulary is the corpus's."""
         super().add_arguments_to_parser(parser)
@@ -249,9 +251,9 @@ def resolved_config(cli: TrainCLI) -> str:
 
 
 @exit_with_one_sentence
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Trains, keeping the checkpoint with the lowest validation perplexity and the last one."""
-    cli = TrainCLI()
+    cli = TrainCLI(args)
     ckpt_path = checkpoint_to_continue(cli)
     checkpoints = cli.run_dir / "checkpoints"
     best = ModelCheckpoint(

@@ -327,7 +327,12 @@ def show(w: Wanted, console: Console) -> None:
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
     """Prints the plan, and writes it as JSON where that is wanted."""
-    parser = ArgumentParser(prog="neighborlm plan", description=__doc__)
+    parser = ArgumentParser(
+        prog="neighborlm plan",
+        description="The bytes that a memory takes on the disk and in the memory of each host and "
+        "sends over the network, before anything is run, and what would make it fit where it does "
+        "not. docs/scaling.md has the formulas.",
+    )
     parser.add_class_arguments(Wanted)
     w = Wanted(**parser.parse_args(args).as_dict())
     show(w, Console(highlight=False))
