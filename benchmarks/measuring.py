@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ import faiss
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from rich import box
 from rich.table import Table
 
@@ -96,6 +98,22 @@ class MadeUp:
         flags |= {f"adaptive_{side}_cutoffs": [2000, 6000] for side in ("input", "softmax")}
         command = ["train.py", "--config", f"{CONFIGS}/lm.yaml"]
         return command + [f"--model.{name}={value}" for name, value in flags.items()]
+
+
+class StepClock(Callback):
+    """When each update began and ended, and how many tokens it had."""
+
+    steps: list[tuple[float, float, int]] = []  # noqa: RUF012  read after the run, by the class
+
+    def on_train_batch_start(self, *_) -> None:
+        """Begins an update."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx
+    ) -> None:
+        """Ends it."""
+        self.steps.append((self.began, time.perf_counter(), int(batch.scored.sum())))
 
 
 def in_child(send: Connection, log: Path, function: Callable, args: tuple) -> None:

@@ -25,11 +25,19 @@ class ProgramCLI(LightningCLI):
     says which model the section is of, and a GNN-LM adds the section neighbors.
 
     The data module is made at once, trainers by `Run.trainer`, as often as a program has stages.
+
+    Args:
+        args: the command line of `neighborlm train` or `evaluate`; by default that of the process.
+
+    Attributes:
+        tool: what `neighborlm` calls the program.
     """
 
-    def __init__(self) -> None:
+    tool: str
+
+    def __init__(self, args: list[str] | None = None) -> None:
         quiet()
-        self.arch = chosen_architecture(sys.argv[1:])
+        self.arch = chosen_architecture(sys.argv[1:] if args is None else args)
         self.architecture = ARCHITECTURES[self.arch]
         super().__init__(
             self.architecture.make,
@@ -40,6 +48,8 @@ class ProgramCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_kwargs={} if args is None else {"prog": f"neighborlm {self.tool}"},
+            args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -127,6 +137,7 @@ def quiet() -> None:
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     for message in (
+        ".*args parameter is intended to run from within Python.*",  # `neighborlm train` has both
         ".*does not have many workers.*",
         ".*Couldn't infer the batch indices.*",
         ".*exists and is not empty.*",

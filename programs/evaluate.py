@@ -22,6 +22,8 @@ from neighborlm.retrieval.search.index import resolve
 class EvaluateCLI(ProgramCLI):
     """The command line of evaluate.py; the model is the checkpoint's, whatever the config says."""
 
+    tool = "evaluate"
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections; what the one of the model says is only carried along."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -125,9 +127,9 @@ def make_products(cli: EvaluateCLI, subject: Subject, split: str) -> None:
 
 
 @exit_with_one_sentence
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Does the stages that the flags ask for."""
-    cli = EvaluateCLI()
+    cli = EvaluateCLI(args)
     run = cli.make_run()
     subject = Subject.of(cli.model, cli.datamodule, run, cli.neighbor_settings, cli.ckpt_path)
     if cli.config.split is not None:
@@ -152,6 +154,3 @@ def main() -> None:
         updates = getattr(cli.model, "updates", 0)
         publish(results, output, updates, evaluated.trainer.loggers)
 
-
-if __name__ == "__main__":
-    main()

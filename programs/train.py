@@ -22,6 +22,8 @@ FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointi
 class TrainCLI(ProgramCLI):
     """The command line of train.py."""
 
+    tool = "train"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section; the model's vocabulary is the corpus's."""
         super().add_arguments_to_parser(parser)
@@ -96,9 +98,9 @@ def resolved_config(cli: TrainCLI) -> str:
 
 
 @exit_with_one_sentence
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Trains, keeping the checkpoint with the lowest validation perplexity and the last one."""
-    cli = TrainCLI()
+    cli = TrainCLI(args)
     trained = train(
         cli.model,
         cli.datamodule,
@@ -111,6 +113,3 @@ def main() -> None:
     if trained.best_valid_ppl is not None:
         print(f"lowest validation perplexity {trained.best_valid_ppl:.2f}: {trained.checkpoint}")
 
-
-if __name__ == "__main__":
-    main()

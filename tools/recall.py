@@ -356,7 +356,9 @@ def parsed(args: list[str] | None) -> Namespace:
     """The command line, and all about it that can be wrong before anything is opened."""
     parser = ArgumentParser(
         "neighborlm recall",
-        description="How often the target is among the nearest neighbours.",
+        description="How often the token that follows is among the values of the nearest keys: "
+        "compares kinds of hidden states, each a pair of datastores, and what indexes lose. An "
+        "index that is missing is built.",
     )
     add = parser.add_argument
     add(
@@ -364,19 +366,52 @@ def parsed(args: list[str] | None) -> Namespace:
         type=Path,
         action="append",
         required=True,
-        help="datastore of the training split",
+        help="datastore of the training split; may be given several times, with as many --queries",
     )
-    add("--queries", type=Path, action="append", required=True, help="datastore of another split")
     add(
-        "--indexes", nargs="+", default=["flat"], help="flat, torch, auto, factory strings or paths"
+        "--queries",
+        type=Path,
+        action="append",
+        required=True,
+        help="datastore of another split, of the same model and kind of hidden state",
     )
-    add("--nprobes", nargs="+", type=int, default=[32], help="inverted lists to visit")
-    add("--metrics", nargs="+", default=["l2"], choices=list(FAISS_METRICS), help="of the search")
-    add("--ks", nargs="+", type=int, default=[1, 8, 32, 128, 1024], help="numbers of neighbours")
-    add("--limit", type=int, default=2000, help="queries of each pair, a random sample")
-    add("--seed", type=int, default=1, help="of that sample")
-    add("--output", type=Path, help="JSON file for the results")
-    add("--plot", type=Path, help="PNG file for a picture of them")
+    add(
+        "--indexes",
+        nargs="+",
+        default=["flat"],
+        help="what searches: flat, torch, auto, faiss factory strings or paths (default: flat)",
+    )
+    add(
+        "--nprobes",
+        nargs="+",
+        type=int,
+        default=[32],
+        help="inverted lists to visit, one search each; more find more and take longer "
+        "(default: 32)",
+    )
+    add(
+        "--metrics",
+        nargs="+",
+        default=["l2"],
+        choices=list(FAISS_METRICS),
+        help="how keys are compared (default: l2)",
+    )
+    add(
+        "--ks",
+        nargs="+",
+        type=int,
+        default=[1, 8, 32, 128, 1024],
+        help="numbers of neighbours (default: 1 8 32 128 1024)",
+    )
+    add(
+        "--limit",
+        type=int,
+        default=2000,
+        help="queries of each pair, a random sample; more for finer differences (default: 2000)",
+    )
+    add("--seed", type=int, default=1, help="of that sample (default: 1)")
+    add("--output", type=Path, help="JSON file for the results (default: none)")
+    add("--plot", type=Path, help="PNG file for a picture of them, needs matplotlib")
     options = parser.parse_args(args)
     if len(options.memory) != len(options.queries):
         raise InputError(
