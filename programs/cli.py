@@ -21,10 +21,10 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from neighborlm.common.errors import InputError
-from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.language_model import LanguageModel
 from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.cluster import rank_watch
 from neighborlm.retrieval.cluster.distributed import TIMEOUT
@@ -52,7 +52,7 @@ class ProgramCLI(LightningCLI):
         self.arch = chosen_architecture(sys.argv[1:])
         super().__init__(
             ARCHITECTURES[self.arch],
-            LMDataModule,
+            CorpusDataModule,
             run=False,
             save_config_callback=None,
             seed_everything_default=1,

@@ -28,6 +28,7 @@ from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.language_model import LanguageModel
 from neighborlm.programs.checkpoints import load_model, model_fingerprint
 from neighborlm.programs.cli import ProgramCLI, check_row_length
+from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.products import NeighborProducts, Products
 from neighborlm.programs.reports import figures, log_tuning, publish
@@ -51,7 +52,7 @@ class EvaluateCLI(ProgramCLI):
         parser.add_argument(
             "--model", type=dict, default={}, help="settings of training; the checkpoint has them"
         )
-        parser.add_lightning_class_args(LMDataModule, "data")
+        parser.add_lightning_class_args(CorpusDataModule, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section of train.py."""
@@ -168,8 +169,9 @@ class Evaluation:
         if size != self.data.vocab_size or expected not in (None, found):
             raise InputError(
                 f"{self.cli.ckpt_path}: was trained with a dictionary of {size} symbols "
-                f"({expected}), but {self.data.corpus} gives one of {self.data.vocab_size} "
-                f"({found}); pass the training run's dict.txt as --data.dictionary"
+                f"({expected}), but {self.data.settings.corpus} gives one of "
+                f"{self.data.vocab_size} ({found}); pass the training run's dict.txt as "
+                "--data.dictionary"
             )
 
     def check_search(self, split: str) -> None:
