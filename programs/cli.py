@@ -14,8 +14,8 @@ from jsonargparse.typing import PositiveInt
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from neighborlm.common.errors import InputError
-from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import ARCHITECTURES
+from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.run import TRAINER_DEFAULTS, Run
 from neighborlm.programs.settings import NeighborSettings
 
@@ -41,7 +41,7 @@ class ProgramCLI(LightningCLI):
         self.architecture = ARCHITECTURES[self.arch]
         super().__init__(
             self.architecture.make,
-            LMDataModule,
+            CorpusDataModule,
             run=False,
             save_config_callback=None,
             seed_everything_default=1,

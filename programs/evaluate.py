@@ -10,6 +10,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import Source
+from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.evaluation import Subject, evaluate, make_datastore, make_index
 from neighborlm.programs.exits import exit_with_one_sentence
@@ -31,7 +32,7 @@ class EvaluateCLI(ProgramCLI):
         parser.add_argument(
             "--model", type=dict, default={}, help="settings of training; the checkpoint has them"
         )
-        parser.add_lightning_class_args(LMDataModule, "data")
+        parser.add_lightning_class_args(CorpusDataModule, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section of train.py."""

@@ -116,7 +116,7 @@ def check_dictionary(
     if model.vocab_size != data.vocab_size or expected not in (None, found):
         raise InputError(
             f"{checkpoint or 'the model'}: was trained with a dictionary of {model.vocab_size} "
-            f"symbols ({expected}), but {data.corpus} gives one of {data.vocab_size} ({found}); "
+            f"symbols ({expected}), but {data.settings.corpus} gives one of {data.vocab_size} ({found}); "
             "pass the training run's dict.txt as --data.dictionary"
         )
 

@@ -82,11 +82,12 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
     now = yaml.safe_load(resolved_config(cli))
     for section in ("model", "data", "neighbors"):
         for name, value in now.get(section, {}).items():
-            if name not in FREE_TO_CHANGE and before.get(section, {}).get(name) != value:
+            had = before.get(section, {}).get(name)
+            same = had == value or (name == "corpus" and Path(str(had)) == Path(value))
+            if name not in FREE_TO_CHANGE and not same:
                 raise InputError(
-                    f"{cli.run_dir}: holds a run with --{section}.{name} "
-                    f"{before.get(section, {}).get(name)}, but this one has {value}; "
-                    "choose another --trainer.default_root_dir"
+                    f"{cli.run_dir}: holds a run with --{section}.{name} {had}, but this one has "
+                    f"{value}; choose another --trainer.default_root_dir"
                 )
     print(f"continuing from {last}")
     return str(last)

@@ -27,7 +27,7 @@ TEXT = (
     "line\u2028separator and next\x85line ▁ ▁literal\n"
     "é naïve 猫 😀 cat the the\n"
 )
-DICTIONARY = Dictionary(
+SYMBOLS = (
     [
         "the",
         "cat",
@@ -51,6 +51,7 @@ DICTIONARY = Dictionary(
     ],
     range(19, 0, -1),
 )
+DICTIONARY = Dictionary(*SYMBOLS)
 
 
 def naive(data: bytes, level: str) -> list[list[str]]:
@@ -101,7 +102,7 @@ def test_equals_a_loop_over_lines(tmp_path, monkeypatch, data, level, chunk_byte
     lines = naive(data, level)
     ids, starts = naive_ids(lines, DICTIONARY.symbols)
 
-    binarize(path, DICTIONARY, level, tmp_path, workers=1)
+    binarize(path, Dictionary(*SYMBOLS, level), tmp_path, workers=1)
     stream = TokenStream.open(tmp_path)
     np.testing.assert_array_equal(stream.tokens, ids)
     np.testing.assert_array_equal(stream.line_starts, starts)
@@ -116,7 +117,7 @@ def test_equals_a_loop_over_lines(tmp_path, monkeypatch, data, level, chunk_byte
 
 def test_a_literal_end_of_sentence_ends_no_line(tmp_path):
     (tmp_path / "text.txt").write_text("a </s> b\n</s>\n")
-    binarize(tmp_path / "text.txt", Dictionary(["a", "b"], [1, 1]), "word", tmp_path, workers=1)
+    binarize(tmp_path / "text.txt", Dictionary(["a", "b"], [1, 1]), tmp_path, workers=1)
     stream = TokenStream.open(tmp_path)
     np.testing.assert_array_equal(stream.tokens, [4, EOS, 5, EOS, EOS, EOS])
     np.testing.assert_array_equal(stream.line_starts, [0, 4, 6])
@@ -126,7 +127,8 @@ def test_a_literal_end_of_sentence_ends_no_line(tmp_path):
 def test_as_many_tokens_as_characters(tmp_path, level, length):
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     counts = count_symbols(tmp_path / "text.txt", level, workers=1)
-    binarize(tmp_path / "text.txt", Dictionary.from_counts(counts), level, tmp_path, workers=1)
+    dictionary = Dictionary.from_counts(counts, level=level)
+    binarize(tmp_path / "text.txt", dictionary, tmp_path, workers=1)
     tokens = TokenStream.open(tmp_path).tokens
     assert len(tokens) == length
     assert UNK not in tokens
@@ -147,7 +149,7 @@ def test_several_processes(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text(TEXT * 8)
     ids, starts = naive_ids(naive(path.read_bytes(), "word"), DICTIONARY.symbols)
-    binarize(path, DICTIONARY, "word", tmp_path, workers=2)
+    binarize(path, DICTIONARY, tmp_path, workers=2)
     assert pools == [2]
     np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), ids)
     np.testing.assert_array_equal(np.load(tmp_path / "line_starts.npy"), starts)
@@ -164,7 +166,7 @@ def test_smallest_type_that_holds_the_vocabulary(tmp_path, symbols, dtype):
     assert smallest_unsigned(symbols) == dtype
     words = [f"w{i}" for i in range(symbols - 4)]
     (tmp_path / "text.txt").write_text(f"{words[-1]} {words[0]}\n")
-    binarize(tmp_path / "text.txt", Dictionary(words, range(len(words))), "word", tmp_path, 1)
+    binarize(tmp_path / "text.txt", Dictionary(words, range(len(words))), tmp_path, 1)
     tokens = TokenStream.open(tmp_path).tokens
     assert tokens.dtype == dtype
     assert tokens.tolist() == [symbols - 1, 4, EOS]
@@ -178,11 +180,11 @@ def test_not_utf8(tmp_path, monkeypatch, level, chunk_bytes):
     path.write_bytes(b"fine fine\nfine\nna\xefve\n")
     for work in (
         lambda: count_symbols(path, level, 1),
-        lambda: binarize(path, DICTIONARY, level, tmp_path, 1),
+        lambda: binarize(path, Dictionary(*SYMBOLS, level), tmp_path, 1),
     ):
         with pytest.raises(InputError, match=r"text\.txt: byte 17 is not UTF-8"):
             work()
-    binarize(path, DICTIONARY, "byte", tmp_path, workers=1)  # bytes are any
+    binarize(path, Dictionary(*SYMBOLS, "byte"), tmp_path, workers=1)  # bytes are any
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -190,4 +192,4 @@ def test_empty(tmp_path, level):
     path = tmp_path / "text.txt"
     path.touch()
     with pytest.raises(InputError, match=r"text\.txt: has no tokens"):
-        binarize(path, DICTIONARY, level, tmp_path, workers=1)
+        binarize(path, Dictionary(*SYMBOLS, level), tmp_path, workers=1)
