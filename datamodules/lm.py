@@ -264,8 +264,8 @@ class LMDataModule(pl.LightningDataModule):
 
     @property
     def name(self) -> str:
-        """The known corpus's name or the folder's."""
-        return Path(self.corpus).resolve().name
+        """For folders of what is made from the corpus, such as `runs/<name>`."""
+        return self.corpus.name
 
     @cached_property
     def corpus(self) -> Corpus:
