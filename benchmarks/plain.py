@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neighborlm.common.contracts import LanguageModel
 from neighborlm.datamodules.dictionary import PAD
 from neighborlm.datamodules.graphs import hetero_graph
 from neighborlm.datamodules.lm import LMBatch, LMDataModule
 from neighborlm.models.adaptive import OutputSoftmax, PlainSoftmax
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.common.contracts import LanguageModel
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.neighbors.tables import NeighborTable, compacted, outside_window

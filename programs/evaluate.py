@@ -10,8 +10,8 @@ from pytorch_lightning.cli import LightningArgumentParser
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import Source
-from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.cli import ProgramCLI, check_row_length
+from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.evaluation import Subject, evaluate, make_datastore, make_index
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.reports import publish
@@ -154,4 +154,3 @@ def main(args: list[str] | None = None) -> None:
         results |= {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
         updates = getattr(cli.model, "updates", 0)
         publish(results, output, updates, evaluated.trainer.loggers)
-

@@ -41,11 +41,11 @@ from neighborlm.programs.products import NeighborProducts, Products
 from neighborlm.programs.reports import figures, log_tuning
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
+from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.memories import MEMORIES, MIXERS, ConstantMixer, KNNMemory
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
 from neighborlm.retrieval.memories.tuning import Tuning, tune
-from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.search import open_retriever
 from neighborlm.retrieval.search.index import is_path, resolve
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of

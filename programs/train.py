@@ -113,4 +113,3 @@ def main(args: list[str] | None = None) -> None:
     )
     if trained.best_valid_ppl is not None:
         print(f"lowest validation perplexity {trained.best_valid_ppl:.2f}: {trained.checkpoint}")
-

@@ -21,9 +21,14 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.blocks import make_batches, make_rows
 from neighborlm.datamodules.dictionary import EOS, PAD
 from neighborlm.models.transformer_lm import TransformerLM
-from neighborlm.originals.databin import open_databin
-from neighborlm.originals.fairseq import DEFAULTS, export_args, export_state_dict, is_fairseq_checkpoint
 from neighborlm.originals.conversion import load_fairseq_checkpoint
+from neighborlm.originals.databin import open_databin
+from neighborlm.originals.fairseq import (
+    DEFAULTS,
+    export_args,
+    export_state_dict,
+    is_fairseq_checkpoint,
+)
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.tools.convert import main
 
