@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 
 from neighborlm.datamodules.blocks import BreakMode
-from neighborlm.programs import evaluation, training
+from neighborlm.programs import evaluate, train
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "text"
 
@@ -147,17 +147,15 @@ def program(command: list[str], run_dir: Path, threads: int) -> dict[str, Any]:
     it logs at) or results.json."""
     sys.argv = [*command, "--trainer.default_root_dir", str(run_dir), "--threads", str(threads)]
     if command[0] == "train.py":
-        training.main()
+        train.main()
         said = run_dir / "training.json"
         return json.loads(said.read_text()) if said.is_file() else {}
-    cli = evaluation.EvaluateCLI()
-    stages = evaluation.Evaluation(cli)
+    cli = evaluate.EvaluateCLI()
+    subject = evaluate.subject_of(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        stages.make_products("train")
-        results = {}
-    else:
-        results = stages.evaluate(cli.config.split or "test")
-    return results | {"stage_seconds": stages.seconds}
+        return {"stage_seconds": evaluate.make_stages(cli, subject)}
+    evaluated = evaluate.evaluate_subject(cli, subject)
+    return evaluated.results | {"stage_seconds": evaluated.seconds}
 
 
 def summary(runs: list[dict], peaks: list[int]) -> dict:

@@ -12,7 +12,7 @@ from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import Source
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.corpora import CorpusDataModule
-from neighborlm.programs.evaluation import Subject, evaluate, make_datastore, make_index
+from neighborlm.programs.evaluation import Evaluated, Subject, evaluate, make_products
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.reports import publish
 from neighborlm.programs.settings import KNNSettings
@@ -111,46 +111,52 @@ class EvaluateCLI(ProgramCLI):
         self.datamodule.max_target_positions = self.model.max_target_positions
 
 
-def make_products(cli: EvaluateCLI, subject: Subject, split: str) -> None:
-    """`--save_datastore` and `--build_index`: what they ask for and no more."""
+def subject_of(cli: EvaluateCLI) -> Subject:
+    """What the command line says is to be evaluated."""
+    subject = Subject.of(
+        cli.model, cli.datamodule, cli.make_run(), cli.neighbor_settings, cli.ckpt_path
+    )
+    if cli.config.split is not None:
+        cli.datamodule.stream(cli.config.split)
+    return subject
+
+
+def make_stages(cli: EvaluateCLI, subject: Subject) -> dict[str, float]:
+    """`--save_datastore` and `--build_index`: what they ask for and no more; how long each took."""
+    split, with_index = cli.config.split or "train", cli.config.build_index
     products = subject.products(cli.knn)
     if not cli.config.save_datastore and products.open_fitting_datastore(split) is None:
         raise InputError(
             f"{products.datastore_path(split)}: no complete datastore to index; --save_datastore "
             "makes it"
         )
-    if cli.config.build_index:
-        datastore = make_index(subject, split, cli.knn)
+    datastore, seconds = make_products(subject, split, cli.knn, with_index)
+    if with_index:
         print(f"index: {resolve(datastore, cli.knn.index)}")
-    else:
-        datastore = make_datastore(subject, split, cli.knn)
     print(f"datastore: {datastore.path}, {len(datastore)} keys of width {datastore.dim}")
+    return seconds
+
+
+def evaluate_subject(cli: EvaluateCLI, subject: Subject) -> Evaluated:
+    """The evaluation that the command line describes."""
+    scores = Path(cli.config.token_scores) if cli.config.token_scores else None
+    split = cli.config.split or "test"
+    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.knn, scores)
 
 
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
     """Does the stages that the flags ask for."""
     cli = EvaluateCLI(args)
-    run = cli.make_run()
-    subject = Subject.of(cli.model, cli.datamodule, run, cli.neighbor_settings, cli.ckpt_path)
-    if cli.config.split is not None:
-        cli.datamodule.stream(cli.config.split)
+    subject = subject_of(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        make_products(cli, subject, cli.config.split or "train")
+        make_stages(cli, subject)
         if not cli.memories:
             return
-    evaluated = evaluate(
-        subject,
-        cli.config.split or "test",
-        cli.memories,
-        cli.config.mixer,
-        cli.knn,
-        Path(cli.config.token_scores) if cli.config.token_scores else None,
-    )
+    evaluated = evaluate_subject(cli, subject)
     if evaluated.trainer.is_global_zero:
         output = Path(cli.config.output or cli.run_dir / "results.json")
-        results = evaluated.results
         checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
-        results |= {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
+        made_by = {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
         updates = getattr(cli.model, "updates", 0)
-        publish(results, output, updates, evaluated.trainer.loggers)
+        publish(evaluated.results | made_by, output, updates, evaluated.trainer.loggers)

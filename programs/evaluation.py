@@ -116,8 +116,8 @@ def check_dictionary(
     if model.vocab_size != data.vocab_size or expected not in (None, found):
         raise InputError(
             f"{checkpoint or 'the model'}: was trained with a dictionary of {model.vocab_size} "
-            f"symbols ({expected}), but {data.settings.corpus} gives one of {data.vocab_size} ({found}); "
-            "pass the training run's dict.txt as --data.dictionary"
+            f"symbols ({expected}), but {data.settings.corpus} gives one of {data.vocab_size} "
+            f"({found}); pass the training run's dict.txt as --data.dictionary"
         )
 
 
@@ -612,17 +612,15 @@ def retrieved_from(subject: Subject, split: str, resources: MadeOnDemand) -> dic
 # -- products alone ------------------------------------------------------------------------------
 
 
-def make_datastore(subject: Subject, split: str, knn: KNNSettings) -> Datastore:
-    """The datastore of a split, made or finished unless it is there."""
-    if knn.key_type == "gnn":
-        subject.give_neighbors(split)
-    return subject.products(knn).ensure_datastore(split)
-
-
-def make_index(subject: Subject, split: str, knn: KNNSettings) -> Datastore:
-    """The datastore of a split with the index that the settings name, made unless it is there."""
+def make_products(
+    subject: Subject, split: str, knn: KNNSettings, with_index: bool
+) -> tuple[Datastore, dict[str, float]]:
+    """The datastore of a split, and the index that the settings name if it is wanted, made or
+    finished unless they are there; and how long each stage took."""
     products = subject.products(knn)
-    products.check_index()
+    if with_index:
+        products.check_index()
     if knn.key_type == "gnn":
         subject.give_neighbors(split)
-    return products.ensure_datastore_and_index(split)
+    make = products.ensure_datastore_and_index if with_index else products.ensure_datastore
+    return make(split), seconds_of(subject, products)
