@@ -14,6 +14,7 @@ import pytest
 import torch
 from small import ROOT, SMALL, scalars, write_corpus
 
+from neighborlm.callbacks.lightning_internals import Continuation
 from neighborlm.datamodules.lm import ResumableLoader
 from neighborlm.programs import evaluate, train
 from neighborlm.programs.checkpoints import load_model

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import ROOT, SMALL, scalars, write_corpus
 
+from neighborlm.programs import train
 from neighborlm.programs.checkpoints import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
