@@ -13,7 +13,7 @@ from neighborlm.callbacks import knn_interpolation
 from neighborlm.callbacks.knn_interpolation import KNNInterpolation
 from neighborlm.callbacks.mixture import Mixture
 from neighborlm.callbacks.token_scores import ScoreTable
-from neighborlm.models.language_model import TokenScores
+from neighborlm.common.contracts import Scored
 from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn import weigh
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -21,6 +21,7 @@ from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
 from neighborlm.retrieval.store.datastore import DatastoreBuilder
 
+KEY_TYPE = "last_ffn_input"
 N, D, Q, K, LMBDA, TEMPERATURE = 200, 6, 70, 9, 0.3, 2.0
 
 
@@ -49,20 +50,27 @@ def world(tmp_path):
     builder = DatastoreBuilder(tmp_path / "s", N, D, "fp32", 12, {}, np.empty(0, np.int64))
     builder.write(np.arange(N), keys, values)
     builder.sync()
-    scores = TokenScores(
+    scores = Scored(
         torch.from_numpy(rng.permutation(Q)),
         torch.from_numpy(rng.integers(0, 12, Q)),
         torch.from_numpy(rng.normal(-3, 1, Q).astype(np.float32)),
-        torch.from_numpy(rng.normal(size=(Q, D)).astype(np.float32)),
+        {KEY_TYPE: torch.from_numpy(rng.normal(size=(Q, D)).astype(np.float32))},
     )
     return builder.finish(), keys, values, scores
+
+
+def part_of(scores: Scored, which: slice) -> Scored:
+    """Some of the tokens."""
+    keys = {name: keys[which] for name, keys in scores.keys.items()}
+    return Scored(*(column[which] for column in scores[:3]), keys)
 
 
 def feed(callback, scores, batch):
     callback.background.submit(faiss.omp_set_num_threads, 1)  # each thread has its own setting
     callback.on_test_epoch_start(None, FakeModule)
-    for part in zip(*(column.split(batch) for column in scores[:4]), strict=True):
-        callback.on_test_batch_end(None, FakeModule, TokenScores(*part), None, 0)
+    for first in range(0, len(scores.positions), batch):
+        part = part_of(scores, slice(first, first + batch))
+        callback.on_test_batch_end(None, FakeModule, part, None, 0)
     callback.on_test_epoch_end(None, FakeModule)
     return callback
 
@@ -77,7 +85,7 @@ def test_equals_brute_force(world, batch, queries_at_once, monkeypatch):
     )
     feed(callback, scores, batch)
 
-    queries, targets = scores.keys.double().numpy(), scores.targets.numpy()
+    queries, targets = scores.keys[KEY_TYPE].double().numpy(), scores.targets.numpy()
     distances = ((queries[:, None] - keys) ** 2).sum(-1)
     nearest = np.argsort(distances, 1)[:, :K]
     close = np.take_along_axis(distances, nearest, 1)
@@ -109,13 +117,15 @@ def test_other_keys_weigh_what_an_exact_search_finds(world, tmp_path):
     asked = torch.from_numpy(rng.normal(size=(Q, 4)).astype(np.float32))
     retriever = open_retriever(store, "torch", "l2", 32)
     assert retriever.exact
-    callback = KNNInterpolation(store, retriever, K, LMBDA, rescoring=builder.finish())
+    callback = KNNInterpolation(
+        store, retriever, K, LMBDA, rescoring=builder.finish(), rescoring_key_type="gnn"
+    )
     callback.on_test_epoch_start(None, FakeModule)
-    outputs = scores._replace(rescoring_keys=asked)
+    outputs = scores._replace(keys={**scores.keys, "gnn": asked})
     callback.on_test_batch_end(None, FakeModule, outputs, None, 0)
     callback.on_test_epoch_end(None, FakeModule)
 
-    distances = ((scores.keys.double().numpy()[:, None] - keys) ** 2).sum(-1)
+    distances = ((scores.keys[KEY_TYPE].double().numpy()[:, None] - keys) ** 2).sum(-1)
     nearest = np.argsort(distances, 1)[:, :K]
     weights = np.exp(-((asked.double().numpy()[:, None] - others[nearest]) ** 2).sum(-1))
     hits = values[nearest] == scores.targets.numpy()[:, None]
@@ -140,7 +150,7 @@ class Finds(Retriever):
 @pytest.mark.parametrize(("missing", "voters"), [("left_out", [5]), ("last_row", [5, N - 1])])
 def test_missing_neighbours(world, missing, voters):
     store, _, values, scores = world
-    one = TokenScores(*(column[:1] for column in scores[:4]))
+    one = part_of(scores, slice(1))
     one = one._replace(targets=torch.tensor([int(values[5])]))
     callback = KNNInterpolation(
         store, Finds(np.array([[5, -1]])), 2, 1.0, distances="index", missing=missing
@@ -244,7 +254,7 @@ def test_all_keys_vote(world, metric):
     """k of N and of more than N: what is missing beyond them has no part."""
     store, keys, values, scores = world
     expected = mixture(
-        scores_of_all_keys(scores.keys.numpy(), keys, metric), values, scores, 0.6, 0.7
+        scores_of_all_keys(scores.keys[KEY_TYPE].numpy(), keys, metric), values, scores, 0.6, 0.7
     )
     for k in (N, N + 7):
         callback = KNNInterpolation(store, FlatRetriever(store, metric), k, 0.6, 0.7)
@@ -266,11 +276,11 @@ def test_a_coarse_index_finds_and_the_settings_say_what_weighs(
     callback = KNNInterpolation(
         store, retriever, K, LMBDA, TEMPERATURE, distances=distances, similarity=similarity
     )
-    own, found = retriever.search(scores.keys.numpy(), K)
+    own, found = retriever.search(scores.keys[KEY_TYPE].numpy(), K)
     if distances == "index":
         table = -own if metric == "l2" else own
     else:
-        everything = scores_of_all_keys(scores.keys.numpy(), keys, similarity or metric)
+        everything = scores_of_all_keys(scores.keys[KEY_TYPE].numpy(), keys, similarity or metric)
         table = np.take_along_axis(everything, found, axis=1)
     expected = mixture(table.astype(np.float64), values[found], scores, LMBDA, TEMPERATURE)
     loss = feed(callback, scores, 16).mixture.loss.compute()["loss"].item()
@@ -290,7 +300,7 @@ def test_nothing_but_memory_that_does_not_know_is_infinitely_wrong(world):
 
 def test_each_run_starts_its_sums_anew(world):
     store, _, _, scores = world
-    few = TokenScores(*(column[:20] for column in scores[:4]))
+    few = part_of(scores, slice(20))
     used, fresh = (KNNInterpolation(store, FlatRetriever(store, "l2"), K, LMBDA) for _ in "12")
     feed(used, scores, 16)
     for callback in (used, fresh):
@@ -317,7 +327,7 @@ def test_statistics_are_of_the_nearest_and_the_farthest(world, metric):
     retriever = Finds(rows)
     retriever.metric = metric
     statistics = feed(KNNInterpolation(store, retriever, 5, LMBDA), scores, Q).mixture.statistics()
-    table = scores_of_all_keys(scores.keys.numpy(), keys[[7, 3, 11, 5]], metric)
+    table = scores_of_all_keys(scores.keys[KEY_TYPE].numpy(), keys[[7, 3, 11, 5]], metric)
     table = np.delete(table, 13, axis=0) * (-1 if metric == "l2" else 1)
     low, high = table.min(1).mean(), table.max(1).mean()
     nearest, farthest = (low, high) if metric == "l2" else (high, low)
