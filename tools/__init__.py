@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 TOOLS = {
+    "prepare": ("tools.prepare", "a corpus folder from raw text files, split by document"),
     "datastore": ("tools.datastore", "list, show, verify, split, merge and assemble datastores"),
     "recall": ("tools.recall", "how often an index finds what the exact search finds"),
     "sweep": ("tools.sweep", "perplexity over k, temperature and lmbda, from a cache"),
