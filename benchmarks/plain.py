@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neighborlm.common.contracts import LanguageModel
 from neighborlm.datamodules.dictionary import PAD
 from neighborlm.datamodules.graphs import hetero_graph
 from neighborlm.datamodules.lm import LMBatch, LMDataModule

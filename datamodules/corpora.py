@@ -121,12 +121,14 @@ def _files_in(folder: Path, name: str) -> CorpusFiles:
         holds = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
         raise InputError(f"{folder} holds {holds or 'nothing'}; expected {ACCEPTED_FILES}")
     if missing:
+        folders = [path.name for path in paths if path.is_dir()]
+        found = f" ({', '.join(folders)} is a folder)" if folders else ""
         raise InputError(
-            f"{folder} has no {' and no '.join(missing)}; "
+            f"{folder} has no file {' and no file '.join(missing)}{found}; "
             f"expected {', '.join(path.name for path in paths)}"
         )
     for path in paths:
-        start = _beginning(path).removeprefix(BYTE_ORDER_MARK.encode())
+        start = _start_of(path).removeprefix(BYTE_ORDER_MARK.encode())
         if not start.strip():
             raise InputError(f"{path} is empty; expected text with at least one word")
     return CorpusFiles(name, *paths)
@@ -150,7 +152,7 @@ def _id_files(name: str, paths: list[Path]) -> CorpusFiles:
     return CorpusFiles(name, train, valid, test if test in there else None, ids=True)
 
 
-def _beginning(path: Path) -> bytes:
+def _start_of(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(MEBIBYTE)

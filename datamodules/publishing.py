@@ -105,9 +105,11 @@ def _existing(place: Path) -> Path:
 def _sweep(parent: Path) -> None:
     """Removes what killed processes left of other folders."""
     for left in parent.glob(f"*{MAKING}"):
-        lock = FileLock(f"{str(left).removesuffix(MAKING)}.lock")
+        lock = Path(f"{str(left).removesuffix(MAKING)}.lock")
+        if not lock.exists():  # not made here
+            continue
         try:
-            with lock.acquire(timeout=0):
+            with FileLock(lock).acquire(timeout=0):
                 shutil.rmtree(left, ignore_errors=True)
         except Timeout:  # somebody is making it now
             continue

@@ -25,6 +25,7 @@ class Tool(NamedTuple):
 
 
 TOOLS = {
+    "prepare": Tool("tools.prepare", "a corpus folder from raw text files, split by document"),
     "datastore": Tool("tools.datastore", "list, show, verify, split, merge, assemble datastores"),
     "recall": Tool("tools.recall", "how often the target is among the nearest keys, by any index"),
     "sweep": Tool("tools.sweep", "kNN-LM's perplexity over k, temperature and lmbda, from a cache"),

@@ -1,6 +1,9 @@
 """Binarisation against a loop over the lines of the text, at every level and chunk size."""
 
+import errno
 import io
+import os
+import resource
 from collections import Counter
 
 import numpy as np
@@ -10,12 +13,14 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules import binarize as module
 from neighborlm.datamodules.binarize import (
     LEVELS,
+    NpyWriter,
     TokenStream,
     binarize,
     count_symbols,
     smallest_unsigned,
 )
 from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary
+from neighborlm.datamodules.publishing import DiskFull
 
 TEXT = (
     "the cat sat\n"
@@ -193,3 +198,51 @@ def test_empty(tmp_path, level):
     path.touch()
     with pytest.raises(InputError, match=r"text\.txt: has no tokens"):
         binarize(path, Dictionary(*SYMBOLS, level), tmp_path, workers=1)
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
+@pytest.mark.parametrize("parts", [[], [0], [1, 0, 9], [100_000, 1]])
+def test_a_growing_file_is_what_numpy_would_write(tmp_path, dtype, parts):
+    arrays = [np.arange(n) for n in parts]
+    with NpyWriter(tmp_path / "a.npy", dtype) as writer:
+        for array in arrays:
+            writer.append(array, 0)
+    np.save(tmp_path / "b.npy", np.concatenate([np.empty(0), *arrays]).astype(dtype))
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def test_a_full_disk_tells_about_how_much_is_needed(tmp_path, monkeypatch):
+    """A file that may not grow ends in a sentence, where a memory map ended in a bus error."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
+    path = tmp_path / "text.txt"
+    path.write_text("the cat\n" * 10_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(DiskFull) as error:
+            binarize(path, DICTIONARY, tmp_path, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert error.value.needed == pytest.approx(30_000, rel=0.1)  # three tokens a line, a byte each
+
+
+def end_process(*args, **kwargs) -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_ends_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(module, "_count_chunk", end_process)
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    with pytest.raises(InputError, match="a process that was counting it has ended, for want of"):
+        count_symbols(tmp_path / "text.txt", "word", workers=2)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    for path in (tmp_path, tmp_path / "none.txt"):
+        with pytest.raises(InputError, match="expected a file that can be read"):
+            count_symbols(path, "word", workers=1)
