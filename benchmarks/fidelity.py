@@ -26,7 +26,6 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks import fidelity_gnn
-from neighborlm.callbacks.knn_interpolation import KNNInterpolation
 from neighborlm.common.contracts import Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
@@ -35,6 +34,8 @@ from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.cli import quiet
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.memories import KNNMemory
+from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search.index import FaissRetriever, read_index
 from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
 from neighborlm.retrieval.store.datastore import Datastore
@@ -241,21 +242,20 @@ def compute(case: Case, fixtures: Fixtures, faithful: bool = True) -> dict[str, 
     if not a.knnlm:
         return result
     datastore = fixtures.datastore(fixtures.datastore_name(case), a.dstore_size)
-    callback = KNNInterpolation(
+    memory = KNNMemory(
         datastore,
         fixtures.retriever(case, datastore),
         a.k,
-        a.lmbda,
+        key_type=KEY_TYPE,
         distances="index" if a.knn_sim_func == "do_not_recomp_l2" else "exact",
         similarity="ip" if a.knn_sim_func == "dot" else None,
         missing="last_row" if faithful else "left_out",
-        keep_scores=True,
     )
-    for part in zip(*(column.split(1024) for column in columns_of(scores)), strict=True):
-        callback.on_test_batch_end(None, fixtures.model, of_columns(*part), None, 0)
-    callback.on_test_epoch_end(None, fixtures.model)
-    table = callback.mixture.table.gathered()
-    return {**result, "knn": table["knn_log_prob"], "mixed": table["log_prob"]}
+    parts = zip(*(column.split(8192) for column in columns_of(scores)), strict=True)
+    knn = torch.cat([memory.say(of_columns(*part)).log_probs for part in parts])
+    log_probs = (scores.log_probs.double(), knn.double())
+    mixed = mixture(log_probs, (1 - a.lmbda, a.lmbda)).float()
+    return {**result, "knn": knn.numpy(), "mixed": mixed.numpy()}
 
 
 def compare(case: Case, fixtures: Fixtures) -> dict:

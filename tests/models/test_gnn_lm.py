@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from neighborlm.callbacks.knn_interpolation import KNNInterpolation
 from neighborlm.common.contracts import Backbone, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.graphs import NeighborMemory
@@ -21,6 +20,8 @@ from neighborlm.models.scorer import Scorer
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.programs.architectures import make_gnn_lm
 from neighborlm.programs.checkpoints import load_model
+from neighborlm.retrieval.memories import KNNMemory
+from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search.retriever import FlatRetriever
 
 VOCAB, WIDTH, LENGTH, ROWS = 30, 16, 9, 50
@@ -73,12 +74,10 @@ def test_no_token_sees_what_follows_it(lm, settings, make_store):
 
 def scores_of(model, store, batch) -> dict[str, torch.Tensor]:
     """Log-probabilities of all ways of predicting."""
-    knn = KNNInterpolation(store, FlatRetriever(store, "l2"), 8, lmbda=0.3, keep_scores=True)
+    knn = KNNMemory(store, FlatRetriever(store, "l2"), 8)
     with torch.inference_mode():
         scores = model.score(batch, knn.want)
-        knn.on_test_batch_end(None, model, scores, batch, 0)
-        knn.on_test_epoch_end(None, model)
-    mixed = torch.from_numpy(knn.mixture.table.gathered()["log_prob"])
+        mixed = mixture((scores.log_probs, knn.say(scores).log_probs), (0.7, 0.3))
     return {"lm": scores.lm_log_probs, "gnn": scores.log_probs, "gnn + knn": mixed}
 
 
