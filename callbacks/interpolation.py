@@ -14,7 +14,6 @@ from typing import Any
 import faiss
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from neighborlm.callbacks.background import Background
 from neighborlm.callbacks.core_sharing import CoreSharing
@@ -26,6 +25,7 @@ from neighborlm.retrieval.memories.mixers import (
     lm_opinion,
     mixture,
     source_log_probs,
+    weights_by_source,
 )
 
 FIRST_TOKENS, TOKENS_AT_ONCE = 2048, 10240
@@ -160,13 +160,15 @@ class Interpolation(Callback):
                     opinions[name] = memory.say(asked)
                     memory.observe(asked.targets)
             with self._timed("mix"):
-                self.tally.add(asked, opinions, self._mixed(asked, opinions))
+                self._mix(asked, opinions)
         self.ended += 1
 
-    def _mixed(self, asked: Scored, opinions: Mapping[str, Opinion]) -> Tensor | None:
-        """log p of the mixture, fp64 `[n]`."""
+    def _mix(self, asked: Scored, opinions: Mapping[str, Opinion]) -> None:
+        """Mixes and tallies."""
         if self.mixer is None:
-            return None
+            self.tally.add(asked, opinions)
+            return
         sources = {LM: lm_opinion(asked), **opinions}
         weights = self.mixer.weights(features_of(sources), len(asked.positions))
-        return mixture(source_log_probs(sources).unbind(dim=1), weights.unbind(dim=1))
+        mixed = mixture(source_log_probs(sources).unbind(dim=1), weights.unbind(dim=1))
+        self.tally.add(asked, opinions, mixed, weights_by_source(sources, weights))

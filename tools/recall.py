@@ -19,7 +19,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from filelock import FileLock
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -37,8 +36,8 @@ from neighborlm.retrieval.search.index import (
     resolve,
 )
 from neighborlm.retrieval.search.retriever import FAISS_METRICS, FlatRetriever, Metric, Retriever
+from neighborlm.retrieval.store.artifact import Job, refuse_mismatch, share_out
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.manifest import refuse_mismatch
 
 QUERIES_AT_ONCE = 2048
 
@@ -285,10 +284,11 @@ def ensure_index(memory: Datastore, name: str, metric: Metric, report: Report) -
     if name in NOT_BUILT or is_path(name):
         return
     building = IndexBuilding(memory, name, metric)
-    with FileLock(f"{building.path}.lock"):
-        if not building.path.is_file():
-            begin = f"{metric}, {name}"
-            building.run(lambda stage, *done: report(f"{begin}, {stage}", *done))
+
+    def build() -> None:
+        building.run(lambda stage, *done: report(f"{metric}, {name}, {stage}", *done))
+
+    share_out([Job(building.artifact.lock(), building.path.is_file, build)])
 
 
 def has_lists(retriever: Retriever) -> bool:
@@ -356,7 +356,9 @@ def parsed(args: list[str] | None) -> Namespace:
     """The command line, and all about it that can be wrong before anything is opened."""
     parser = ArgumentParser(
         "neighborlm recall",
-        description="How often the target is among the nearest neighbours.",
+        description="How often the token that follows is among the values of the nearest keys: "
+        "compares kinds of hidden states, each a pair of datastores, and what indexes lose. An "
+        "index that is missing is built.",
     )
     add = parser.add_argument
     add(
@@ -364,19 +366,52 @@ def parsed(args: list[str] | None) -> Namespace:
         type=Path,
         action="append",
         required=True,
-        help="datastore of the training split",
+        help="datastore of the training split; may be given several times, with as many --queries",
     )
-    add("--queries", type=Path, action="append", required=True, help="datastore of another split")
     add(
-        "--indexes", nargs="+", default=["flat"], help="flat, torch, auto, factory strings or paths"
+        "--queries",
+        type=Path,
+        action="append",
+        required=True,
+        help="datastore of another split, of the same model and kind of hidden state",
     )
-    add("--nprobes", nargs="+", type=int, default=[32], help="inverted lists to visit")
-    add("--metrics", nargs="+", default=["l2"], choices=list(FAISS_METRICS), help="of the search")
-    add("--ks", nargs="+", type=int, default=[1, 8, 32, 128, 1024], help="numbers of neighbours")
-    add("--limit", type=int, default=2000, help="queries of each pair, a random sample")
-    add("--seed", type=int, default=1, help="of that sample")
-    add("--output", type=Path, help="JSON file for the results")
-    add("--plot", type=Path, help="PNG file for a picture of them")
+    add(
+        "--indexes",
+        nargs="+",
+        default=["flat"],
+        help="what searches: flat, torch, auto, faiss factory strings or paths (default: flat)",
+    )
+    add(
+        "--nprobes",
+        nargs="+",
+        type=int,
+        default=[32],
+        help="inverted lists to visit, one search each; more find more and take longer "
+        "(default: 32)",
+    )
+    add(
+        "--metrics",
+        nargs="+",
+        default=["l2"],
+        choices=list(FAISS_METRICS),
+        help="how keys are compared (default: l2)",
+    )
+    add(
+        "--ks",
+        nargs="+",
+        type=int,
+        default=[1, 8, 32, 128, 1024],
+        help="numbers of neighbours (default: 1 8 32 128 1024)",
+    )
+    add(
+        "--limit",
+        type=int,
+        default=2000,
+        help="queries of each pair, a random sample; more for finer differences (default: 2000)",
+    )
+    add("--seed", type=int, default=1, help="of that sample (default: 1)")
+    add("--output", type=Path, help="JSON file for the results (default: none)")
+    add("--plot", type=Path, help="PNG file for a picture of them, needs matplotlib")
     options = parser.parse_args(args)
     if len(options.memory) != len(options.queries):
         raise InputError(

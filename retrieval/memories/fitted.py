@@ -6,7 +6,6 @@ beside another model or other memories than it was fitted for.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from neighborlm.common.contracts import Mixer
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
 
 FORMAT = 1
 ABOUT = "about"
@@ -49,14 +49,10 @@ def save_mixer(path: Path, name: str, mixer: Mixer, fitted_on: FittedOn) -> None
         InputError: it is not fitted.
     """
     about = {"format": FORMAT, "mixer": name, "fitted_on": asdict(fitted_on)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f"{path.name}.making-{os.getpid()}")
     state = mixer.state()
-    with open(making, "wb") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publishing(path) as making, open(making, "wb") as file:
         np.savez(file, **{ABOUT: np.array(json.dumps(about))}, **state)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(making, path)
 
 
 def load_mixer(

@@ -6,6 +6,7 @@ Weights are fitted to a validation split by its likelihood, of which `fit_weight
 maximum.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 
@@ -78,6 +79,13 @@ def source_log_probs(opinions: Mapping[str, Opinion]) -> Tensor:
     """
     columns = (opinion.log_probs.double() for opinion in opinions.values())
     return torch.cat([x.reshape(len(x), -1) for x in columns], dim=1)
+
+
+def weights_by_source(opinions: Mapping[str, Opinion], weights: Tensor) -> dict[str, Tensor]:
+    """What each source weighs with all of its distributions, `[n]`, of weights `[n, sources]`."""
+    widths = [math.prod(opinion.log_probs.shape[1:]) for opinion in opinions.values()]
+    parts = weights.split(widths, dim=1)
+    return {name: part.sum(dim=1) for name, part in zip(opinions, parts, strict=True)}
 
 
 def features_of(opinions: Mapping[str, Opinion]) -> dict[str, Tensor]:
