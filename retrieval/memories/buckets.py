@@ -27,7 +27,7 @@ from neighborlm.retrieval.memories.mixers import (
     want_of,
 )
 
-BUCKETS, STRENGTH = 8, 100.0
+BUCKETS, STRENGTH = 8, 50.0
 """Buckets of a feature, and how many tokens of the coarser cell are added to those of a cell."""
 FEATURES_AT_MOST, LEAST_GAIN = 3, 1e-3
 """How many features are chosen, and nats a token by which each improves on those before it."""

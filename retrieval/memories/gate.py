@@ -27,7 +27,7 @@ from neighborlm.retrieval.memories.mixers import (
 )
 
 WIDTH = 32
-LEARNING_RATE, BATCH = 3e-3, 1024
+LEARNING_RATE, BATCH = 1e-2, 1024
 EPOCHS, PATIENCE = 100, 8
 """At most, and how many without a better loss of the held-out tokens before it stops."""
 HELD_OUT = 0.1
