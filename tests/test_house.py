@@ -36,37 +36,6 @@ MAY_IMPORT = {
 """By room, the other rooms that its modules import."""
 ROOMS = {room.partition(".")[0] for room in MAY_IMPORT} - {"train", "evaluate", "neighborlm"}
 
-FORBIDDEN_NOW: set[tuple[str, str]] = {
-    ("benchmarks.indexes", "retrieval.engine.probing"),
-    ("callbacks.background", "retrieval.engine.parallel"),
-    ("callbacks.neighbor_table_writer", "retrieval.engine.probing"),
-    ("datamodules.lm", "originals.databin"),
-    ("models.gnn_lm", "programs.checkpoints"),
-    ("programs.settings", "retrieval.engine.probing"),
-    ("retrieval.cluster.distributed", "retrieval.engine.probing"),
-    ("retrieval.engine.list_search", "retrieval.memories.knn"),
-    ("retrieval.engine.list_search", "retrieval.search.retriever"),
-    ("retrieval.engine.sieve", "retrieval.search.retriever"),
-    ("retrieval.engine.visit", "retrieval.memories.knn"),
-    ("retrieval.engine.visit", "retrieval.search.retriever"),
-    ("retrieval.neighbors.tables", "retrieval.engine.probing"),
-    ("retrieval.search.index", "retrieval.memories.knn"),
-    ("retrieval.search.retriever", "retrieval.memories.knn"),
-}
-IN_CIRCLES_NOW: set[str] = {
-    "models.gnn_lm",
-    "originals.fairseq",
-    "originals.fairseq_gnn",
-    "programs.checkpoints",
-    "retrieval.memories.knn",
-    "retrieval.search.retriever",
-}
-INSIDE_FUNCTIONS_NOW: set[tuple[str, str]] = {
-    ("models.gnn_lm", "programs.checkpoints"),
-    ("originals.fairseq", "originals.fairseq_gnn"),
-}
-"""What is not yet as it should be; what no longer is has to be taken out here."""
-
 
 @cache
 def modules() -> dict[str, ast.Module]:
@@ -130,7 +99,7 @@ def test_rooms_import_those_below_them_alone():
         for other in others
         if room_of(other) != room_of(module) and room_of(other) not in MAY_IMPORT[room_of(module)]
     }
-    assert found == FORBIDDEN_NOW
+    assert found == set()
 
 
 def test_there_are_no_circles():
@@ -141,7 +110,7 @@ def test_there_are_no_circles():
         if not ends:
             break
         left = {module: others - ends for module, others in left.items() if module not in ends}
-    assert set(left) == IN_CIRCLES_NOW
+    assert left == {}
 
 
 def test_no_import_of_ours_is_inside_a_function():
@@ -153,7 +122,7 @@ def test_no_import_of_ours_is_inside_a_function():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for other in ours(node)
     }
-    assert found == INSIDE_FUNCTIONS_NOW
+    assert found == set()
 
 
 @pytest.mark.parametrize("folder", [*sorted(ROOMS), "neighborlm", "tests"])
