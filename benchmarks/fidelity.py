@@ -26,6 +26,7 @@ from jsonargparse import auto_cli
 
 from benchmarks import fidelity_gnn
 from neighborlm.callbacks.knn_interpolation import KNNInterpolation
+from neighborlm.common.contracts import Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.language_model import TokenScores
@@ -33,8 +34,9 @@ from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.cli import quiet
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.retrieval.search.index import FaissRetriever, read_index
-from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index import read_index
+from neighborlm.retrieval.search.retriever import FlatRetriever
 from neighborlm.retrieval.store.datastore import Datastore
 
 FOUND = -5000.0  # the original's log p_kNN of a target that no neighbour carries is near -10000

@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from neighborlm.callbacks.background import Background
 from neighborlm.callbacks.mixture import Mixture
-from neighborlm.retrieval.cluster.distributed import DistributedRetriever
+from neighborlm.common.contracts import Metric, Neighbors, Retriever
 from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
-from neighborlm.retrieval.memories.knn import Votes
+from neighborlm.retrieval.memories.knn import neighbor_scores
 from neighborlm.retrieval.search.rescoring import exact_distances
-from neighborlm.retrieval.search.retriever import Metric, Retriever, hand_over
+from neighborlm.retrieval.search.retriever import in_parts, votes_of, with_values
 from neighborlm.retrieval.store.datastore import Datastore
 
 FIRST_QUERIES, QUERIES_AT_ONCE = 2048, 10240
@@ -79,11 +79,7 @@ class KNNInterpolation(Callback):
         self.cache = cache
         # Nobody asks who the neighbours are.
         self.votes_at_once = not (
-            self.rescores
-            or rescoring is not None
-            or cache is not None
-            or missing == "last_row"
-            or isinstance(retriever, DistributedRetriever)
+            self.rescores or rescoring is not None or cache is not None or missing == "last_row"
         )
         self.temperature = temperature
         self.new_mixture = partial(Mixture, lmbda, self.similarity, keep_scores)
@@ -120,8 +116,7 @@ class KNNInterpolation(Callback):
         if pl_module.device.type == "cpu":
             parts = pl_module.modules()  # of which each may begin after a search has ended
             self.hooks = [part.register_forward_pre_hook(self._share_threads) for part in parts]
-        if isinstance(self.retriever, DistributedRetriever):
-            self.retriever.connect()
+        self.retriever.begin_pass()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the threads back."""
@@ -184,43 +179,42 @@ class KNNInterpolation(Callback):
         queries = keys.numpy()
         another_waits = self.submitted > self.begun
         faiss.omp_set_num_threads(self.threads if another_waits else self.share)
-        votes = Votes(targets.numpy(), self.temperature, self.similarity, self.datastore.values_of)
         if self.votes_at_once:
             with self._timed("search"):
-                self.retriever.vote(queries, self.k, votes)
+                votes = self.retriever.vote(queries, self.k, targets.numpy(), self.temperature)
         else:
-            distances, rows, *values = self._neighbors(queries, others.numpy())
+            found = self._neighbors(queries, others.numpy())
+            with self._timed("mix"):
+                votes = votes_of(found, targets.numpy(), self.temperature, self.similarity)
 
-            def take(which: slice, *neighbors: np.ndarray) -> None:
-                scores, values = votes.take(which, *neighbors)
-                if self.cache is not None:
-                    columns = (column[which] for column in (positions, targets, lm_log_prob))
-                    self.cache.write(*columns, scores, values)
+            def keep(part: slice) -> None:
+                distances, rows, values = (column[part] for column in found)
+                scores = neighbor_scores(distances, rows, self.similarity)
+                columns = (column[part] for column in (positions, targets, lm_log_prob))
+                self.cache.write(*columns, scores, values)
 
             with self._timed("mix"):
-                hand_over(take, distances, rows, *values)
+                if self.cache is not None:
+                    in_parts(keep, len(positions))
         with self._timed("mix"):
-            self.mixture.add(positions, lm_log_prob, torch.from_numpy(votes.said))
+            self.mixture.add(positions, lm_log_prob, votes)
 
-    def _neighbors(self, queries: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
-        """Distances and rows of the neighbours of some tokens, and their values if they are known.
+    def _neighbors(self, queries: np.ndarray, others: np.ndarray) -> Neighbors:
+        """The neighbours of some tokens and their values.
 
         Args:
             others: keys of the type of those to rescore by.
         """
         with self._timed("search"):
-            if isinstance(self.retriever, DistributedRetriever):
-                distances, rows, *values = self.retriever.find(queries, self.k)
-            else:
-                distances, rows, *values = self.retriever.search(queries, self.k, self.ordered)
+            distances, rows, values = self.retriever.search(queries, self.k, self.ordered)
         if self.missing == "last_row":
-            rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), []
+            rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), None
         with self._timed("rescore"):
             if self.rescoring is not None:
                 distances = exact_distances(others, rows, self.rescoring, self.similarity)
             elif self.rescores:
                 distances = exact_distances(queries, rows, self.datastore, self.similarity)
-        return [distances, rows, *values]
+        return with_values(Neighbors(distances, rows, values), self.datastore)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the last searches, which take the model's threads too, also those of the other
@@ -228,8 +222,7 @@ class KNNInterpolation(Callback):
         self.share = self.threads
         self._submit()
         with self._timed("wait"):
-            if isinstance(self.retriever, DistributedRetriever):
-                self.background.submit(self.retriever.serve)
+            self.background.submit(self.retriever.end_pass)
             self.background.drain()
         if self.cache is not None:
             self.cache.sync()

@@ -6,9 +6,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from neighborlm.callbacks.token_scores import ScoreTable
+from neighborlm.common.contracts import Metric, Votes
 from neighborlm.models.metrics import TokenLoss
-from neighborlm.retrieval.memories.knn import interpolate
-from neighborlm.retrieval.search.retriever import Metric
+from neighborlm.retrieval.memories.mixers import mixture
 
 
 class Mixture:
@@ -34,18 +34,19 @@ class Mixture:
             compute_groups=False,
         )
 
-    def add(self, positions: Tensor, lm_log_prob: Tensor, said: Tensor) -> None:
+    def add(self, positions: Tensor, lm_log_prob: Tensor, votes: Votes) -> None:
         """Adds tokens.
 
         Args:
             positions: int64 `[n]`, of the tokens in the split.
             lm_log_prob: fp32 `[n]`, the model's own.
-            said: see `knn.Votes`.
+            votes: of the neighbours.
         """
-        knn, nearest, farthest = said
+        knn, nearest, farthest = map(torch.from_numpy, votes)
         # torch computes single numbers and vectors by functions that differ in the last digit:
         # in fp32 the figure of a token would depend on how many come with it.
-        mixed = interpolate(lm_log_prob.double(), knn.double(), self.lmbda)
+        log_probs = [lm_log_prob.double(), knn.double()]
+        mixed = mixture(log_probs, [1 - self.lmbda, self.lmbda])
         self.loss.update(mixed)
         self.means["target_among_neighbors"].update((~knn.isneginf()).float())
         some = ~nearest.isneginf()  # of a token without neighbours there is no distance

@@ -22,6 +22,7 @@ from neighborlm.callbacks.knn_interpolation import KNNInterpolation
 from neighborlm.callbacks.mixture import Mixture
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
+from neighborlm.common.contracts import Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
@@ -32,12 +33,11 @@ from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.products import NeighborProducts, Products
 from neighborlm.programs.reports import figures, log_tuning, publish
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
-from neighborlm.retrieval.cluster.distributed import DistributedRetriever, open_distributed
+from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
-from neighborlm.retrieval.memories.knn import weigh
+from neighborlm.retrieval.memories.knn import votes_of_scores
 from neighborlm.retrieval.memories.tuning import Tuning, tune
-from neighborlm.retrieval.search.index import is_path, lies_in_shards, open_retriever, resolve
-from neighborlm.retrieval.search.retriever import Retriever
+from neighborlm.retrieval.search.index import is_path, open_retriever, resolve
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
 
 
@@ -196,7 +196,7 @@ class Evaluation:
                 raise InputError(
                     f"--knn.index {self.knn.index} is a file, but its datastore {where} is missing"
                 )
-            open_retriever(existing, self.knn.index, self.knn.metric, self.knn.nprobe)
+            open_retriever(existing, self.knn.search())
         else:
             self.products.check_index()
 
@@ -311,19 +311,17 @@ class Evaluation:
             **mixture.statistics(),
             **how,
         }
-        if isinstance(retriever, DistributedRetriever) and retriever.communication:
-            results["knn"]["communication"] = retriever.communication
+        if retriever.communication:
+            results["knn"]["communication"] = dict(retriever.communication)
         return results
 
     def open_search(self, datastore: Datastore) -> Retriever:
         """What `--knn.index` names; of a datastore in shards, each rank searches some for all."""
         knn = self.knn
-        index = (datastore, knn.index, knn.metric, knn.nprobe, self.cli.device)
-        if datastore.part is None and not lies_in_shards(datastore, knn.index, knn.metric):
-            return open_retriever(*index)
         # Distances between other keys, or by another measure, are computed by whoever asks.
         own = knn.rescore_key_type is None and self.similarity == knn.metric
-        return open_distributed(*index, rescore=own and knn.distances == "exact")
+        rescore = own and knn.distances == "exact"
+        return open_distributed(datastore, knn.search(self.cli.device), rescore)
 
     def mix(
         self, split: str, datastore: Datastore, mixed_by: dict[str, float]
@@ -351,8 +349,8 @@ class Evaluation:
         mixture = Mixture(mixed_by["lmbda"], self.similarity, keep_scores)
         lm_scores = ScoreTable()
         for block in islice(cache, *own_part()):
-            said = weigh(block.scores, block.hits, mixed_by["temperature"])
-            mixture.add(block.positions, block.lm_log_prob, said)
+            votes = votes_of_scores(block.scores, block.hits, mixed_by["temperature"])
+            mixture.add(block.positions, block.lm_log_prob, votes)
             lm_scores.add(
                 position=block.positions.numpy(),
                 target=block.targets.numpy(),

@@ -39,7 +39,7 @@ from neighborlm.retrieval.neighbors.codec import (
 )
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import NOT_BUILT, is_path, make_index, resolve
+from neighborlm.retrieval.search.index import check_index, is_factory, resolve
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.manifest import refuse_mismatch
 from neighborlm.retrieval.store.sharded_builder import new_datastore
@@ -226,8 +226,7 @@ class Products:
         taken_over = existing is not None and is_raw(self.whole_path(split))
         builder = IndexBuilder(
             existing.path if taken_over else self.whole_path(split),
-            self.knn.index,
-            self.knn.metric,
+            self.knn.search(),
             self.cli.config.seed_everything,
             self.knn.shard,
         )
@@ -239,7 +238,7 @@ class Products:
     def _share_trained_index(self, shard: Datastore) -> None:
         """Has the indexes of all hosts begin with the same, which one of them trains."""
         factory = resolve(shard, self.knn.index)
-        if factory in NOT_BUILT or is_path(factory):
+        if not is_factory(factory):
             return
         seed = self.cli.config.seed_everything
         building = IndexBuilding(shard, factory, self.knn.metric, seed)
@@ -254,8 +253,7 @@ class Products:
 
     def check_index(self) -> None:
         """Refuses a factory string that faiss does not know."""
-        if self.knn.index not in ("auto", *NOT_BUILT) and not is_path(self.knn.index):
-            make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
+        check_index(self.knn.index, self.model.key_width(self.knn.key_type), self.knn.metric)
 
 
 class NeighborProducts:
@@ -391,12 +389,9 @@ class NeighborProducts:
         writer = NeighborTableWriter(
             queries.path if queries.part is None else queries.part.path,
             memory.path if memory.part is None else memory.part.path,
-            settings.index,
-            settings.metric,
-            settings.nprobe,
+            settings.knn.search(self.cli.device),
             settings.k,
             window,
-            device=self.cli.device,
             shard=settings.shard,
         )
         table = writer.build()

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from neighborlm.common.contracts import Metric, NProbe, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import Report
-from neighborlm.retrieval.engine.probing import NProbe
-from neighborlm.retrieval.search.index import NOT_BUILT
-from neighborlm.retrieval.search.retriever import Metric, Retriever
+from neighborlm.retrieval.search.index import EXHAUSTIVE
 from neighborlm.retrieval.store.arrays import fill_rows, open_array, open_raw
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
 from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch
@@ -149,7 +148,7 @@ def _identity(
         "rows": len(queries),
         "metric": metric,
         "index": index_name,
-        "nprobe": None if index_name in NOT_BUILT else nprobe,  # reads every key
+        "nprobe": None if index_name in EXHAUSTIVE else nprobe,
         "exclude_window": exclude_window,
         "queries": queries.fingerprint,
         "memory": fingerprint_of(memory.whole),
@@ -328,7 +327,7 @@ class NeighborSearch:
         has fewer than k though there are more to fetch."""
         n_keys = self.memory.n_keys_of_whole
         count = min(count, n_keys)
-        distances, rows = self.retriever.search(queries, count)
+        distances, rows, _ = self.retriever.search(queries, count)
         kept = outside_window(rows, positions, self.exclude_window)
         lacking = (kept.sum(axis=1) < self.k) & (rows[:, -1] >= 0)
         return (

@@ -13,12 +13,14 @@ from neighborlm.callbacks import knn_interpolation
 from neighborlm.callbacks.knn_interpolation import KNNInterpolation
 from neighborlm.callbacks.mixture import Mixture
 from neighborlm.callbacks.token_scores import ScoreTable
+from neighborlm.common.contracts import Neighbors
 from neighborlm.models.language_model import TokenScores
 from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
-from neighborlm.retrieval.memories.knn import weigh
+from neighborlm.retrieval.memories.knn import votes_of_scores
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
-from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
+from neighborlm.retrieval.search.retriever import BaseRetriever, FlatRetriever
 from neighborlm.retrieval.store.datastore import DatastoreBuilder
 
 N, D, Q, K, LMBDA, TEMPERATURE = 200, 6, 70, 9, 0.3, 2.0
@@ -107,7 +109,7 @@ def test_other_keys_weigh_what_an_exact_search_finds(world, tmp_path):
     builder.write(np.arange(N), others, values)
     builder.sync()
     asked = torch.from_numpy(rng.normal(size=(Q, 4)).astype(np.float32))
-    retriever = open_retriever(store, "torch", "l2", 32)
+    retriever = open_retriever(store, Search("torch", "l2", 32))
     assert retriever.exact
     callback = KNNInterpolation(store, retriever, K, LMBDA, rescoring=builder.finish())
     callback.on_test_epoch_start(None, FakeModule)
@@ -124,7 +126,7 @@ def test_other_keys_weigh_what_an_exact_search_finds(world, tmp_path):
     assert callback.mixture.loss.compute()["loss"].item() == pytest.approx(-mixed.mean(), rel=1e-6)
 
 
-class Finds(Retriever):
+class Finds(BaseRetriever):
     """A retriever that finds what it is told."""
 
     metric = "l2"
@@ -134,7 +136,7 @@ class Finds(Retriever):
         self.rows = rows
 
     def search(self, queries, k, ordered=True):
-        return np.full(self.rows.shape, 3.0, np.float32), self.rows
+        return Neighbors(np.full(self.rows.shape, 3.0, np.float32), self.rows)
 
 
 @pytest.mark.parametrize(("missing", "voters"), [("left_out", [5]), ("last_row", [5, N - 1])])
@@ -205,8 +207,8 @@ def test_what_is_retrieved_can_be_mixed_again(world, tmp_path):
     feed(KNNInterpolation(store, FlatRetriever(store, "l2"), K, 0.0, cache=builder), scores, 7)
     again = Mixture(LMBDA, "l2")
     for block in builder.finish():
-        said = weigh(block.scores, block.hits, TEMPERATURE)
-        again.add(block.positions, block.lm_log_prob, said)
+        votes = votes_of_scores(block.scores, block.hits, TEMPERATURE)
+        again.add(block.positions, block.lm_log_prob, votes)
     searching = KNNInterpolation(store, FlatRetriever(store, "l2"), K, LMBDA, TEMPERATURE)
     expected = feed(searching, scores, 70).mixture
     assert again.loss.compute()["loss"] == pytest.approx(expected.loss.compute()["loss"])
@@ -262,11 +264,11 @@ def test_a_coarse_index_finds_and_the_settings_say_what_weighs(
     """The four-bit index's own distances are far from the exact ones."""
     store, keys, values, scores = world
     IndexBuilding(store, "SQ4", metric).run()
-    retriever = open_retriever(store, "SQ4", metric, 1)
+    retriever = open_retriever(store, Search("SQ4", metric, 1))
     callback = KNNInterpolation(
         store, retriever, K, LMBDA, TEMPERATURE, distances=distances, similarity=similarity
     )
-    own, found = retriever.search(scores.keys.numpy(), K)
+    own, found, _ = retriever.search(scores.keys.numpy(), K)
     if distances == "index":
         table = -own if metric == "l2" else own
     else:
