@@ -1,10 +1,9 @@
-"""`IndexBuilder`: builds the index when a datastore has been written, or on its own."""
+"""`IndexBuilder`: builds the index of a datastore, once for all processes."""
 
 from collections import Counter
 from pathlib import Path
 
 from filelock import FileLock
-from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -14,7 +13,7 @@ from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.shards import share_out
 
 
-class IndexBuilder(Callback):
+class IndexBuilder:
     """Builds what `--knn.index` names, unless it is there already.
 
     Args:
@@ -41,10 +40,6 @@ class IndexBuilder(Callback):
         self.shard = shard
         self.seconds: Counter[str] = Counter()
         """Time spent in `train` and `add`; empty when nothing was built."""
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the datastore's writer has published it."""
-        self.build()
 
     def build(self) -> None:
         """Builds the index now, with a progress bar; of several processes one builds and the

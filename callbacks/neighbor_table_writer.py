@@ -1,5 +1,4 @@
-"""`NeighborTableWriter`: searches the neighbours of every token of a split when its datastore has
-been written, or on its own."""
+"""`NeighborTableWriter`: searches the neighbours of every token of a split, once for all ranks."""
 
 import time
 from contextlib import suppress
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.cluster.distributed import open_distributed
@@ -20,7 +18,7 @@ from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.shards import share_out
 
 
-class NeighborTableWriter(Callback):
+class NeighborTableWriter:
     """Makes the neighbour table of a split, unless one that serves is there already.
 
     Args:
@@ -32,7 +30,6 @@ class NeighborTableWriter(Callback):
         k: neighbours a token.
         exclude_window: of a split that searches itself, leave out the rows less than this many
             tokens away.
-        keep_distances: keep them beside the rows.
         device: where the index `torch` computes.
         shard: the one of the memory's shards that this host has, where others have the others; of
             `queries` too where that is the same datastore.
@@ -47,7 +44,6 @@ class NeighborTableWriter(Callback):
         nprobe: NProbe,
         k: int,
         exclude_window: int = 0,
-        keep_distances: bool = False,
         device: str | torch.device = "cpu",
         shard: int | None = None,
     ) -> None:
@@ -58,15 +54,10 @@ class NeighborTableWriter(Callback):
         self.nprobe = nprobe
         self.k = k
         self.exclude_window = exclude_window
-        self.keep_distances = keep_distances
         self.device = device
         self.shard = shard
         self.seconds = 0.0
         """Time of the search; 0 when nothing was searched."""
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the datastore's writer has published it."""
-        self.build()
 
     def build(self) -> NeighborTable:
         """Makes the table now, with a progress bar; of several processes one searches and the
@@ -92,7 +83,7 @@ class NeighborTableWriter(Callback):
             return open_retriever(*how) if self.shard is None else open_distributed(*how)
 
         def work(number: int) -> None:
-            if find_table(parts[number], *made_by, self.keep_distances) is None:
+            if find_table(parts[number], *made_by) is None:
                 shard = f", shard {number}" if len(parts) > 1 else ""
                 what = (parts[number], memory, retriever(), name)
                 self._search(*what, f"neighbours k={self.k}{shard}")
@@ -106,7 +97,7 @@ class NeighborTableWriter(Callback):
                 for number in range(len(parts)):
                     work(number)
             retriever().serve()
-        return find_table(queries, *made_by, self.keep_distances)
+        return find_table(queries, *made_by)
 
     def _search(
         self, queries: Datastore, memory: Datastore, retriever: Retriever, name: str, title: str
@@ -120,7 +111,6 @@ class NeighborTableWriter(Callback):
             self.nprobe,
             self.k,
             self.exclude_window,
-            self.keep_distances,
         )
         with progress_bars(title) as report:
             search.run(report)

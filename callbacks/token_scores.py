@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -28,16 +27,6 @@ class ScoreTable:
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         order = np.argsort(columns["position"])
         return {name: column[order] for name, column in columns.items()}
-
-
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, on the CPU; the tensor itself without ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = tensor.to(device)
-    dist.all_reduce(total)
-    return total.cpu()
 
 
 class LMScores(Callback):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pytorch_lightning import Callback
 
 from neighborlm.callbacks.datastore_writer import DatastoreWriter
 from neighborlm.callbacks.index_builder import IndexBuilder
@@ -166,12 +165,8 @@ class Products:
         refuse_mismatch(datastore.path, {"dim": datastore.dim}, {"dim": width})
         return datastore
 
-    def ensure_datastore(self, split: str, *after: Callback) -> Datastore:
-        """Writes the split's datastore, or the rest of it, unless it is there.
-
-        Args:
-            after: callbacks that work on the datastore once it is written.
-        """
+    def ensure_datastore(self, split: str) -> Datastore:
+        """Writes the split's datastore, or the rest of it, unless it is there."""
         datastore = self.open_fitting_datastore(split)
         if datastore is not None:
             return datastore
@@ -207,7 +202,7 @@ class Products:
         wanted = None if self.knn.shard is None else builder.is_wanted()
         loader = self.data.evaluation_dataloader(split, builder.is_written, wanted)
         writer, throughput = DatastoreWriter(builder), Throughput()
-        trainer = self.cli.make_trainer([writer, throughput, *after], self.cli.run_dir / "evaluate")
+        trainer = self.cli.make_trainer([writer, throughput], self.cli.run_dir / "evaluate")
         trainer.predict(self.model, loader, return_predictions=False)
         stage = "datastore" if split == "train" else f"datastore_{split}"
         self.seconds[stage] = throughput.seconds
@@ -231,7 +226,7 @@ class Products:
             self.cli.config.seed_everything,
             self.knn.shard,
         )
-        datastore = self.ensure_datastore(split, builder)
+        datastore = self.ensure_datastore(split)
         builder.build()
         self.seconds |= {f"index_{stage}": s for stage, s in builder.seconds.items()}
         return datastore

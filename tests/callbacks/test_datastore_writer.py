@@ -7,7 +7,6 @@ import torch
 from small import write_corpus
 
 from neighborlm.callbacks.datastore_writer import DatastoreWriter
-from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.transformer_lm import TransformerLM
@@ -142,14 +141,6 @@ def test_an_interruption_keeps_what_was_not_synced_yet(parts, tmp_path):
     with pytest.raises(Stop):
         dump(data, model, tmp_path / "cut", callbacks=[StopAfter(4)], sync_seconds=1e9)
     assert dump(data, model, tmp_path / "cut", sync_seconds=1e9) == batches - 4
-
-
-def test_index_follows_the_datastore_in_the_same_run(parts, tmp_path):
-    data, model = parts
-    index = IndexBuilder(tmp_path / "s", "IVF4,SQ8", "l2")
-    dump(data, model, tmp_path / "s", callbacks=[index])
-    assert (tmp_path / "s" / "IVF4_SQ8-l2.faiss").is_file()
-    assert index.seconds["add"] > 0
 
 
 @pytest.fixture

@@ -35,15 +35,15 @@ def indexes(path):
     return sorted(p.name for p in path.iterdir() if ".faiss" in p.name and "lock" not in p.name)
 
 
-def test_built_after_prediction_and_not_twice(builder):
-    callback = IndexBuilder(builder.path, FACTORY, "ip")  # made before the datastore is there
+def test_built_of_a_complete_datastore_and_not_twice(builder):
+    building = IndexBuilder(builder.path, FACTORY, "ip")  # made before the datastore is there
     with pytest.raises(InputError, match="unfinished"):
-        callback.on_predict_end(None, None)
+        building.build()
     store = builder.finish()
-    callback.on_predict_end(None, None)
+    building.build()
     assert indexes(store.path) == ["IVF4_SQ8-ip.faiss", "IVF4_SQ8-ip.faiss.json"]
-    assert callback.seconds["train"] > 0
-    assert callback.seconds["add"] > 0
+    assert building.seconds["train"] > 0
+    assert building.seconds["add"] > 0
     retriever = open_retriever(store, FACTORY, "ip", 4)
     assert retriever.index.ntotal == 120
 

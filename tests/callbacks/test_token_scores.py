@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from neighborlm.callbacks import token_scores
-from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
+from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
 from neighborlm.models.language_model import TokenScores
 
 
@@ -57,10 +57,6 @@ def test_ranks_are_put_together_and_one_writes(tmp_path, monkeypatch):
         np.testing.assert_array_equal(table.gathered()["x"], x)
         save_scores(tmp_path / f"rank{rank}.npz", table)
     assert [p.name for p in tmp_path.iterdir()] == ["rank0.npz"]
-
-
-def test_sum_over_one_rank_is_the_tensor():
-    assert sum_over_ranks(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
 
 
 def test_lm_scores_take_every_batch():
