@@ -47,6 +47,7 @@ def test_a_window_and_a_named_index_file(memory):
     table = NeighborTableWriter(
         memory.path, memory.path, path, "l2", 4, 8, exclude_window=3
     ).build()
+    assert (table.rows >= 0).all()
     assert (np.abs(table.rows - np.arange(120)[:, None]) >= 3).all()
     assert table.manifest["index"] == "IVF4_SQ8-l2.faiss"
 
