@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pytorch_lightning import Callback
 
 from neighborlm.callbacks.datastore_writer import DatastoreWriter
 from neighborlm.callbacks.index_builder import IndexBuilder
@@ -168,8 +169,12 @@ class Products:
         refuse_mismatch(datastore.path, {"dim": datastore.dim}, {"dim": width})
         return datastore
 
-    def ensure_datastore(self, split: str) -> Datastore:
-        """Writes the split's datastore, or the rest of it, unless it is there."""
+    def ensure_datastore(self, split: str, *after: Callback) -> Datastore:
+        """Writes the split's datastore, or the rest of it, unless it is there.
+
+        Args:
+            after: callbacks that work on the datastore once it is written.
+        """
         datastore = self.open_fitting_datastore(split)
         if datastore is not None:
             return datastore

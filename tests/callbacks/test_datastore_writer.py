@@ -9,6 +9,7 @@ import torch
 from small import write_corpus
 
 from neighborlm.callbacks.datastore_writer import DatastoreWriter
+from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.scorer import Scorer
