@@ -22,10 +22,12 @@ from rich.table import Table
 from neighborlm.common.errors import InputError
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.search.building import PART_BYTES, sample_size
-from neighborlm.retrieval.search.index import NOT_BUILT, auto_factory, make_index
+from neighborlm.retrieval.search.index import auto_factory, make_index
 from neighborlm.retrieval.store.checksums import rows_of_chunk
 from neighborlm.retrieval.store.datastore import DTYPES
 
+OF_KEYS = ("flat", "torch")
+"""What --index may be where the keys themselves are searched."""
 HEADER, MANIFEST = 128, 2048
 """Bytes in front of the array in a .npy file, and of a manifest, about."""
 FAST_SCAN_BLOCK = 32
@@ -119,7 +121,7 @@ class Wanted:
     @property
     def shape(self) -> "Shape | None":
         """Of the index, None where the keys themselves are searched."""
-        return None if self.factory in NOT_BUILT else index_shape(self.dim, self.factory)
+        return None if self.factory in OF_KEYS else index_shape(self.dim, self.factory)
 
 
 class Shape(NamedTuple):
