@@ -27,12 +27,12 @@ from torch import Tensor
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.retrieval.engine.probing import NProbe
+from neighborlm.common.contracts import NProbe
 from neighborlm.retrieval.memories.knn import interpolate, knn_log_prob, neighbor_scores
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import auto_factory, open_retriever
 from neighborlm.retrieval.search.rescoring import exact_distances
-from neighborlm.retrieval.search.retriever import Retriever
+from neighborlm.common.contracts import Retriever
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 FACTORIES = (
