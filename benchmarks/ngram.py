@@ -131,8 +131,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for which in ("first", "second"):
         rates = [row["asked"] / row["seconds"][f"{which}_pass"]["cores"] for row in rows]
         asking.plot(sizes, rates, "o-", label=f"{which} pass")
-    asking.set(xscale="log", xlabel="tokens", ylabel="tokens a second and core")
-    asking.set_ylim(0)
+    asking.set(xscale="log", yscale="log", xlabel="tokens", ylabel="tokens a second and core")
     asking.legend()
     figure.savefig(path, format="png")
 

@@ -14,17 +14,22 @@ from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
-from filelock import FileLock
 from pydivsufsort import divsufsort
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
+from neighborlm.retrieval.engine import in_parallel
 from neighborlm.retrieval.engine import suffix_loops as loops
-from neighborlm.retrieval.engine.parallel import in_parallel
-from neighborlm.retrieval.store.arrays import make_room, open_array
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
+from neighborlm.retrieval.store import Artifact, Format, Job, share_out
+from neighborlm.retrieval.store.arrays import (
+    Layout,
+    bytes_of,
+    check_room,
+    create_arrays,
+    open_array,
+)
 
-KIND, VERSION = "suffix array", 1
-FIELDS = ("complete", "rows", "vocab_size", "dtype", "made_from")
+FORMAT = Format("suffix array", 1, ("rows", "vocab_size", "dtype"))
 FILE = "suffixes.npy"
 BLOCK = 1 << 22
 """Entries that are written at once."""
@@ -97,15 +102,12 @@ class SuffixArray:
             made_from: fingerprints of the text and of its vocabulary.
 
         Raises:
-            InputError: missing, unfinished, damaged, or of another text or vocabulary.
+            InputError: missing, damaged, or of another text or vocabulary.
         """
         path = Path(path)
-        manifest = read_manifest(path / "manifest.json", KIND, VERSION, FIELDS)
-        refuse_mismatch(path, manifest["made_from"], made_from)
-        refuse_mismatch(path, manifest, {"rows": len(tokens), "vocab_size": vocab_size})
-        if not manifest["complete"]:
-            raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
-        suffixes = open_array(path / FILE, (len(tokens),), np.dtype(manifest["dtype"]))
+        manifest = _artifact(path).open(_identity(tokens, vocab_size, made_from))
+        layout = Layout(np.dtype(manifest["dtype"]), (len(tokens),))
+        suffixes = open_array(path / FILE, layout)
         opened = cls(path, _read_only(tokens), _read_only(suffixes), vocab_size)
         opened._check()
         return opened
@@ -122,36 +124,14 @@ class SuffixArray:
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        with FileLock(path / ".lock"):
-            if not cls._is_complete(path):
-                cls._build(path, tokens, vocab_size, made_from)
+        artifact, identity = _artifact(path), _identity(tokens, vocab_size, made_from)
+
+        def build() -> None:
+            _write_suffixes(path, tokens, vocab_size)
+            artifact.write({**identity, "dtype": _offset_type(len(tokens)).name}, complete=True)
+
+        share_out([Job(artifact.lock(), lambda: artifact.is_complete(identity), build)])
         return cls.open(path, tokens, vocab_size, made_from)
-
-    @staticmethod
-    def _is_complete(path: Path) -> bool:
-        manifest = path / "manifest.json"
-        return manifest.exists() and read_manifest(manifest, KIND, VERSION, FIELDS)["complete"]
-
-    @staticmethod
-    def _build(
-        path: Path, tokens: np.ndarray, vocab_size: int, made_from: Mapping[str, Any]
-    ) -> None:
-        rows = len(tokens)
-        if rows == 0:
-            raise InputError(f"{path}: the text has no tokens; expected at least one")
-        dtype = np.dtype(np.uint32 if rows < 1 << 32 else np.uint64)
-        fields = {
-            "rows": rows,
-            "vocab_size": vocab_size,
-            "dtype": dtype.name,
-            "made_from": dict(made_from),
-        }
-        write_manifest(path / "manifest.json", KIND, VERSION, {**fields, "complete": False})
-        make_room(path, KIND, {path / FILE: (dtype, (rows,))})
-        suffixes = np.load(path / FILE, mmap_mode="r+")
-        sort_suffixes(tokens, vocab_size, suffixes)
-        suffixes.flush()
-        write_manifest(path / "manifest.json", KIND, VERSION, {**fields, "complete": True})
 
     def _check(self) -> None:
         """Refuses an array of which a sample is not in the order of this text's suffixes."""
@@ -274,6 +254,30 @@ class SuffixArray:
 
         in_parallel(work, range(0, len(columns[0]), PART), faiss.omp_get_max_threads())
         return written
+
+
+def _artifact(path: Path) -> Artifact:
+    return Artifact.folder(FORMAT, path)
+
+
+def _identity(tokens: np.ndarray, vocab_size: int, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    return {**made_from, "rows": len(tokens), "vocab_size": vocab_size}
+
+
+def _offset_type(rows: int) -> np.dtype:
+    return np.dtype(np.uint32 if rows < 1 << 32 else np.uint64)
+
+
+def _write_suffixes(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    if len(tokens) == 0:
+        raise InputError(f"{path}: the text has no tokens; expected at least one")
+    layout = Layout(_offset_type(len(tokens)), (len(tokens),))
+    check_room({path: bytes_of([layout])}, FORMAT.kind, "make room")
+    with publishing(path / FILE) as making:
+        create_arrays({making: layout})
+        suffixes = np.load(making, mmap_mode="r+")
+        sort_suffixes(tokens, vocab_size, suffixes)
+        suffixes.flush()
 
 
 def sort_suffixes(tokens: np.ndarray, vocab_size: int, suffixes: np.ndarray) -> None:
