@@ -1,10 +1,11 @@
-"""`IndexBuilder`: builds the index when a datastore has been written, or on its own."""
+"""`IndexBuilder`: builds the index when a datastore has been written, or on its own; once for all
+processes."""
 
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -38,10 +39,6 @@ class IndexBuilder(Callback):
         self.shard = shard
         self.seconds: Counter[str] = Counter()
         """Time spent in `train` and `add`; empty when nothing was built."""
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the datastore's writer has published it."""
-        self.build()
 
     def build(self) -> None:
         """Builds the index now, with a progress bar; of several processes one builds and the

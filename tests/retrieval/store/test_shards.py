@@ -167,8 +167,8 @@ def test_what_a_graph_network_reads_of_it_is_the_same(whole, sharded):
     np.testing.assert_array_equal(*(made.codes for made in codes))
     tables, features = [], []
     for store, made in zip((whole, sharded), codes, strict=True):
-        settings = {"exclude_window": 3, "keep_distances": True}
-        writer = NeighborTableWriter(store.path, store.path, Search("flat", "l2", 1), 6, **settings)
+        search = Search("flat", "l2", 1)
+        writer = NeighborTableWriter(store.path, store.path, search, 6, exclude_window=3)
         tables.append(writer.build())
         narrower = TableSettings("l2", "flat", 1, 4, exclude_window=3)
         assert find_table(store, store, narrower).nearest(4).shape == (300, 4)
@@ -178,8 +178,7 @@ def test_what_a_graph_network_reads_of_it_is_the_same(whole, sharded):
         positions = np.array([[80, 81, 82, -1], [150, 151, -1, -1]])
         near = memory.neighborhood(positions)
         features.append([near.rows, near.features, near.values, memory.features_of(positions)])
-    for name in ("rows", "distances"):
-        np.testing.assert_array_equal(*(getattr(table, name) for table in tables))
+    np.testing.assert_array_equal(*(table.rows for table in tables))
     for ours, theirs in zip(*features, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert not list(sharded.path.glob("neighbors*.np*")) + list(sharded.path.glob("codes*.npy"))
