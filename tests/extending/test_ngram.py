@@ -12,9 +12,7 @@ def test_ngrams_vote_beside_the_neighbours(evaluated, words, workplace):
         length = int(scores["ngram.suffix_length"][t])
         suffix, longer = test[t - length : t], test[max(t - length - 1, 0) : t]
         followers = Counter(
-            train[i + length]
-            for i in range(len(train) - length)
-            if train[i : i + length] == suffix
+            train[i + length] for i in range(len(train) - length) if train[i : i + length] == suffix
         )
         assert followers.total() == scores["ngram.suffix_count"][t]
         p = np.exp(scores["ngram_log_prob"][t])
