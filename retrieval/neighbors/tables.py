@@ -328,7 +328,7 @@ class NeighborSearch:
         has fewer than k though there are more to fetch."""
         n_keys, k = self.memory.n_keys_of_whole, self.settings.k
         count = min(count, n_keys)
-        distances, rows = self.retriever.search(queries, count)
+        distances, rows = self.retriever.search(queries, count)[:2]
         kept = outside_window(rows, positions, self.settings.exclude_window)
         lacking = (kept.sum(axis=1) < k) & (rows[:, -1] >= 0)
         return (
