@@ -26,7 +26,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks import fidelity_gnn
-from neighborlm.common.contracts import Scored, Want
+from neighborlm.common.contracts import Retriever, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.scorer import Scorer
@@ -36,8 +36,9 @@ from neighborlm.programs.cli import quiet
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.memories import KNNMemory
 from neighborlm.retrieval.memories.mixers import mixture
-from neighborlm.retrieval.search.index import FaissRetriever, read_index
-from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index import read_index
+from neighborlm.retrieval.search.retriever import FlatRetriever
 from neighborlm.retrieval.store.datastore import Datastore
 
 KEY_TYPE = "last_ffn_input"

@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Any
 
 import faiss
+import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -39,6 +40,7 @@ class Interpolation(Callback):
     Args:
         memories: by name.
         mixer: weighs them; None only to hear what they say.
+        text: integers `[N]`, the tokens of the split.
         keep_scores: keep every token's log-probabilities and the memories' features, in
             `tally.table`.
         tokens_at_once: see `TOKENS_AT_ONCE`.
@@ -53,11 +55,13 @@ class Interpolation(Callback):
         self,
         memories: Mapping[str, Memory],
         mixer: Mixer | None,
+        text: np.ndarray,
         keep_scores: bool = False,
         tokens_at_once: int = TOKENS_AT_ONCE,
     ) -> None:
         self.memories = memories
         self.mixer = mixer
+        self.text = text
         self.keep_scores = keep_scores
         self.tokens_at_once = tokens_at_once
         self.tally = Tally(keep_scores)
@@ -87,7 +91,7 @@ class Interpolation(Callback):
         """Shares the cores; connects the ranks where memories search together."""
         self.sharing.begin(pl_module, lambda: self.submitted > self.ended)
         for memory in self.memories.values():
-            memory.begin_pass()
+            memory.begin_pass(self.text)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the cores back."""

@@ -39,7 +39,7 @@ from neighborlm.retrieval.neighbors.codec import (
 )
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import NOT_BUILT, is_path, make_index, resolve
+from neighborlm.retrieval.search.index import check_index, is_factory, resolve
 from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.sharded_builder import new_datastore
@@ -228,8 +228,7 @@ class Products:
         taken_over = existing is not None and is_raw(self.whole_path(split))
         builder = IndexBuilder(
             existing.path if taken_over else self.whole_path(split),
-            self.knn.index,
-            self.knn.metric,
+            self.knn.search(),
             self.run.seed,
             self.knn.shard,
         )
@@ -241,7 +240,7 @@ class Products:
     def _share_trained_index(self, shard: Datastore) -> None:
         """Has the indexes of all hosts begin with the same, which one of them trains."""
         factory = resolve(shard, self.knn.index)
-        if factory in NOT_BUILT or is_path(factory):
+        if not is_factory(factory):
             return
         seed = self.run.seed
         building = IndexBuilding(shard, factory, self.knn.metric, seed)
@@ -256,8 +255,7 @@ class Products:
 
     def check_index(self) -> None:
         """Refuses a factory string that faiss does not know."""
-        if self.knn.index not in ("auto", *NOT_BUILT) and not is_path(self.knn.index):
-            make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
+        check_index(self.knn.index, self.model.key_width(self.knn.key_type), self.knn.metric)
 
 
 class NeighborProducts:
@@ -396,12 +394,9 @@ class NeighborProducts:
         writer = NeighborTableWriter(
             queries.path if queries.part is None else queries.part.path,
             memory.path if memory.part is None else memory.part.path,
-            settings.index,
-            settings.metric,
-            settings.nprobe,
+            settings.knn.search(self.run.device),
             settings.k,
             window,
-            device=self.run.device,
             shard=settings.shard,
         )
         table = writer.build()

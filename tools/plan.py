@@ -22,7 +22,7 @@ from rich.table import Table
 from neighborlm.common.errors import InputError
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.search.building import PART_BYTES, sample_size
-from neighborlm.retrieval.search.index import NOT_BUILT, auto_factory, make_index
+from neighborlm.retrieval.search.index import INDEX_KINDS, auto_factory, make_index
 from neighborlm.retrieval.store.checksums import rows_of_chunk
 from neighborlm.retrieval.store.datastore import DTYPES
 
@@ -119,7 +119,7 @@ class Wanted:
     @property
     def shape(self) -> "Shape | None":
         """Of the index, None where the keys themselves are searched."""
-        return None if self.factory in NOT_BUILT else index_shape(self.dim, self.factory)
+        return None if self.factory in INDEX_KINDS else index_shape(self.dim, self.factory)
 
 
 class Shape(NamedTuple):

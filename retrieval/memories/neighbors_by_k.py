@@ -40,9 +40,9 @@ class NeighborsByK(Memory):
         """See `Memory.prepare`."""
         self.knn.prepare()
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, text: np.ndarray) -> None:
         """See `Memory.begin_pass`."""
-        self.knn.begin_pass()
+        self.knn.begin_pass(text)
 
     def end_pass(self) -> None:
         """See `Memory.end_pass`."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class RecentMemory(Memory):
         self.want = Want(keys=(key_type,))
         self.tuning: RecentTuning | None = None
         self.heard: list[Scored] = []
-        self.begin_pass()
+        self._forget()
 
     @classmethod
     def of(cls, settings: RecentSettings, device: torch.device | str = "cpu") -> "RecentMemory":
@@ -119,8 +120,11 @@ class RecentMemory(Memory):
         """See `Memory`; 0 while the size is not known."""
         return self.size or 0
 
-    def begin_pass(self) -> None:
-        """Forgets the text."""
+    def begin_pass(self, text: np.ndarray) -> None:
+        """Forgets what was observed. Of the text it knows what it is asked about alone."""
+        self._forget()
+
+    def _forget(self) -> None:
         self.window: Window | None = None
         self.asked: tuple[Tensor, Tensor] | None = None
         """Keys and positions of the tokens that were asked about last."""
@@ -129,7 +133,7 @@ class RecentMemory(Memory):
     def say(self, asked: Scored) -> Opinion:
         """The votes for the targets. As features the score of the nearest position, as a distance
         where it is one (`nearest_distance`), the probability of the favourite token
-        (`favorite_weight`) and how many positions there are (`positions`).
+        (`favourite`) and how many positions there are (`positions`).
 
         While it needs tuning, it keeps what it hears and says nothing.
 
@@ -154,7 +158,7 @@ class RecentMemory(Memory):
             nearest = (keys.square().sum(dim=1) - nearest).clamp(min=0.0)
         features = {
             "nearest_distance": nearest.cpu(),
-            "favorite_weight": votes.favorite.cpu(),
+            "favourite": votes.favourite.cpu(),
             "positions": self.window.seen(asked.targets).float(),
         }
         return Opinion(votes.log_probs.cpu(), features)
@@ -228,7 +232,7 @@ class RecentMemory(Memory):
             what it would have said of all tokens heard, which it forgets.
         """
         heard, self.heard = Scored.joined(self.heard), []
-        self.begin_pass()
+        self._forget()
 
         def new_window(size: int) -> Window:
             given = (size, self.similarity, self.document_end, self.device)
@@ -248,7 +252,7 @@ class RecentMemory(Memory):
         for part in parts_of(heard):
             opinions.append(self.say(part))
             self.observe(part.targets)
-        self.begin_pass()
+        self._forget()
         return Opinion(
             torch.cat([opinion.log_probs for opinion in opinions]),
             {
@@ -264,12 +268,12 @@ class WindowVotes(NamedTuple):
     Attributes:
         log_probs: of the targets, -inf where no position carries it.
         best: score of the nearest position, -inf where there is none.
-        favorite: probability of the token that has most; NaN where there is none.
+        favourite: probability of the token that has most; NaN where there is none.
     """
 
     log_probs: Tensor
     best: Tensor
-    favorite: Tensor
+    favourite: Tensor
 
     @staticmethod
     def joined(parts: list["WindowVotes"]) -> "WindowVotes":

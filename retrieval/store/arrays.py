@@ -101,18 +101,24 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def create_arrays(places: Mapping[Path, Layout]) -> None:
-    """Makes files of zeros, in place of those that lie there, and gives them all their blocks:
-    written through a memory map, a sparse one would end the program with a bus error once the disk
-    is full.
+def make_room(folder: Path, layouts: Mapping[str, Layout], kind: str, advice: str) -> None:
+    """Makes files of zeros in a folder, in place of those that lie there, and gives them all their
+    blocks: written through a memory map, a sparse one would end the program with a bus error once
+    the disk is full.
+
+    Args:
+        layouts: by the name of the file.
+        kind, advice: see `check_room`.
 
     Raises:
         InputError: the disk has no room.
     """
-    for path, layout in places.items():
-        path.unlink(missing_ok=True)  # somebody may still have it mapped
-        open_memmap(path, mode="w+", dtype=layout.dtype, shape=layout.shape).flush()
-        _take_room(path)
+    for name in layouts:
+        (folder / name).unlink(missing_ok=True)  # somebody may still have it mapped
+    check_room({folder: bytes_of(layouts.values())}, kind, advice)
+    for name, (dtype, shape) in layouts.items():
+        open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape).flush()
+        _take_room(folder / name)
 
 
 def _take_room(path: Path) -> None:

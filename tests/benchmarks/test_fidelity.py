@@ -35,9 +35,10 @@ def test_reference_outputs(tmp_path):
         # The original adds up in fp32, which moves its second decimal.
         assert float(row["ours"]["ppl"]) == pytest.approx(float(row["original"]["ppl"]), abs=0.011)
         gaps = row["largest_difference"]
-        assert gaps.get("lm", 0) < 1e-4, row
-        # A near tie at the k-th place may put another neighbour in for a token.
-        assert gaps.get("mixed_tokens_above_1e-3", 0) <= 2, row
+        if row["case"].startswith("lm"):
+            assert gaps["lm"] < 1e-4, row
+        else:  # a near tie at the k-th place may put another neighbour in for a token
+            assert gaps["mixed_tokens_above_1e-3"] <= 2, row
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference outputs are not at hand")

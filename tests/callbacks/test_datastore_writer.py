@@ -14,6 +14,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.scorer import Scorer
 from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.sharded_builder import new_datastore
 
@@ -156,7 +157,7 @@ def test_an_interruption_keeps_what_was_not_synced_yet(parts, tmp_path):
 
 def test_index_follows_the_datastore_in_the_same_run(parts, tmp_path):
     data, model = parts
-    index = IndexBuilder(tmp_path / "s", "IVF4,SQ8", "l2")
+    index = IndexBuilder(tmp_path / "s", Search("IVF4,SQ8", "l2"))
     dump(data, model, tmp_path / "s", callbacks=[index])
     assert (tmp_path / "s" / "IVF4_SQ8-l2.faiss").is_file()
     assert index.seconds["add"] > 0

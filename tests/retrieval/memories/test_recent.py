@@ -67,7 +67,7 @@ def memory_of(size: int = 50, temperature: float = 1.0, **options) -> RecentMemo
 
 def ask(memory: RecentMemory, text: Scored, step: int):
     """What it says of a text that comes `step` tokens at a time."""
-    memory.begin_pass()
+    memory.begin_pass(text.targets.numpy())
     opinions = []
     for first in range(0, len(text.positions), step):
         part = part_of(text, slice(first, first + step))
@@ -118,10 +118,10 @@ def test_it_equals_a_plain_loop(text, settings, device):
     assert (log_probs.isneginf().numpy() == (expected == 0)).all()
     np.testing.assert_array_equal(features["positions"], seen)
     some = seen > 0
-    favorite = features["favorite_weight"]
-    np.testing.assert_allclose(favorite[some], table[some].max(axis=1), rtol=rtol)
+    favourite = features["favourite"]
+    np.testing.assert_allclose(favourite[some], table[some].max(axis=1), rtol=rtol)
     np.testing.assert_allclose(features["nearest_distance"][some], nearest[some], atol=1e-5)
-    assert favorite[~some].isnan().all()
+    assert favourite[~some].isnan().all()
     assert features["nearest_distance"][~some].isinf().all()
 
 
@@ -220,11 +220,11 @@ def test_tokens_out_of_order_are_refused(text):
     memory.observe(text.targets[100:200])
     with pytest.raises(InputError, match=r"comes after token .* order"):
         memory.say(part_of(text, slice(0, 100)))
-    memory.begin_pass()
+    memory.begin_pass(text.targets.numpy())
     backwards = text._replace(positions=text.positions.flip(0))
     with pytest.raises(InputError, match="order"):
         memory.say(backwards)
-    memory.begin_pass()
+    memory.begin_pass(text.targets.numpy())
     memory.say(text)
     with pytest.raises(ValueError, match="3 tokens are observed, but 300"):
         memory.observe(text.targets[:3])
