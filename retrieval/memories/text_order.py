@@ -7,7 +7,7 @@ tokens has nothing to remember.
 
 import numpy as np
 
-TOKENS, LINES = 1_000_000, 100
+TOKENS, LINES = 300_000, 100
 """How many tokens are looked at, the first ones, and of how many lines at least."""
 FREQUENT = 200
 """The most frequent tokens, which lines share whatever their order, are left out."""

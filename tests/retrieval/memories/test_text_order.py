@@ -11,8 +11,8 @@ def text_of(topics_last: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     lines = []
     for number in range(2000):
-        topic = np.random.default_rng(number // topics_last).integers(1000, 3000, 40)
-        length = int(rng.integers(0, 20))
+        topic = np.random.default_rng(number // topics_last).integers(1000, 1300, 40)
+        length = int(rng.integers(0, 40))
         common = rng.integers(0, 150, length)
         lines.append(np.where(rng.random(length) < 0.4, rng.choice(topic, length), common))
     return together(lines)
