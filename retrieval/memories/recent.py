@@ -177,7 +177,7 @@ class RecentMemory(Memory):
             )
         keys, ids, weights = self._begin(asked), [], []
         for block in self.window.look(keys, asked.targets):
-            ids.append(block.followed)
+            ids.append(block.vocabulary[block.columns])
             weights.append((block.scores / self.temperature).softmax(dim=1).nan_to_num(0.0))
         return torch.cat(ids).cpu(), torch.cat(weights).cpu()
 
@@ -289,14 +289,14 @@ def votes_of(block: Block, targets: Tensor, temperature: float) -> WindowVotes:
     if not block.complete:
         weights.masked_fill_(block.scores.isneginf(), 0.0)
     total = weights.sum(dim=1)
-    vocabulary, columns = block.followed.unique(return_inverse=True)
-    by_token = weights.new_zeros(len(weights), len(vocabulary)).scatter_add_(1, columns, weights)
-    column = torch.searchsorted(vocabulary, targets).clamp_(max=len(vocabulary) - 1)
-    of_target = by_token.gather(1, column[:, None])[:, 0]
-    of_target = of_target.masked_fill(vocabulary[column] != targets, 0.0).log()
+    by_token = weights.new_zeros(len(weights), len(block.vocabulary))
+    by_token.scatter_add_(1, block.columns, weights)
+    column = block.column_of(targets)
+    of_target = by_token.gather(1, column.clamp(min=0)[:, None])[:, 0]
+    of_target = of_target.masked_fill_(column < 0, 0.0).log_()
     small = torch.nonzero((of_target < SMALL) & ~of_target.isneginf())[:, 0]
     if len(small):
-        others = block.followed[small] != targets[small, None]
+        others = block.columns[small] != column[small, None]
         below = block.scores[small].sub(offset[small]).div_(temperature)
         of_target[small] = below.masked_fill_(others, -torch.inf).logsumexp(dim=1)
     log_probs = torch.where(total > 0, of_target - total.log(), -torch.inf)

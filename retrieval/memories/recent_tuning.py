@@ -117,9 +117,9 @@ def blocks_of(
                 yield asked, block
             elif counted.any():
                 on_device = counted.to(window.device)
-                scores, followed = block.scores[on_device], block.followed[on_device]
+                scores, columns = block.scores[on_device], block.columns[on_device]
                 asked = Scored(*(column[counted] for column in asked[:3]))
-                yield asked, block._replace(scores=scores, followed=followed)
+                yield asked, block._replace(scores=scores, columns=columns)
         window.append(keys, part.targets)
 
 
@@ -169,7 +169,7 @@ def log_probs_by_size(
     best = torch.stack([part.amax(dim=1) for part in block.scores.split(widths, dim=1)], dim=1)
     repeats = torch.tensor(widths, device=targets.device)
     below = block.scores - best.nan_to_num(neginf=0.0).repeat_interleave(repeats, dim=1)
-    hit = (block.followed == targets[:, None]) & ~block.scores.isneginf()
+    hit = (block.columns == block.column_of(targets)[:, None]) & ~block.scores.isneginf()
     rows, columns = torch.nonzero(hit, as_tuple=True)
     cell = rows * stretches + torch.searchsorted(repeats.cumsum(dim=0), columns, right=True)
     of_hits = block.scores[rows, columns]

@@ -24,14 +24,21 @@ class Block(NamedTuple):
         tokens: which of those that were given they are.
         scores: fp32 `[n, size]`, of the positions before each, the oldest first; -inf where there
             is none. Squared distances lack the square of the query, which all have in common.
-        followed: int64 `[n, size]`, the token that followed each; any where there is none.
+        vocabulary: int64 `[v]`, the tokens that followed any of these positions, ascending.
+        columns: int64 `[n, size]`, which of the vocabulary followed each; any where there is none.
         complete: whether none is missing.
     """
 
     tokens: slice
     scores: Tensor
-    followed: Tensor
+    vocabulary: Tensor
+    columns: Tensor
     complete: bool
+
+    def column_of(self, tokens: Tensor) -> Tensor:
+        """Where some tokens, int64 `[n]`, are in the vocabulary, -1 for those that are not."""
+        column = torch.searchsorted(self.vocabulary, tokens).clamp_(max=len(self.vocabulary) - 1)
+        return torch.where(self.vocabulary[column] == tokens, column, -1)
 
 
 class Window:
@@ -106,8 +113,9 @@ class Window:
             whole = bool(complete[first:last].all())
             if not whole:
                 scores.masked_fill_(age > seen[first:last, None], -torch.inf)
-            windows = followed[visible].as_strided((BLOCK, size), (1, 1))[rows]
-            yield Block(slice(first, last), scores, windows, whole)
+            vocabulary, columns = followed[visible].unique(return_inverse=True)
+            columns = columns.as_strided((BLOCK, size), (1, 1))[rows]
+            yield Block(slice(first, last), scores, vocabulary, columns, whole)
 
     def append(self, keys: Tensor, followed: Tensor) -> None:
         """Goes on after n tokens, given as to `look`."""
