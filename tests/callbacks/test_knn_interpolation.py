@@ -21,7 +21,7 @@ from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.search.retriever import BaseRetriever, FlatRetriever
-from neighborlm.retrieval.store.datastore import DatastoreBuilder
+from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 N, D, Q, K, LMBDA, TEMPERATURE = 200, 6, 70, 9, 0.3, 2.0
 
@@ -132,7 +132,8 @@ class Finds(BaseRetriever):
     metric = "l2"
     exact = False
 
-    def __init__(self, rows: np.ndarray) -> None:
+    def __init__(self, datastore: Datastore, rows: np.ndarray) -> None:
+        self.datastore = datastore
         self.rows = rows
 
     def search(self, queries, k, ordered=True):
@@ -145,7 +146,7 @@ def test_missing_neighbours(world, missing, voters):
     one = TokenScores(*(column[:1] for column in scores[:4]))
     one = one._replace(targets=torch.tensor([int(values[5])]))
     callback = KNNInterpolation(
-        store, Finds(np.array([[5, -1]])), 2, 1.0, distances="index", missing=missing
+        store, Finds(store, np.array([[5, -1]])), 2, 1.0, distances="index", missing=missing
     )
     feed(callback, one, 1)
     expected = math.log(np.mean(values[voters] == values[5]))
@@ -154,7 +155,7 @@ def test_missing_neighbours(world, missing, voters):
 
 def test_errors_of_the_search_surface(world):
     store, _, _, scores = world
-    callback = KNNInterpolation(store, Finds(np.full((70, 1), N + 5)), 1, 0.5)
+    callback = KNNInterpolation(store, Finds(store, np.full((70, 1), N + 5)), 1, 0.5)
     with pytest.raises(IndexError):
         feed(callback, scores, 70)
 
@@ -316,7 +317,7 @@ def test_statistics_are_of_the_nearest_and_the_farthest(world, metric):
     store, keys, _, scores = world
     rows = np.tile([7, 3, -1, 11, 5], (Q, 1))
     rows[13] = -1
-    retriever = Finds(rows)
+    retriever = Finds(store, rows)
     retriever.metric = metric
     statistics = feed(KNNInterpolation(store, retriever, 5, LMBDA), scores, Q).mixture.statistics()
     table = scores_of_all_keys(scores.keys.numpy(), keys[[7, 3, 11, 5]], metric)
