@@ -7,9 +7,10 @@ Shapes: n scored tokens, V vocabulary, Q queries, k neighbours, d width of a key
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Metric = Literal["l2", "ip", "cosine"]
@@ -73,6 +74,20 @@ class Scored(NamedTuple):
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
     lm_log_probs: Tensor | None = None
+
+    def on_cpu(self) -> "Scored":
+        """The same in the memory of the CPU, keys in fp32."""
+        keys = {name: key.float().cpu() for name, key in self.keys.items()}
+        others = (None if x is None else x.cpu() for x in self._replace(keys=None))
+        return Scored(*others)._replace(keys=keys)
+
+    @staticmethod
+    def joined(parts: Sequence["Scored"]) -> "Scored":
+        """Tokens of one or more, that were wanted alike, as one."""
+        keys = {name: torch.cat([part.keys[name] for part in parts]) for name in parts[0].keys}
+        columns = zip(*(part._replace(keys=None) for part in parts), strict=True)
+        joined = (None if column[0] is None else torch.cat(column) for column in columns)
+        return Scored(*joined)._replace(keys=keys)
 
 
 class Batch(Protocol):
@@ -328,7 +343,7 @@ class Opinion(NamedTuple):
 
 
 class Memory(Protocol):
-    """Has an opinion on the next token.
+    """Has an opinion on the next token. Deriving from this class gives what most need not do.
 
     Attributes:
         want: what it needs to be told of each token.
@@ -338,8 +353,14 @@ class Memory(Protocol):
     want: Want
     in_order: bool
 
+    def prepare(self) -> None:
+        """Loads what a first question would wait for."""
+
+    def begin_pass(self) -> None:
+        """All ranks call this before a pass over a split: what was observed is forgotten."""
+
     def say(self, asked: Scored) -> Opinion:
-        """Its opinion on the targets of some tokens."""
+        """Its opinion on the targets of some tokens, which lie on the CPU."""
         ...
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
@@ -349,14 +370,22 @@ class Memory(Protocol):
 
     def observe(self, tokens: Tensor) -> None:
         """Learns tokens int64 `[n]` that have become known, in the order of the text."""
-        ...
+
+    def end_pass(self) -> None:
+        """All ranks call this when they have asked for all of their tokens."""
 
 
 class Mixer(Protocol):
-    """Weighs the language model and the memories for every token."""
+    """Weighs the language model and the memories for every token.
+
+    Attributes:
+        needs_fitting: whether `fit` must be called before `weights`.
+    """
+
+    needs_fitting: bool
 
     def fit(self, lm_log_probs: Tensor, opinions: Sequence[Opinion]) -> None:
-        """Fits the weights to n tokens of the validation split, one opinion a memory."""
+        """Fits the weights to n tokens of the validation split, `[n]`, one opinion a memory."""
         ...
 
     def weights(self, features: Mapping[str, Tensor], n: int) -> Tensor:
@@ -366,4 +395,28 @@ class Mixer(Protocol):
         Args:
             features: by `<memory>.<feature>`, `[n]` each.
         """
+        ...
+
+
+class Resources(Protocol):
+    """What a memory is made of; whatever is missing is made when it is asked for.
+
+    Attributes:
+        vocab_size: V.
+        settings: of the section `knn`, see `programs.settings.KNNSettings`.
+    """
+
+    vocab_size: int
+    settings: Any
+
+    def tokens(self, split: str) -> np.ndarray:
+        """Token ids of a split `[N]`, unsigned, memory-mapped."""
+        ...
+
+    def datastore(self) -> Any:
+        """The `Datastore` of the training split."""
+        ...
+
+    def retriever(self) -> Retriever:
+        """The search of that datastore."""
         ...

@@ -1,0 +1,166 @@
+"""`Interpolation`: mixes a model's test-time log-probabilities with what memories say.
+
+The callback collects scored tokens, asks the memories in a thread beside Lightning's loop while the
+model computes the next batches, mixes and tallies.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import faiss
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from neighborlm.callbacks.background import Background
+from neighborlm.callbacks.core_sharing import CoreSharing
+from neighborlm.callbacks.tally import Tally
+from neighborlm.common.contracts import Memory, Mixer, Opinion, Scored
+from neighborlm.retrieval.memories.mixers import mixture
+
+FIRST_TOKENS, TOKENS_AT_ONCE = 2048, 10240
+"""Tokens that memories are first asked about, so that they begin soon, and at most: lists that many
+queries visit are read once. Each time there are twice as many as the time before."""
+
+
+class Interpolation(Callback):
+    """Mixes what `test_step` returns with the opinions of memories.
+
+    Args:
+        memories: by name.
+        mixer: weighs them; None only to hear what they say.
+        keep_scores: keep every token's log-probabilities and the memories' features, in
+            `tally.table`.
+        tokens_at_once: see `TOKENS_AT_ONCE`.
+
+    Attributes:
+        tally: what the mixture says of the tokens of the last pass.
+        seconds: spent on each memory and on mixing (`mix`) in the background, and by the model's
+            loop on waiting for them (`wait`).
+    """
+
+    def __init__(
+        self,
+        memories: Mapping[str, Memory],
+        mixer: Mixer | None,
+        keep_scores: bool = False,
+        tokens_at_once: int = TOKENS_AT_ONCE,
+    ) -> None:
+        self.memories = memories
+        self.mixer = mixer
+        self.keep_scores = keep_scores
+        self.tokens_at_once = tokens_at_once
+        self.tally = Tally(keep_scores)
+        self.seconds: Counter[str] = Counter()
+        self.sharing: CoreSharing | None = None
+        self.background: Background | None = None
+        self.waiting: list[Scored] = []
+        self.enough = 0
+        self.submitted = self.begun = self.ended = 0
+        """Times that memories were asked; each number is changed by one thread only."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The thread loads what the first question would wait for."""
+        self.sharing = CoreSharing(trainer.strategy.root_device.type == "cpu")
+        self.background = Background(threads=self.sharing.share)
+        for memory in self.memories.values():
+            self.background.submit(memory.prepare)
+        self.background.drain()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shares the cores; connects the ranks where memories search together."""
+        self.sharing.begin(pl_module, lambda: self.submitted > self.ended)
+        for memory in self.memories.values():
+            memory.begin_pass()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the cores back."""
+        self.sharing.end()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Gives the cores back."""
+        if self.sharing is not None:
+            self.sharing.end()
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts new sums."""
+        self.seconds.clear()
+        self.waiting, self.enough = [], min(FIRST_TOKENS, self.tokens_at_once)
+        self.submitted = self.begun = self.ended = 0
+        self.tally = Tally(self.keep_scores)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Scored,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Queues the questions about a batch's tokens, once enough have come together."""
+        self.waiting.append(outputs.on_cpu())
+        if sum(len(scored.positions) for scored in self.waiting) >= self.enough:
+            self.enough = min(2 * self.enough, self.tokens_at_once)
+            self._submit()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits for the last answers, which take the model's threads too, also those of the other
+        ranks where all search together."""
+        self.sharing.share = self.sharing.threads
+        self._submit()
+        with self._timed("wait"):
+            for memory in self.memories.values():
+                self.background.submit(memory.end_pass)
+            self.background.drain()
+        self.tally.to(pl_module.device)
+
+    def _submit(self) -> None:
+        if self.waiting:
+            asked, self.waiting = Scored.joined(self.waiting), []
+            self.submitted += 1
+            with self._timed("wait"):
+                self.background.submit(self._ask, asked)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
+
+    @torch.inference_mode()
+    def _ask(self, asked: Scored) -> None:
+        """Asks all memories about some tokens, and mixes what they say."""
+        self.begun += 1
+        if len(asked.positions):
+            another_waits = self.submitted > self.begun
+            threads = self.sharing.threads if another_waits else self.sharing.share
+            faiss.omp_set_num_threads(threads)
+            opinions = {}
+            for name, memory in self.memories.items():
+                with self._timed(name):
+                    opinions[name] = memory.say(asked)
+                    memory.observe(asked.targets)
+            with self._timed("mix"):
+                self.tally.add(asked, opinions, self._mixed(asked, opinions))
+        self.ended += 1
+
+    def _mixed(self, asked: Scored, opinions: Mapping[str, Opinion]) -> Tensor | None:
+        """log p of the mixture, fp64 `[n]`."""
+        if self.mixer is None:
+            return None
+        features = {
+            f"{name}.{feature}": column
+            for name, opinion in opinions.items()
+            for feature, column in opinion.features.items()
+        }
+        weights = self.mixer.weights(features, len(asked.positions))
+        # torch computes single numbers and vectors by functions that differ in the last digit: in
+        # fp32 the figure of a token would depend on how many come with it.
+        log_probs = [asked.log_probs, *(opinion.log_probs for opinion in opinions.values())]
+        return mixture([log_prob.double() for log_prob in log_probs], weights.unbind(dim=1))

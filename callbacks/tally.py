@@ -1,0 +1,79 @@
+"""`Tally`: adds up what a mixture says of the tokens of a pass, and what its memories were like."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from neighborlm.callbacks.token_scores import ScoreTable
+from neighborlm.common.contracts import Opinion, Scored
+from neighborlm.models.metrics import TokenLoss
+
+
+class Tally:
+    """The loss of the mixture, and means over tokens.
+
+    Args:
+        keep_scores: keep every token's log-probabilities and features, in `table`.
+
+    Attributes:
+        loss: of the mixture.
+        table: by token `position`, `target`, `lm_log_prob`, `gnn_log_prob` of a graph network on
+            the LM, of each memory `<memory>_log_prob` and `<memory>.<feature>`, and `log_prob` of
+            the mixture; None where they are not kept.
+    """
+
+    def __init__(self, keep_scores: bool = False) -> None:
+        self.loss = TokenLoss()
+        self.table = ScoreTable() if keep_scores else None
+        self.sums: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+
+    def add(self, asked: Scored, opinions: Mapping[str, Opinion], mixed: Tensor | None) -> None:
+        """Adds n tokens.
+
+        Args:
+            asked: what the model says of them.
+            opinions: by memory.
+            mixed: fp64 `[n]`, the mixture's log-probabilities, if there is a mixture.
+        """
+        columns = {"position": asked.positions, "target": asked.targets}
+        if asked.lm_log_probs is None:
+            columns["lm_log_prob"] = asked.log_probs.float()
+        else:
+            columns["lm_log_prob"] = asked.lm_log_probs.float()
+            columns["gnn_log_prob"] = asked.log_probs.float()
+        for name, opinion in opinions.items():
+            columns[f"{name}_log_prob"] = opinion.log_probs.float()
+            self._count(f"{name}.has_target", (~opinion.log_probs.isneginf()).double())
+            for feature, column in opinion.features.items():
+                columns[f"{name}.{feature}"] = column
+                self._count(f"{name}.{feature}", column[column.isfinite()].double())
+        if mixed is not None:
+            self.loss.update(mixed)
+            columns["log_prob"] = mixed.float()
+        if self.table is not None:
+            self.table.add(**{name: column.numpy() for name, column in columns.items()})
+
+    def _count(self, name: str, column: Tensor) -> None:
+        self.sums[name] += column.sum().item()
+        self.counts[name] += len(column)
+
+    def to(self, device: torch.device) -> None:
+        """Where ranks add up their losses."""
+        self.loss.to(device)
+
+    def statistics(self) -> dict[str, float]:
+        """Means over the tokens of all ranks: of each memory's features, where they are finite, and
+        under `<memory>.has_target` the share of tokens to which it gives a probability."""
+        sums, counts = self.sums, self.counts
+        if dist.is_available() and dist.is_initialized():
+            parts: list = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (sums, counts))  # a rank may have had no token
+            sums, counts = Counter(), Counter()
+            for of_rank in parts:
+                sums.update(of_rank[0])
+                counts.update(of_rank[1])
+        return {name: sums[name] / counts[name] for name in counts if counts[name]}
