@@ -134,16 +134,14 @@ class LanguageModel(Protocol):
 
 
 @runtime_checkable
-class Backbone(Protocol):
-    """What a graph network stands on: a language model in its parts.
+class Backbone(LanguageModel, Protocol):
+    """What a graph network stands on: a language model, and its parts.
 
     Attributes:
         width: of its hidden vectors, and of its word vectors.
-        max_target_positions: longest row of tokens that it reads.
     """
 
     width: int
-    max_target_positions: int
 
     def hidden(
         self, tokens: Tensor, key_types: Sequence[str] = ()

@@ -262,6 +262,11 @@ class LMDataModule(pl.LightningDataModule):
 
     # -- the corpus ------------------------------------------------------------------------------
 
+    @property
+    def name(self) -> str:
+        """For folders of what is made from the corpus, such as `runs/<name>`."""
+        return self.corpus.name
+
     @cached_property
     def corpus(self) -> Corpus:
         """The text as token ids."""

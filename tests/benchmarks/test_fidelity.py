@@ -38,9 +38,10 @@ def test_reference_outputs(tmp_path):
         # The original adds up in fp32, which moves its second decimal.
         assert float(row["ours"]["ppl"]) == pytest.approx(float(row["original"]["ppl"]), abs=0.011)
         gaps = row["largest_difference"]
-        assert gaps.get("lm", 0) < 1e-4, row
-        # A near tie at the k-th place may put another neighbour in for a token.
-        assert gaps.get("mixed_tokens_above_1e-3", 0) <= 2, row
+        if row["case"].startswith("lm"):
+            assert gaps["lm"] < 1e-4, row
+        else:  # a near tie at the k-th place may put another neighbour in for a token
+            assert gaps["mixed_tokens_above_1e-3"] <= 2, row
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference outputs are not at hand")
@@ -79,7 +80,7 @@ def fixture(tmp_path, request):
         for start in range(0, len(tokens), 16):  # blocks of 16 behind up to 8 tokens of context
             begin = max(start - 8, 0)
             row, block = inputs[None, begin : start + 16], tokens[start : start + 16]
-            hidden, features = model(row, ("last_ffn_input",))
+            hidden, features = model.hidden(row, ("last_ffn_input",))
             full = model.softmax.log_prob(hidden[0, start - begin :])
             log_probs.append(full.gather(1, block[:, None])[:, 0])
             queries.append(features["last_ffn_input"][0, start - begin :])

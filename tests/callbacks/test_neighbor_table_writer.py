@@ -7,6 +7,7 @@ from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.neighbors.tables import NeighborSearch
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 
@@ -23,44 +24,41 @@ def queries(filled) -> DatastoreBuilder:
 
 
 @pytest.mark.parametrize("index", ["auto", "IVF4,SQ8"])
-def test_made_after_prediction_and_not_twice(memory, queries, index):
-    IndexBuilder(memory.path, index, "l2").build()
-    callback = NeighborTableWriter(queries.path, memory.path, index, "l2", nprobe=4, k=16)
+def test_made_of_a_complete_datastore_and_not_twice(memory, queries, index):
+    IndexBuilder(memory.path, Search(index, "l2")).build()
+    writer = NeighborTableWriter(queries.path, memory.path, Search(index, "l2", nprobe=4), k=16)
     with pytest.raises(InputError, match="unfinished"):
-        callback.on_predict_end(None, None)
+        writer.build()
     queries.finish()
-    callback.on_predict_end(None, None)
-    assert callback.seconds > 0
-    table = callback.build()
+    table = writer.build()
+    assert writer.seconds > 0
     assert table.rows.shape == (50, 16)
     assert table.manifest["index"] == {"auto": "flat"}.get(index, index)
     made = {p: p.stat().st_mtime_ns for p in queries.path.glob("neighbors*.[nj]*")}
     assert len(made) == 2
-    smaller = NeighborTableWriter(queries.path, memory.path, index, "l2", nprobe=4, k=8)
+    smaller = NeighborTableWriter(queries.path, memory.path, Search(index, "l2", nprobe=4), k=8)
     assert smaller.build().path == table.path
     assert smaller.seconds == 0
     assert {p: p.stat().st_mtime_ns for p in queries.path.glob("neighbors*.[nj]*")} == made
 
 
-def test_window_distances_and_a_named_index_file(memory):
-    IndexBuilder(memory.path, "IVF4,SQ8", "l2").build()
+def test_a_window_and_a_named_index_file(memory):
+    IndexBuilder(memory.path, Search("IVF4,SQ8", "l2")).build()
     path = str(memory.path / "IVF4_SQ8-l2.faiss")
-    writer = NeighborTableWriter(
-        memory.path, memory.path, path, "l2", 4, 8, exclude_window=3, keep_distances=True
-    )
-    table = writer.build()
+    search = Search(path, "l2", 4)
+    table = NeighborTableWriter(memory.path, memory.path, search, 8, exclude_window=3).build()
+    assert (table.rows >= 0).all()
     assert (np.abs(table.rows - np.arange(120)[:, None]) >= 3).all()
-    assert (np.diff(table.distances, axis=1) >= 0).all()
     assert table.manifest["index"] == "IVF4_SQ8-l2.faiss"
 
 
 def test_without_its_index_it_is_refused(memory, queries):
     queries.finish()
     with pytest.raises(InputError, match="no such index"):
-        NeighborTableWriter(queries.path, memory.path, "IVF4,SQ8", "l2", 4, 8).build()
+        NeighborTableWriter(queries.path, memory.path, Search("IVF4,SQ8", "l2", 4), 8).build()
 
 
 def test_of_several_ranks_one_searches(memory, queries, check_one_works):
     queries.finish()
-    writer = NeighborTableWriter(queries.path, memory.path, "flat", "l2", 1, 8)
+    writer = NeighborTableWriter(queries.path, memory.path, Search("flat", "l2", 1), 8)
     check_one_works(NeighborSearch, writer.build)

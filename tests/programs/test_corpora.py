@@ -10,7 +10,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.binarized import BinarizedCorpus
 from neighborlm.originals.databin import DataBin, write_databin
 from neighborlm.programs.corpora import CorpusDataModule
-from neighborlm.programs.training import TrainCLI, checkpoint_to_continue
+from neighborlm.programs.train import TrainCLI, checkpoint_to_continue
 
 
 def test_text_and_the_databin_of_it_give_the_same_batches(tmp_path, monkeypatch):
