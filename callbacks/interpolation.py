@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import faiss
+import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -31,6 +32,7 @@ class Interpolation(Callback):
     Args:
         memories: by name.
         mixer: weighs them; None only to hear what they say.
+        text: integers `[N]`, the tokens of the split.
         keep_scores: keep every token's log-probabilities and the memories' features, in
             `tally.table`.
         tokens_at_once: see `TOKENS_AT_ONCE`.
@@ -45,11 +47,13 @@ class Interpolation(Callback):
         self,
         memories: Mapping[str, Memory],
         mixer: Mixer | None,
+        text: np.ndarray,
         keep_scores: bool = False,
         tokens_at_once: int = TOKENS_AT_ONCE,
     ) -> None:
         self.memories = memories
         self.mixer = mixer
+        self.text = text
         self.keep_scores = keep_scores
         self.tokens_at_once = tokens_at_once
         self.tally = Tally(keep_scores)
@@ -73,7 +77,7 @@ class Interpolation(Callback):
         """Shares the cores; connects the ranks where memories search together."""
         self.sharing.begin(pl_module, lambda: self.submitted > self.ended)
         for memory in self.memories.values():
-            memory.begin_pass()
+            memory.begin_pass(self.text)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the cores back."""

@@ -7,6 +7,7 @@ Shapes: n scored tokens, V vocabulary, Q queries, k neighbours, d width of a key
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -354,8 +355,14 @@ class Memory(Protocol):
     def prepare(self) -> None:
         """Loads what a first question would wait for."""
 
-    def begin_pass(self) -> None:
-        """All ranks call this before a pass over a split: what was observed is forgotten."""
+    def begin_pass(self, text: np.ndarray) -> None:
+        """All ranks call this before a pass over a split: what was observed is forgotten.
+
+        Args:
+            text: integers `[N]`, the tokens that positions are offsets into; what a memory says of
+                a position depends on those before it alone, so that in generation those from there
+                on may be anything.
+        """
 
     def say(self, asked: Scored) -> Opinion:
         """Its opinion on the targets of some tokens, which lie on the CPU."""
@@ -409,6 +416,16 @@ class Resources(Protocol):
 
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split `[N]`, unsigned, memory-mapped."""
+        ...
+
+    def made_from(self, split: str) -> Mapping[str, str]:
+        """Fingerprints of a split's text (`corpus`) and of its vocabulary (`dictionary`), which
+        identify what is made from its tokens alone."""
+        ...
+
+    def folder(self, name: str) -> Path:
+        """Where a product of that name lies that is made from tokens alone, beside the datastores;
+        it need not be there."""
         ...
 
     def datastore(self) -> Any:

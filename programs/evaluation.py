@@ -197,6 +197,15 @@ class MadeOnDemand:
         """See `Resources`."""
         return self.subject.data.stream(split).tokens
 
+    def made_from(self, split: str) -> dict[str, str]:
+        """See `Resources`."""
+        data = self.subject.data
+        return {"corpus": data.fingerprint(split), "dictionary": data.dictionary.fingerprint}
+
+    def folder(self, name: str) -> Path:
+        """See `Resources`."""
+        return self.products.root / name
+
     def datastore(self) -> Datastore:
         """See `Resources`."""
         return self._datastore
@@ -395,10 +404,11 @@ def evaluate_mixture(
     if mixer.needs_fitting:
         if split == "valid":
             raise InputError("--split valid: is what the mixer is fitted on; expected another")
-        hearing = Interpolation(memories, None, keep_scores=True)
+        hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
         score(subject, "valid", want, [hearing])
         mixer.fit(*opinions_of(hearing.tally.table, list(memories)))
-    mixing = Interpolation(memories, mixer, keep_scores=token_scores is not None)
+    keep_scores = token_scores is not None
+    mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     made = score(subject, split, want, [mixing])
     if token_scores is not None:
         save_scores(token_scores, mixing.tally.table)
@@ -467,7 +477,8 @@ def evaluate_knn(
     memory = KNNMemory.of(resources)
     mixer = ConstantMixer((1 - mixed_by["lmbda"], mixed_by["lmbda"]))
     if knn.cache is None:
-        mixing = Interpolation({"knn": memory}, mixer, keep_scores=token_scores is not None)
+        keep_scores = token_scores is not None
+        mixing = Interpolation({"knn": memory}, mixer, resources.tokens(split), keep_scores)
         made = score(subject, split, memory.want, [mixing])
         tally, how = mixing.tally, seconds_in(mixing)
     else:
@@ -576,7 +587,8 @@ def retrieved(
     builder = RetrievalCacheBuilder(path, k=knn.k, **sizes, made_from=made_from)
     memory = KNNMemory.of(resources)
     memory.cache = builder
-    made = score(subject, split, memory.want, [Interpolation({"knn": memory}, None)])
+    keeping = Interpolation({"knn": memory}, None, resources.tokens(split))
+    made = score(subject, split, memory.want, [keeping])
     made.trainer.strategy.barrier()
     if made.trainer.is_global_zero:
         builder.finish(made.results)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from neighborlm.common.contracts import Memory, Mixer, Resources
 from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.memories.mixers import ConstantMixer
+from neighborlm.retrieval.memories.ngram import NGramMemory
 
-__all__ = ["MEMORIES", "MIXERS", "ConstantMixer", "KNNMemory"]
+__all__ = ["MEMORIES", "MIXERS", "ConstantMixer", "KNNMemory", "NGramMemory"]
 
-MEMORIES: dict[str, Callable[[Resources], Memory]] = {"knn": KNNMemory.of}
+MEMORIES: dict[str, Callable[[Resources], Memory]] = {"knn": KNNMemory.of, "ngram": NGramMemory.of}
 """By the names of `--memories`: what makes each."""
 MIXERS: dict[str, Callable[[], Mixer]] = {"constant": ConstantMixer}
 """By the names of `--mixer`."""

@@ -104,7 +104,7 @@ class KNNMemory(Memory):
         """Loads what a first search would wait for."""
         self.retriever.prepare()
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, text: np.ndarray) -> None:
         """Connects the ranks where all search together."""
         self.seconds.clear()
         self.retriever.begin_pass()

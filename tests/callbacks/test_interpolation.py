@@ -32,7 +32,7 @@ def knn_interpolation(
     """Mixes with the neighbours alone, by one weight."""
     memory = KNNMemory(store, retriever, k, temperature, **how)
     mixer = ConstantMixer((1 - lmbda, lmbda))
-    return Interpolation({"knn": memory}, mixer, keep_scores, at_once)
+    return Interpolation({"knn": memory}, mixer, np.zeros(Q), keep_scores, at_once)
 
 
 class FakeModule:
