@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
 
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.callbacks.throughput import Throughput
-from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
+from neighborlm.callbacks.token_scores import LMScores, save_scores
 from neighborlm.common.contracts import (
     LanguageModel,
     Memory,
     Mixer,
-    Opinion,
     Retriever,
     Scored,
     Want,
@@ -398,18 +396,15 @@ def evaluate_mixture(
         resources.settings = replace(knn, temperature=tuned.temperature)
     memories = {name: MEMORIES[name](resources) for name in names}
     check_order(memories)
-    want = Want()
-    for memory in memories.values():
-        want = want.and_also(memory.want)
+    keep_scores = token_scores is not None
+    mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     if mixer.needs_fitting:
         if split == "valid":
             raise InputError("--split valid: is what the mixer is fitted on; expected another")
         hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
-        score(subject, "valid", want, [hearing])
-        mixer.fit(*opinions_of(hearing.tally.table, list(memories)))
-    keep_scores = token_scores is not None
-    mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
-    made = score(subject, split, want, [mixing])
+        score(subject, "valid", mixing.want, [hearing])
+        mixer.fit(hearing.tally.opinions(names))
+    made = score(subject, split, mixing.want, [mixing])
     if token_scores is not None:
         save_scores(token_scores, mixing.tally.table)
     described = {"memories": list(names), "mixer": type(mixer).__name__}
@@ -427,21 +422,6 @@ def check_order(memories: Mapping[str, Memory]) -> None:
                     f"--memories {name}: reads tokens in the order of the text, but "
                     f"{dist.get_world_size()} ranks share them out; expected --trainer.devices 1"
                 )
-
-
-def opinions_of(table: ScoreTable, names: Sequence[str]) -> tuple[Any, list[Opinion]]:
-    """What a pass kept of the model and of each memory, for `Mixer.fit`."""
-    columns = {name: torch.from_numpy(x) for name, x in table.gathered().items()}
-    model = columns.get("gnn_log_prob", columns["lm_log_prob"])
-    opinions = []
-    for name in names:
-        features = {
-            column.removeprefix(f"{name}."): values
-            for column, values in columns.items()
-            if column.startswith(f"{name}.")
-        }
-        opinions.append(Opinion(columns[f"{name}_log_prob"], features))
-    return model, opinions
 
 
 def mixed_figures(tally: Tally, made: Pass) -> dict[str, Any]:
