@@ -5,7 +5,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -39,6 +39,10 @@ class IndexBuilder(Callback):
         self.shard = shard
         self.seconds: Counter[str] = Counter()
         """Time spent in `train` and `add`; empty when nothing was built."""
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the datastore's writer has published it."""
+        self.build()
 
     def build(self) -> None:
         """Builds the index now, with a progress bar; of several processes one builds and the

@@ -23,9 +23,7 @@ from neighborlm.retrieval.engine import suffix_loops as loops
 from neighborlm.retrieval.store import Artifact, Format, Job, share_out
 from neighborlm.retrieval.store.arrays import (
     Layout,
-    bytes_of,
-    check_room,
-    create_arrays,
+    make_room,
     open_array,
 )
 
@@ -272,9 +270,8 @@ def _write_suffixes(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     if len(tokens) == 0:
         raise InputError(f"{path}: the text has no tokens; expected at least one")
     layout = Layout(_offset_type(len(tokens)), (len(tokens),))
-    check_room({path: bytes_of([layout])}, FORMAT.kind, "make room")
     with publishing(path / FILE) as making:
-        create_arrays({making: layout})
+        make_room(path, {making.name: layout}, FORMAT.kind, "make room")
         suffixes = np.load(making, mmap_mode="r+")
         sort_suffixes(tokens, vocab_size, suffixes)
         suffixes.flush()

@@ -14,6 +14,7 @@ from numpy.lib.format import open_memmap
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import publishing
+from neighborlm.common.units import size_of
 
 NPY_MAGIC = b"\x93NUMPY"
 PAGE = 4096
@@ -132,7 +133,7 @@ def _take_room(path: Path) -> None:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 return  # the file system cannot do it
             raise InputError(
-                f"{path}: the disk has no room for its {as_size(size)} ({error.strerror})"
+                f"{path}: the disk has no room for its {size_of(size)} ({error.strerror})"
             ) from None
 
 
@@ -162,18 +163,6 @@ def check_room(needed: Mapping[Path, int], kind: str, advice: str) -> None:
             count = list(devices.values()).count(device)
             what = f"its {kind} needs" if count == 1 else f"{count} shards on its disk need"
             raise InputError(
-                f"{path}: {what} {as_size(total[device])} but the disk has {as_size(free)} free; "
+                f"{path}: {what} {size_of(total[device])} but the disk has {size_of(free)} free; "
                 f"{advice}"
             )
-
-
-def as_size(count: int) -> str:
-    """Bytes in a unit that suits them.
-
-    >>> as_size(34_000_000_000), as_size(980)
-    ('34.0 GB', '980 bytes')
-    """
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
