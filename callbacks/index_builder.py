@@ -1,17 +1,18 @@
 """`IndexBuilder`: builds the index when a datastore has been written, or on its own."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import NOT_BUILT, is_path, lies_in_shards, resolve
+from neighborlm.retrieval.search.index_recall import as_sentence
 from neighborlm.retrieval.search.retriever import Metric
+from neighborlm.retrieval.store.artifact import share_out
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.shards import share_out
 
 
 class IndexBuilder(Callback):
@@ -56,26 +57,20 @@ class IndexBuilder(Callback):
             return
         whole = IndexBuilding(datastore, factory, self.metric, self.seed)
         if self.shard is None and not lies_in_shards(datastore, factory, self.metric):
-            with FileLock(f"{whole.path}.lock"):
-                self._build(whole, f"index {factory}")
+            share_out([whole.job(partial(self._build, whole, f"index {factory}"))])
             return
-        with FileLock(f"{whole.path}.lock"), progress_bars(f"index {factory}") as report:
-            trained = whole.train(report)
+        with progress_bars(f"index {factory}") as report:
+            share_out([whole.training_job(report)])
         self.seconds += Counter(whole.seconds)
-        shards = [
-            IndexBuilding(shard, factory, self.metric, self.seed, trained)
-            for shard in datastore.shards() or [datastore]
-        ]
-        share_out(
-            [FileLock(f"{shard.path}.lock") for shard in shards],
-            lambda i: self._build(
-                shards[i], f"index {factory}, shard {shards[i].datastore.part.number}"
-            ),
-        )
+        jobs = []
+        for shard in datastore.shards() or [datastore]:
+            building = IndexBuilding(shard, factory, self.metric, self.seed, whole.trained_path)
+            title = f"index {factory}, shard {shard.part.number}"
+            jobs.append(building.job(partial(self._build, building, title)))
+        share_out(jobs)
 
     def _build(self, building: IndexBuilding, title: str) -> None:
-        if building.is_complete():
-            return
         with progress_bars(title) as report:
             building.run(report)
+        print(f"{title}: {as_sentence(building.recall)}")
         self.seconds += Counter(building.seconds)

@@ -3,21 +3,27 @@ been written, or on its own."""
 
 import time
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.engine.probing import NProbe
-from neighborlm.retrieval.neighbors.tables import NeighborSearch, NeighborTable, find_table
+from neighborlm.retrieval.neighbors.tables import (
+    NeighborSearch,
+    NeighborTable,
+    TableSettings,
+    find_table,
+    lock_of_tables,
+)
 from neighborlm.retrieval.search.index import is_path, open_retriever, resolve
 from neighborlm.retrieval.search.retriever import Metric, Retriever
+from neighborlm.retrieval.store.artifact import Job, share_out
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.shards import share_out
 
 
 class NeighborTableWriter(Callback):
@@ -83,7 +89,9 @@ class NeighborTableWriter(Callback):
         queries = memory if self.queries == self.memory else Datastore.open(self.queries)
         name = resolve(memory, self.index)
         name = Path(name).name if is_path(name) else name
-        made_by = (memory, self.metric, name, self.nprobe, self.k, self.exclude_window)
+        settings = TableSettings(
+            self.metric, name, self.nprobe, self.k, self.exclude_window, self.keep_distances
+        )
         parts = queries.shards() or [queries]
 
         @cache
@@ -92,36 +100,28 @@ class NeighborTableWriter(Callback):
             return open_retriever(*how) if self.shard is None else open_distributed(*how)
 
         def work(number: int) -> None:
-            if find_table(parts[number], *made_by, self.keep_distances) is None:
-                shard = f", shard {number}" if len(parts) > 1 else ""
-                what = (parts[number], memory, retriever(), name)
-                self._search(*what, f"neighbours k={self.k}{shard}")
+            start = time.perf_counter()
+            search = NeighborSearch(parts[number], memory, retriever(), settings)
+            shard = f", shard {number}" if len(parts) > 1 else ""
+            with progress_bars(f"neighbours k={self.k}{shard}") as report:
+                search.run(report)
+            self.seconds += time.perf_counter() - start
 
-        locks = [FileLock(part.path / f"neighbors-k{self.k}.lock") for part in parts]
+        jobs = [
+            Job(
+                lock_of_tables(part, self.k),
+                lambda part=part: find_table(part, memory, settings) is not None,
+                partial(work, number),
+            )
+            for number, part in enumerate(parts)
+        ]
         if self.shard is None:
-            share_out(locks, work)
+            share_out(jobs)
         else:
             retriever().connect()
-            with suppress(Timeout), locks[0].acquire(timeout=0):
-                for number in range(len(parts)):
-                    work(number)
+            with suppress(Timeout), jobs[0].lock.acquire(timeout=0):
+                for job in jobs:
+                    if not job.is_done():
+                        job.work()
             retriever().serve()
-        return find_table(queries, *made_by, self.keep_distances)
-
-    def _search(
-        self, queries: Datastore, memory: Datastore, retriever: Retriever, name: str, title: str
-    ) -> None:
-        start = time.perf_counter()
-        search = NeighborSearch(
-            queries,
-            memory,
-            retriever,
-            name,
-            self.nprobe,
-            self.k,
-            self.exclude_window,
-            self.keep_distances,
-        )
-        with progress_bars(title) as report:
-            search.run(report)
-        self.seconds += time.perf_counter() - start
+        return find_table(queries, memory, settings)

@@ -6,6 +6,8 @@ they lie in it. Either way `from neighborlm.retrieval.store import Datastore` fi
 
 from pathlib import Path
 
+__version__ = "0.1.0"
+
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))

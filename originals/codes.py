@@ -1,7 +1,6 @@
 """Quantised features of the original GNN-LM, used in place: raw codes and the faiss codec that made
 them."""
 
-import math
 import os
 from pathlib import Path
 
@@ -11,17 +10,15 @@ from neighborlm.common.errors import InputError
 from neighborlm.retrieval.neighbors.codec import (
     HELD,
     IMPORTED,
-    KIND,
-    VERSION,
     Codes,
     FeatureCodec,
-    codes_path,
+    artifact_of,
     open_codes,
     source_of,
 )
-from neighborlm.retrieval.store.arrays import data_offset
+from neighborlm.retrieval.store.arrays import Layout, map_raw
+from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.manifest import refuse_mismatch, write_manifest
 
 
 def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
@@ -45,21 +42,19 @@ def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
         raise InputError(f"{quantizer}: {error}") from None
     if not source.is_file():
         raise InputError(f"{source}: no such file; expected the original program's codes")
-    shape = (len(datastore), codec.code_size)
-    offset = data_offset(source, math.prod(shape), f"uint8 {list(shape)}")
+    codes, offset = map_raw(source, Layout(np.dtype(np.uint8), (len(datastore), codec.code_size)))
     rows, keys = datastore.sample(HELD, seed=1)
-    codes = np.memmap(source, np.uint8, "r", offset, shape)
-    path = codes_path(datastore.path, IMPORTED)
+    artifact = artifact_of(datastore.path, IMPORTED)
     fields = {
         "factory": IMPORTED,
         **source_of(datastore.manifest),
         "code_size": codec.code_size,
         "relative_error": codec.relative_error(keys, codes[rows]),
         "raw": {
-            "codes": {"path": os.path.relpath(source, path.parent), "offset": offset},
-            "codec": {"path": os.path.relpath(quantizer, path.parent)},
+            "codes": {"path": os.path.relpath(source, datastore.path), "offset": offset},
+            "codec": {"path": os.path.relpath(quantizer, datastore.path)},
         },
-        "complete": True,
     }
-    write_manifest(path, KIND, VERSION, fields)
+    with artifact.lock():
+        artifact.write(fields, complete=True)
     return open_codes(datastore, IMPORTED)

@@ -1,24 +1,18 @@
 """Neighbour tables of the original GNN-LM, used in place: raw maps without a header."""
 
-import math
 import os
-from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import digest_of
 from neighborlm.common.progress import Report
-from neighborlm.retrieval.neighbors.tables import (
-    FIELDS,
-    KIND,
-    VERSION,
-    NeighborTable,
-)
-from neighborlm.retrieval.store.arrays import data_offset
+from neighborlm.retrieval.neighbors.tables import NeighborTable, artifact_of
+from neighborlm.retrieval.store.arrays import Layout, map_raw
+from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
 
 ROWS_AT_ONCE = 8192
 """Rows that are checked at a time."""
@@ -36,7 +30,7 @@ def open_imported(queries: Datastore, memory: Datastore, k: int) -> NeighborTabl
         InputError: none was, or of other datastores.
     """
     paths = queries.path.glob(imported_path(queries, "*").name)
-    found = {read_manifest(path, KIND, VERSION, FIELDS)["k"]: path for path in paths}
+    found = {artifact_of(path).read()["k"]: path for path in paths}
     enough = [size for size in found if size >= k]
     if not enough:
         raise InputError(
@@ -68,25 +62,26 @@ def import_table(
     Raises:
         InputError: missing, of another size, or with rows that the memory does not have.
     """
-    shape, dtype = (len(queries), k), np.dtype(np.int64)
+    layout = Layout(np.dtype(np.int64), (len(queries), k))
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the original program's neighbours")
-    offset = data_offset(path, math.prod(shape) * dtype.itemsize, f"{dtype} {list(shape)}")
-    raw = {"path": os.path.relpath(path, queries.path), "offset": offset}
-    rows = np.memmap(path, dtype, "r", offset, shape)
+    rows, offset = map_raw(path, layout)
     _check_rows(path, rows, memory, report)
     sample = rows[np.unique(np.linspace(0, len(rows) - 1, 256).astype(np.int64))]
-    identity = {
+    fields = {
         "k": k,
         "rows": len(queries),
         "queries": queries.fingerprint,
         "memory": memory.fingerprint,
-        "content": blake2b(sample.tobytes(), digest_size=8).hexdigest(),
+        "content": digest_of(sample.tobytes()),
+        "dtype": layout.dtype.name,
+        "distances": False,
+        "raw": {"path": os.path.relpath(path, queries.path), "offset": offset},
     }
-    manifest = imported_path(queries, k)
-    fields = {**identity, "dtype": dtype.name, "distances": False, "raw": raw, "complete": True}
-    write_manifest(manifest, KIND, VERSION, fields)
-    return NeighborTable.open(manifest)
+    artifact = artifact_of(imported_path(queries, k))
+    with artifact.lock():
+        artifact.write(fields, complete=True)
+    return NeighborTable.open(artifact.manifest)
 
 
 def _check_rows(path: Path, rows: np.ndarray, memory: Datastore, report: Report) -> None:

@@ -7,15 +7,14 @@ makes a `Datastore` of either.
 
 import json
 import os
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.arrays import data_offset, header_bytes
-from neighborlm.retrieval.store.datastore import BLOCK_BYTES, DTYPES, KIND, VERSION, Datastore
-from neighborlm.retrieval.store.manifest import write_manifest
+from neighborlm.common.files import digest_of
+from neighborlm.retrieval.store.arrays import Layout, header_bytes, map_raw, save_array
+from neighborlm.retrieval.store.datastore import BLOCK_BYTES, DTYPES, Datastore, artifact_of
 
 VALUE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
@@ -64,19 +63,17 @@ def import_datastore(
     if size is None or dim is None:
         raise InputError(f"{keys_path}: is a raw map; give its --knn.size and --knn.dim")
     dtype = dtype or _key_type(keys_path, size, dim)
-    offset = data_offset(keys_path, size * dim * DTYPES[dtype].itemsize, f"{dtype} [{size}, {dim}]")
-    value_dtype, value_offset = _value_type(values_path, size)
-    values = np.memmap(values_path, value_dtype, "r", value_offset, (size,))
+    keys, offset = map_raw(keys_path, Layout(DTYPES[dtype], (size, dim)))
+    values, value_offset = map_raw(values_path, Layout(_value_type(values_path, size), (size,)))
     _check_values(values, values_path, vocab_size)
-    keys = np.memmap(keys_path, DTYPES[dtype], "r", offset, (size, dim))
     zeros = _trailing_zero_rows(keys)
     output.mkdir(parents=True, exist_ok=True)
-    np.save(output / "masked.npy", np.arange(size - zeros, size))
     fields = {
+        "version": 1,
         "rows": size,
         "dim": dim,
         "dtype": dtype,
-        "value_dtype": np.dtype(value_dtype).name,
+        "value_dtype": values.dtype.name,
         "vocab_size": vocab_size,
         "masked": zeros,
         "made_from": {"content": _sampled_content(keys, values)},
@@ -84,9 +81,12 @@ def import_datastore(
             "keys": {"path": os.path.relpath(keys_path, output), "offset": offset},
             "values": {"path": os.path.relpath(values_path, output), "offset": value_offset},
         },
-        "complete": True,
     }
-    write_manifest(output / "manifest.json", KIND, VERSION, fields)
+    artifact = artifact_of(output)
+    if not artifact.says({**fields, "complete": True}):
+        with artifact.lock():
+            save_array(output / "masked.npy", np.arange(size - zeros, size))
+            artifact.write(fields, complete=True)
     return Datastore.open(output)
 
 
@@ -95,12 +95,10 @@ def _key_type(path: Path, size: int, dim: int) -> str:
     return "fp16" if path.stat().st_size / (size * dim) < 3 else "fp32"
 
 
-def _value_type(path: Path, size: int) -> tuple[type, int]:
-    """The integer type that fits the file's size, and where the data begin."""
+def _value_type(path: Path, size: int) -> np.dtype:
+    """The integer type that fits the file's size."""
     found = path.stat().st_size - header_bytes(path)
-    value_type = VALUE_TYPES.get(found // size, np.int64)
-    expected = size * np.dtype(value_type).itemsize
-    return value_type, data_offset(path, expected, f"{np.dtype(value_type).name} [{size}]")
+    return np.dtype(VALUE_TYPES.get(found // size, np.int64))
 
 
 def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> None:
@@ -120,9 +118,7 @@ def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> Non
 def _sampled_content(keys: np.ndarray, values: np.ndarray) -> str:
     """A hash of 256 rows spread over the store: tells one raw store from another."""
     rows = np.unique(np.linspace(0, len(keys) - 1, 256).astype(np.int64))
-    digest = blake2b(keys[rows].tobytes(), digest_size=8)
-    digest.update(values[rows].tobytes())
-    return digest.hexdigest()
+    return digest_of(keys[rows].tobytes(), values[rows].tobytes())
 
 
 def _trailing_zero_rows(keys: np.ndarray) -> int:

@@ -40,8 +40,8 @@ from neighborlm.retrieval.neighbors.codec import (
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import NOT_BUILT, is_path, make_index, resolve
+from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.manifest import refuse_mismatch
 from neighborlm.retrieval.store.sharded_builder import new_datastore
 from neighborlm.retrieval.store.shards import ShardedArray, shard_name
 

@@ -15,7 +15,7 @@ from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.store.datastore import (
     DTYPES,
-    KIND,
+    FORMAT,
     Datastore,
     fingerprint_of,
     read_datastore_manifest,
@@ -37,7 +37,7 @@ def below(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("manifest.json")):
         text = path.read_text(encoding="utf-8", errors="replace")
         of_a_whole = '"shard": {' in text and (path.parent.parent / "manifest.json").exists()
-        if f'"kind": "{KIND}"' in text and not of_a_whole:
+        if f'"kind": "{FORMAT.kind}"' in text and not of_a_whole:
             yield path.parent
 
 

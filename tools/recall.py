@@ -19,7 +19,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from filelock import FileLock
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -37,8 +36,8 @@ from neighborlm.retrieval.search.index import (
     resolve,
 )
 from neighborlm.retrieval.search.retriever import FAISS_METRICS, FlatRetriever, Metric, Retriever
+from neighborlm.retrieval.store.artifact import Job, refuse_mismatch, share_out
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.manifest import refuse_mismatch
 
 QUERIES_AT_ONCE = 2048
 
@@ -285,10 +284,11 @@ def ensure_index(memory: Datastore, name: str, metric: Metric, report: Report) -
     if name in NOT_BUILT or is_path(name):
         return
     building = IndexBuilding(memory, name, metric)
-    with FileLock(f"{building.path}.lock"):
-        if not building.path.is_file():
-            begin = f"{metric}, {name}"
-            building.run(lambda stage, *done: report(f"{begin}, {stage}", *done))
+
+    def build() -> None:
+        building.run(lambda stage, *done: report(f"{metric}, {name}, {stage}", *done))
+
+    share_out([Job(building.artifact.lock(), building.path.is_file, build)])
 
 
 def has_lists(retriever: Retriever) -> bool:

@@ -12,24 +12,28 @@ Unsigned is the smallest type that holds the vocabulary. The nearest k of a row 
 columns. A cache is complete or it is written anew.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.arrays import make_room, open_array
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
+from neighborlm.retrieval.store.arrays import (
+    Layout,
+    bytes_of,
+    check_room,
+    create_arrays,
+    open_array,
+)
+from neighborlm.retrieval.store.artifact import Artifact, Format, refuse_mismatch
 
-KIND, VERSION = "retrieval", 1
 FIELDS = ("complete", "rows", "k", "vocab_size", "scored", "results", "made_from")
+FORMAT = Format("retrieval", 1, FIELDS, ("faiss", "torch", "numpy"))
 BLOCK_BYTES = 16 << 20
 """How much of a cache is in memory at once."""
 
@@ -81,13 +85,10 @@ class RetrievalCache:
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such directory; expected a cache of retrieved neighbours")
-        manifest = read_manifest(path / "manifest.json", KIND, VERSION, FIELDS)
-        if not manifest["complete"]:
-            raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
-        k = manifest["k"]
-        arrays = _arrays(manifest["rows"], k, manifest["vocab_size"])
-        opened = (open_array(path / name, shape, dtype) for name, (dtype, shape) in arrays.items())
-        return cls(path, manifest, k, *opened)
+        manifest = Artifact.folder(FORMAT, path).open()
+        layouts = _layouts(manifest)
+        opened = (open_array(path / name, layout) for name, layout in layouts.items())
+        return cls(path, manifest, manifest["k"], *opened)
 
     @staticmethod
     def is_complete(path: Path) -> bool:
@@ -96,8 +97,7 @@ class RetrievalCache:
         Raises:
             InputError: there is a manifest, but not a cache's.
         """
-        manifest = path / "manifest.json"
-        return manifest.exists() and read_manifest(manifest, KIND, VERSION, FIELDS)["complete"]
+        return Artifact.folder(FORMAT, path).is_complete()
 
     @property
     def n_scored(self) -> int:
@@ -125,8 +125,7 @@ class RetrievalCache:
         """
         if not 1 <= k <= self.manifest["k"]:
             raise InputError(f"{self.path}: keeps {self.manifest['k']} neighbours a token, not {k}")
-        fields = (self.lm_log_prob, self.targets, self.scores, self.values)
-        return RetrievalCache(self.path, self.manifest, k, *fields)
+        return replace(self, k=k)
 
     @property
     def _block_rows(self) -> int:
@@ -177,42 +176,35 @@ class RetrievalCacheBuilder:
         self, path: Path | str, rows: int, k: int, vocab_size: int, made_from: dict[str, Any]
     ) -> None:
         self.path = Path(path)
-        fields = {"rows": rows, "k": k, "vocab_size": vocab_size, "made_from": made_from}
-        self.fields = json.loads(json.dumps(fields))  # as it will be read again
-        arrays = _arrays(rows, k, vocab_size)
+        self.artifact = Artifact.folder(FORMAT, self.path)
+        self.fields = {"rows": rows, "k": k, "vocab_size": vocab_size, "made_from": made_from}
+        layouts = _layouts(self.fields)
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".lock"):
+        with self.artifact.lock():
             if not self._is_begun():
-                self._create(arrays)
+                self._create(layouts)
         self.lm_log_prob, self.targets, self.scores, self.values = (
-            open_array(self.path / name, shape, dtype, mode="r+")
-            for name, (dtype, shape) in arrays.items()
+            open_array(self.path / name, layout, "r+") for name, layout in layouts.items()
         )
 
     def _is_begun(self) -> bool:
         """Whether another process of this run, or a killed run of the same content, made the files:
         then every row that counts will be written again."""
-        if not (self.path / "manifest.json").exists():
-            return False
-        manifest = read_manifest(self.path / "manifest.json", KIND, VERSION, FIELDS)
-        if manifest["complete"]:
+        if self.artifact.is_complete():
             raise InputError(f"{self.path}: already holds a complete cache; expected none")
-        return self._is_ours(manifest)
+        return self.artifact.says(self.fields)
 
-    def _is_ours(self, manifest: Mapping[str, Any]) -> bool:
-        return all(manifest[name] == value for name, value in self.fields.items())
-
-    def _create(self, arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
-        (self.path / "manifest.json").unlink(missing_ok=True)
-        places = {self.path / name: array for name, array in arrays.items()}
-        make_room(self.path, "cache of retrieved neighbours", places)
+    def _create(self, layouts: Mapping[str, Layout]) -> None:
+        self.artifact.manifest.unlink(missing_ok=True)
+        for name in layouts:
+            (self.path / name).unlink(missing_ok=True)  # which may take the room that is needed
+        needed = {self.path: bytes_of(layouts.values())}
+        check_room(needed, "cache of neighbours", "make room or choose a smaller --knn.k")
+        create_arrays({self.path / name: layout for name, layout in layouts.items()})
         lm_log_prob = np.load(self.path / "lm_log_prob.npy", mmap_mode="r+")
         lm_log_prob[:] = np.nan
         lm_log_prob.flush()
-        self._write_manifest(scored=0, results=None, complete=False)
-
-    def _write_manifest(self, **state: Any) -> None:
-        write_manifest(self.path / "manifest.json", KIND, VERSION, {**self.fields, **state})
+        self.artifact.write({**self.fields, "scored": 0, "results": None}, complete=False)
 
     def write(
         self,
@@ -265,12 +257,12 @@ class RetrievalCacheBuilder:
         Raises:
             InputError: another command has taken the directory meanwhile.
         """
-        with FileLock(self.path / ".lock"):
-            manifest = read_manifest(self.path / "manifest.json", KIND, VERSION, FIELDS)
-            if not self._is_ours(manifest):
+        with self.artifact.lock():
+            if not self.artifact.says(self.fields):
                 raise InputError(f"{self.path}: was taken by another command; choose another place")
             scored = int(np.count_nonzero(~np.isnan(self.lm_log_prob)))
-            self._write_manifest(scored=scored, results=results, complete=True)
+            fields = {**self.fields, "scored": scored, "results": results}
+            self.artifact.write(fields, complete=True)
         return RetrievalCache.open(self.path)
 
 
@@ -291,12 +283,13 @@ def nearest_first(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, n
     return np.take_along_axis(scores, order, 1), np.take_along_axis(values, order, 1)
 
 
-def _arrays(rows: int, k: int, vocab_size: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Type and shape of each file."""
-    token = np.min_scalar_type(vocab_size - 1)
+def _layouts(fields: Mapping[str, Any]) -> dict[str, Layout]:
+    """Of the files, by the manifest's fields."""
+    token, real = np.min_scalar_type(fields["vocab_size"] - 1), np.dtype(np.float32)
+    rows, k = fields["rows"], fields["k"]
     return {
-        "lm_log_prob.npy": (np.dtype(np.float32), (rows,)),
-        "targets.npy": (token, (rows,)),
-        "scores.npy": (np.dtype(np.float32), (rows, k)),
-        "values.npy": (token, (rows, k)),
+        "lm_log_prob.npy": Layout(real, (rows,)),
+        "targets.npy": Layout(token, (rows,)),
+        "scores.npy": Layout(real, (rows, k)),
+        "values.npy": Layout(token, (rows, k)),
     }

@@ -7,30 +7,34 @@ has the codes of its own rows and a manifest, and the codec lies with one in the
 whole. What decodes them without faiss is `Codes.decoder_arrays`.
 """
 
-import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-from filelock import FileLock
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.progress import Report
 from neighborlm.retrieval.search.retriever import faiss_reason
-from neighborlm.retrieval.store.arrays import fill_rows, open_array, open_raw
+from neighborlm.retrieval.store.arrays import Layout, open_array, open_raw
+from neighborlm.retrieval.store.artifact import (
+    Artifact,
+    Format,
+    Job,
+    refuse_mismatch,
+    share_out,
+)
 from neighborlm.retrieval.store.datastore import BLOCK_BYTES, Datastore, fingerprint_of
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
-from neighborlm.retrieval.store.shards import ShardedArray, share_out
+from neighborlm.retrieval.store.shards import ShardedArray
 
-KIND, VERSION = "set of feature codes", 1
 FIELDS = ("complete", "rows", "dim", "code_size", "datastore")
-LOCK = ".codes.lock"
+FORMAT = Format("set of feature codes", 1, FIELDS, ("faiss", "numpy"))
 SAMPLE, HELD = 65536, 8192
 """Keys to train on, and to measure the error on; where there are fewer, in the same proportion."""
 IMPORTED = "imported"
@@ -91,9 +95,8 @@ class FeatureCodec:
 
     def write(self, path: Path) -> None:
         """Writes it so that a reader sees all of it or nothing."""
-        making = path.with_name(f"{path.name}.making")
-        faiss.write_index(self.codec, str(making))
-        os.replace(making, path)
+        with publishing(path) as making:
+            faiss.write_index(self.codec, str(making))
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """fp32 `[n, d]` to uint8 `[n, code_size]`."""
@@ -217,6 +220,12 @@ def codes_path(directory: Path, factory: str) -> Path:
     return directory / f"codes-{re.sub(r'[^A-Za-z0-9.]+', '_', factory)}.json"
 
 
+def artifact_of(directory: Path, factory: str) -> Artifact:
+    """The codes of a factory string, in a datastore's directory, as a product."""
+    path = codes_path(directory, factory)
+    return Artifact(FORMAT, path, path)
+
+
 def codec_files(datastore: Datastore, factory: str) -> tuple[Path, Path]:
     """The codec and its manifest, those of the whole where the datastore is a shard."""
     path = codes_path(_directory(datastore), factory)
@@ -236,10 +245,7 @@ def _shards(datastore: Datastore) -> list[Datastore]:
 def has_codes(datastore: Datastore, factory: str) -> bool:
     """Whether complete codes of a factory string are there, of all shards where there are any."""
     directories = [_directory(datastore), *(shard.path for shard in _shards(datastore))]
-    paths = [codes_path(directory, factory) for directory in directories]
-    return all(
-        path.exists() and read_manifest(path, KIND, VERSION, FIELDS)["complete"] for path in paths
-    )
+    return all(artifact_of(directory, factory).is_complete() for directory in directories)
 
 
 def open_codes(datastore: Datastore, factory: str) -> Codes:
@@ -254,14 +260,12 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
             manifest says.
     """
     codec_path, path = codec_files(datastore, factory)
-    manifest = read_manifest(path, KIND, VERSION, FIELDS)
-    refuse_mismatch(path, manifest, {"factory": factory, **source_of(datastore.whole)})
-    if not manifest["complete"]:
-        raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
-    shape, dtype = (manifest["rows"], manifest["code_size"]), np.dtype(np.uint8)
+    artifact = artifact_of(_directory(datastore), factory)
+    manifest = artifact.open({"factory": factory, **source_of(datastore.whole)})
+    layout = _layout(manifest["rows"], manifest["code_size"])
     shards = _shards(datastore)
     if "raw" in manifest:
-        codes = open_raw(path, manifest["raw"]["codes"], shape, dtype)
+        codes = open_raw(path, manifest["raw"]["codes"], layout)
         codec_path = path.parent / manifest["raw"]["codec"]["path"]
     elif shards:
         parts = [_open_part(shard, factory, manifest) for shard in shards]
@@ -269,7 +273,7 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
         if datastore.part is None:
             codes = ShardedArray(parts, shards[0].part.placement)
     else:
-        codes = open_array(path.with_suffix(".npy"), shape, dtype)
+        codes = open_array(path.with_suffix(".npy"), layout)
     codec = FeatureCodec.read(codec_path)
     found = {"dim": codec.dim, "code_size": codec.code_size}
     refuse_mismatch(codec_path, found, {key: manifest[key] for key in found})
@@ -278,13 +282,18 @@ def open_codes(datastore: Datastore, factory: str) -> Codes:
 
 def _open_part(shard: Datastore, factory: str, whole: Mapping[str, Any]) -> np.ndarray:
     """The codes of one shard, which must be by the codec of the whole."""
-    path = codes_path(shard.path, factory)
-    manifest = read_manifest(path, KIND, VERSION, FIELDS)
-    if not manifest["complete"]:
-        raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
-    refuse_mismatch(path, manifest, _identity_of_part(shard, whole))
-    shape = (len(shard), whole["code_size"])
-    return open_array(path.with_suffix(".npy"), shape, np.dtype(np.uint8))
+    artifact_of(shard.path, factory).open(_identity_of_part(shard, whole))
+    path = codes_path(shard.path, factory).with_suffix(".npy")
+    return open_array(path, _layout(len(shard), whole["code_size"]))
+
+
+def _layout(rows: int, code_size: int) -> Layout:
+    return Layout(np.dtype(np.uint8), (rows, code_size))
+
+
+def _identity(datastore: Datastore, factory: str, seed: int) -> dict[str, Any]:
+    """What determines codes, and the codec of the whole where the datastore is a shard."""
+    return {"factory": factory, "seed": seed, **source_of(datastore.whole)}
 
 
 def _identity_of_part(shard: Datastore, whole: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,20 +323,28 @@ def build_codes(
             something else, or the disk has no room.
     """
     shards = _shards(datastore)
-    with FileLock(_directory(datastore) / LOCK):
+    whole = artifact_of(_directory(datastore), factory)
+    identity = _identity(datastore, factory, seed)
+
+    def make_whole() -> None:
         fields, codec = build_codec(datastore, factory, seed, report)
         if not shards:
-            _encode(datastore, codes_path(datastore.path, factory), fields, codec, report)
-    paths = [codes_path(shard.path, factory) for shard in shards]
+            _encode(datastore, whole, fields, codec, partial(report, "encoding"))
 
-    def encode(number: int) -> None:
-        shard, path = shards[number], paths[number]
-        identity = _identity_of_part(shard, fields)
-        if path.exists():
-            refuse_mismatch(path, read_manifest(path, KIND, VERSION, FIELDS), identity)
-        _encode(shard, path, identity, codec, report, f", shard {number}")
+    def job_of(number: int, fields: Mapping[str, Any], codec: FeatureCodec) -> Job:
+        shard, told = shards[number], partial(report, f"encoding, shard {number}")
+        part = artifact_of(shard.path, factory)
+        fields = _identity_of_part(shard, fields)
+        return Job(
+            part.lock(),
+            lambda: part.is_complete(fields),
+            lambda: _encode(shard, part, fields, codec, told),
+        )
 
-    share_out([FileLock(shard.path / LOCK) for shard in shards], encode)
+    share_out([Job(whole.lock(), lambda: whole.is_complete(identity), make_whole)])
+    if shards:
+        made = build_codec(datastore, factory, seed)
+        share_out([job_of(number, *made) for number in range(len(shards))])
     return open_codes(datastore, factory)
 
 
@@ -336,38 +353,31 @@ def build_codec(
 ) -> tuple[dict[str, Any], FeatureCodec]:
     """Fields of the manifest, and the codec; trained unless it is there already, for a shard on a
     sample of its own keys. See `build_codes`."""
-    codec_path, path = codec_files(datastore, factory)
-    identity = {"factory": factory, "seed": seed, **source_of(datastore.whole)}
-    if path.exists():
-        fields = read_manifest(path, KIND, VERSION, FIELDS)
-        refuse_mismatch(path, fields, identity)
+    codec_path, _ = codec_files(datastore, factory)
+    artifact = artifact_of(_directory(datastore), factory)
+    identity = _identity(datastore, factory, seed)
+    if artifact.exists():
+        fields = artifact.read()
+        refuse_mismatch(artifact.name, fields, identity)
         return fields, FeatureCodec.read(codec_path)
     report("training", 0, 1)
     codec, quality = _trained(datastore, factory, seed)
     report("training", 1, 1)
     codec.write(codec_path)
-    digest = blake2b(codec_path.read_bytes(), digest_size=8).hexdigest()
-    fields = {**identity, **asdict(quality), "codec": digest}
+    fields = {**identity, **asdict(quality), "codec": digest_of(codec_path)}
     if _shards(datastore):  # which have what else there is to complete
-        write_manifest(path, KIND, VERSION, {**fields, "complete": True})
+        artifact.write(fields, complete=True)
     return fields, codec
 
 
 def _encode(
     datastore: Datastore,
-    path: Path,
+    artifact: Artifact,
     fields: Mapping[str, Any],
     codec: FeatureCodec,
-    report: Report,
-    which: str = "",
+    report: Callable[[int, int], None],
 ) -> None:
-    """Encodes the keys of a datastore, or of a shard.
-
-    Args:
-        path: of the manifest.
-        fields: of it.
-        which: what the report adds to the stage.
-    """
+    """Encodes the keys of a datastore, or of a shard; `fields` are those of the manifest."""
 
     def encode(first: int, last: int) -> tuple[np.ndarray]:
         rows = np.arange(first, last)
@@ -377,16 +387,10 @@ def _encode(
             codes[rows - first] = codec.encode(datastore.read(datastore.in_whole(rows)))
         return (codes,)
 
-    fill_rows(
-        path,
-        KIND,
-        VERSION,
-        fields,
-        {path.with_suffix(".npy").name: (np.dtype(np.uint8), (len(datastore), codec.code_size))},
-        max(BLOCK_BYTES // (4 * datastore.dim), 1),
-        encode,
-        lambda done, total: report(f"encoding{which}", done, total),
-    )
+    file = artifact.manifest.with_suffix(".npy").name
+    layouts = {file: _layout(len(datastore), codec.code_size)}
+    step = max(BLOCK_BYTES // (4 * datastore.dim), 1)
+    artifact.fill(fields, layouts, step, encode, report)
 
 
 @dataclass(frozen=True)

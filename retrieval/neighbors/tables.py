@@ -10,25 +10,53 @@ whose datastore lies in shards each shard has a table of its own tokens.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import Lock, digest_of
 from neighborlm.common.progress import Report
 from neighborlm.retrieval.engine.probing import NProbe
 from neighborlm.retrieval.search.index import NOT_BUILT
 from neighborlm.retrieval.search.retriever import Metric, Retriever
-from neighborlm.retrieval.store.arrays import fill_rows, open_array, open_raw
+from neighborlm.retrieval.store.arrays import Layout, open_array, open_raw
+from neighborlm.retrieval.store.artifact import Artifact, Format, as_read, refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch
 from neighborlm.retrieval.store.shards import Placement, ShardedArray
 
-KIND, VERSION = "neighbour table", 1
 FIELDS = ("complete", "rows", "k", "dtype", "distances")
+FORMAT = Format("neighbour table", 1, FIELDS, ("faiss", "torch", "numpy"))
 QUERIES_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """How the neighbours of a table are found: what determines it beside the two datastores.
+
+    Attributes:
+        metric: how keys are compared.
+        index: `flat` or what the index is called.
+        nprobe: inverted lists that a query visits.
+        k: neighbours a token.
+        exclude_window: of a split that searches itself, rows less than this many tokens away from
+            the query's own are left out; k are found all the same.
+        distances: whether they are kept beside the rows.
+    """
+
+    metric: Metric
+    index: str
+    nprobe: NProbe
+    k: int
+    exclude_window: int = 0
+    distances: bool = False
+
+
+def artifact_of(manifest: Path) -> Artifact:
+    """The table of a manifest as a product."""
+    return Artifact(FORMAT, manifest, manifest)
 
 
 def outside_window(rows: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
@@ -94,18 +122,12 @@ class NeighborTable:
             InputError: missing, unfinished, or its files are not what its manifest says.
         """
         path = Path(path).with_suffix(".json")
-        manifest = read_manifest(path, KIND, VERSION, FIELDS)
-        if not manifest["complete"]:
-            raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
-        shape, dtype = (manifest["rows"], manifest["k"]), np.dtype(manifest["dtype"])
+        manifest = artifact_of(path).open()
+        layouts = _layouts(path, manifest)
         if "raw" in manifest:
-            rows = open_raw(path, manifest["raw"], shape, dtype)
-        else:
-            rows = open_array(path.with_suffix(".npy"), shape, dtype)
-        distances = None
-        if manifest["distances"]:
-            distances = open_array(_distances_of(path), shape, np.dtype(np.float32))
-        return cls(path, manifest, rows, distances)
+            return cls(path, manifest, open_raw(path, manifest["raw"], layouts.popitem()[1]), None)
+        rows, *distances = (open_array(path.parent / name, at) for name, at in layouts.items())
+        return cls(path, manifest, rows, distances[0] if distances else None)
 
     @classmethod
     def join(cls, tables: Sequence["NeighborTable"], placement: Placement) -> "NeighborTable":
@@ -132,81 +154,78 @@ class NeighborTable:
         return self.rows.narrowed(k) if isinstance(self.rows, ShardedArray) else self.rows[:, :k]
 
 
-def _distances_of(manifest: Path) -> Path:
-    return manifest.with_name(f"{manifest.stem}-distances.npy")
+def _layouts(path: Path, fields: Mapping[str, Any]) -> dict[str, Layout]:
+    """Of the files beside the manifest `path`, by its fields."""
+    shape = (fields["rows"], fields["k"])
+    layouts = {f"{path.stem}.npy": Layout(np.dtype(fields["dtype"]), shape)}
+    if fields["distances"]:
+        layouts[f"{path.stem}-distances.npy"] = Layout(np.dtype(np.float32), shape)
+    return layouts
 
 
-def _identity(
-    queries: Datastore,
-    memory: Datastore,
-    metric: Metric,
-    index_name: str,
-    nprobe: NProbe,
-    exclude_window: int,
-) -> dict[str, Any]:
-    """What determines a table, but for k."""
+def _identity(queries: Datastore, memory: Datastore, settings: TableSettings) -> dict[str, Any]:
+    """What determines a table; but for k and whether distances are kept, all its rows too."""
+    reads_all = settings.index in NOT_BUILT
     return {
+        "k": settings.k,
         "rows": len(queries),
-        "metric": metric,
-        "index": index_name,
-        "nprobe": None if index_name in NOT_BUILT else nprobe,  # reads every key
-        "exclude_window": exclude_window,
+        "metric": settings.metric,
+        "index": settings.index,
+        "nprobe": None if reads_all else settings.nprobe,
+        "exclude_window": settings.exclude_window,
         "queries": queries.fingerprint,
         "memory": fingerprint_of(memory.whole),
+        "distances": settings.distances,
     }
 
 
-def _is(manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    return all(manifest.get(field) == value for field, value in identity.items())
-
-
-def _manifest_path(directory: Path, identity: Mapping[str, Any]) -> Path:
-    """Where the table of an identity, k included, is or will be.
+def table_of(queries: Datastore, memory: Datastore, settings: TableSettings) -> Artifact:
+    """The table of a split in one piece or of a shard of one, whether it is there or not.
 
     Tables of one k that were made in different ways lie side by side: all but the first have a
     hash in their name.
     """
-    name = f"neighbors-k{identity['k']}"
-    plain = directory / f"{name}.json"
-    parts = json.dumps(dict(identity), sort_keys=True)
-    hashed = directory / f"{name}-{blake2b(parts.encode(), digest_size=4).hexdigest()}.json"
-    if plain.exists() and not _is(read_manifest(plain, KIND, VERSION), identity):
+    identity, name = _identity(queries, memory, settings), f"neighbors-k{settings.k}"
+    digest = digest_of(json.dumps(identity, sort_keys=True), size=4)
+    plain, hashed = (
+        artifact_of(queries.path / f"{name}{suffix}.json") for suffix in ("", f"-{digest}")
+    )
+    if plain.exists() and not plain.says(identity):
         return hashed
     return hashed if hashed.exists() else plain
 
 
+def lock_of_tables(queries: Datastore, k: int) -> Lock:
+    """To be held by whoever makes a table of k neighbours of a split, or of a shard of one."""
+    return artifact_of(queries.path / f"neighbors-k{k}.json").lock()
+
+
 def find_table(
-    queries: Datastore,
-    memory: Datastore,
-    metric: Metric,
-    index_name: str,
-    nprobe: NProbe,
-    k: int,
-    exclude_window: int = 0,
-    distances: bool = False,
+    queries: Datastore, memory: Datastore, settings: TableSettings
 ) -> NeighborTable | None:
-    """The smallest complete table made in this way that has at least k neighbours; None where
-    there is none. Of a split in shards there is one where all of them have one.
+    """The smallest complete table made in this way that has at least k neighbours, and distances
+    where they are asked for; None where there is none. Of a split in shards there is one where all
+    of them have one.
 
     Args:
-        queries, memory, index_name, nprobe, k, exclude_window: see `NeighborSearch`.
-        metric: how keys are compared.
-        distances: only a table that keeps them will do.
+        queries: the split's own datastore.
+        memory: the datastore that was searched.
+        settings: how.
 
     Raises:
         InputError: a manifest cannot be read, or its files are not what it says.
     """
-    made_by = (memory, metric, index_name, nprobe, k, exclude_window, distances)
     shards = queries.shards()
     if shards:
-        tables = [find_table(shard, *made_by) for shard in shards]
+        tables = [find_table(shard, memory, settings) for shard in shards]
         return None if None in tables else NeighborTable.join(tables, shards[0].part.placement)
-    identity = _identity(queries, memory, metric, index_name, nprobe, exclude_window)
+    identity = as_read(_identity(queries, memory, settings))
+    k, distances = identity.pop("k"), identity.pop("distances")
     fitting = {}
     for path in sorted(queries.path.glob("neighbors-k*.json")):
-        manifest = read_manifest(path, KIND, VERSION, FIELDS)
-        kept = manifest["distances"] or not distances
-        if manifest["complete"] and manifest["k"] >= k and kept and _is(manifest, identity):
+        manifest = artifact_of(path).read()
+        serves = manifest["k"] >= k and manifest["distances"] >= distances
+        if manifest["complete"] and serves and identity.items() <= manifest.items():
             fitting.setdefault(manifest["k"], path)
     return NeighborTable.open(fitting[min(fitting)]) if fitting else None
 
@@ -219,12 +238,7 @@ class NeighborSearch:
             without a key get no neighbours.
         memory: where to search, or one shard of it.
         retriever: searches all of it.
-        index_name: `flat` or what the retriever's index is called, part of the table's identity.
-        nprobe: which it visits.
-        k: neighbours a token.
-        exclude_window: of a split that searches itself, drop the rows less than this many tokens
-            away from the query's own; k are found all the same.
-        keep_distances: write them beside the rows.
+        settings: how it does.
 
     Raises:
         InputError: keys of different widths, or a window between different splits.
@@ -235,32 +249,25 @@ class NeighborSearch:
         queries: Datastore,
         memory: Datastore,
         retriever: Retriever,
-        index_name: str,
-        nprobe: NProbe,
-        k: int,
-        exclude_window: int = 0,
-        keep_distances: bool = False,
+        settings: TableSettings,
     ) -> None:
         refuse_mismatch(queries.path, {"dim": queries.dim}, {"dim": memory.dim})
         tokens = len(queries) if queries.part is None else queries.part.placement.rows
         self.memory_rows = memory.whole["rows"]
-        if exclude_window > 0 and tokens != self.memory_rows:
+        window = settings.exclude_window
+        if window > 0 and tokens != self.memory_rows:
             raise InputError(
                 f"{queries.path}: has {tokens} rows and {memory.path} {self.memory_rows}; "
-                f"expected the same split where a window of {exclude_window} tokens is excluded"
+                f"expected the same split where a window of {window} tokens is excluded"
             )
+        if retriever.metric != settings.metric:
+            raise ValueError(f"a retriever by {retriever.metric} for a table by {settings.metric}")
         self.queries = queries
         self.memory = memory
         self.retriever = retriever
-        self.k = k
-        self.exclude_window = exclude_window
-        self.keep_distances = keep_distances
-        self.identity = {
-            "k": k,
-            **_identity(queries, memory, retriever.metric, index_name, nprobe, exclude_window),
-            "distances": keep_distances,
-        }
-        self.path = _manifest_path(queries.path, self.identity)
+        self.settings = settings
+        self.artifact = table_of(queries, memory, settings)
+        self.path = self.artifact.manifest
 
     def run(self, report: Report = lambda *_: None) -> NeighborTable:
         """Searches and publishes the table; continues an unfinished one.
@@ -271,20 +278,11 @@ class NeighborSearch:
         Raises:
             InputError: the disk has no room, or the unfinished table is damaged.
         """
-        shape = (len(self.queries), self.k)
-        dtype = _row_type(self.memory_rows)
-        arrays = {self.path.with_suffix(".npy").name: (dtype, shape)}
-        if self.keep_distances:
-            arrays[_distances_of(self.path).name] = (np.dtype(np.float32), shape)
-        fill_rows(
-            self.path,
-            KIND,
-            VERSION,
-            {**self.identity, "dtype": dtype.name},
-            arrays,
-            QUERIES_AT_ONCE,
-            self._block,
-            lambda done, total: report("searching", done, total),
+        fields = _identity(self.queries, self.memory, self.settings)
+        fields["dtype"] = _row_type(self.memory_rows).name
+        layouts = _layouts(self.path, fields)
+        self.artifact.fill(
+            fields, layouts, QUERIES_AT_ONCE, self._block, partial(report, "searching")
         )
         return NeighborTable.open(self.path)
 
@@ -296,13 +294,14 @@ class NeighborSearch:
         """Rows, and distances where kept, `[last - first, k]` of these tokens."""
         positions = np.arange(first, last)
         positions = positions[~np.isin(positions, self.queries.masked)]
-        rows = np.full((last - first, self.k), -1, dtype=np.int64)
-        distances = np.full((last - first, self.k), self._farthest, dtype=np.float32)
+        shape = (last - first, self.settings.k)
+        rows = np.full(shape, -1, dtype=np.int64)
+        distances = np.full(shape, self._farthest, dtype=np.float32)
         if len(positions):
             tokens = self.queries.in_whole(positions)
             found = self._search(self.queries.read(tokens), tokens)
             rows[positions - first], distances[positions - first] = found
-        return (rows, distances) if self.keep_distances else (rows,)
+        return (rows, distances) if self.settings.distances else (rows,)
 
     def _search(self, queries: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows and distances `[n, k]`, those in the window left out.
@@ -311,8 +310,9 @@ class NeighborSearch:
         k, and those who then lack some four times as many, until what they fetch is enough in any
         case.
         """
-        enough = self.k + max(2 * self.exclude_window - 1, 0)
-        count = min(enough, self.k + max(16, self.k // 8))
+        k = self.settings.k
+        enough = k + max(2 * self.settings.exclude_window - 1, 0)
+        count = min(enough, k + max(16, k // 8))
         rows, distances, lacking = self._fetch(queries, positions, count)
         who = np.flatnonzero(lacking)
         while count < enough and len(who):
@@ -326,14 +326,14 @@ class NeighborSearch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows and distances `[n, k]` of what is left of `count` neighbours, and bool `[n]`, who
         has fewer than k though there are more to fetch."""
-        n_keys = self.memory.n_keys_of_whole
+        n_keys, k = self.memory.n_keys_of_whole, self.settings.k
         count = min(count, n_keys)
         distances, rows = self.retriever.search(queries, count)
-        kept = outside_window(rows, positions, self.exclude_window)
-        lacking = (kept.sum(axis=1) < self.k) & (rows[:, -1] >= 0)
+        kept = outside_window(rows, positions, self.settings.exclude_window)
+        lacking = (kept.sum(axis=1) < k) & (rows[:, -1] >= 0)
         return (
-            compacted(rows, kept, self.k, -1),
-            compacted(distances, kept, self.k, self._farthest),
+            compacted(rows, kept, k, -1),
+            compacted(distances, kept, k, self._farthest),
             lacking & (count < n_keys),
         )
 

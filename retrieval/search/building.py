@@ -8,33 +8,36 @@ Where a datastore lies in shards, each has an index of its own beside its keys. 
 `<name>.faiss.trained` beside the manifest of the whole, so that what they find compares.
 """
 
-import os
 import time
-from collections.abc import Callable
-from functools import cached_property, partial
-from hashlib import blake2b, file_digest
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 from faiss.contrib.ondisk import merge_ondisk
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.interrupts import interrupts_held
+from neighborlm.common.progress import Report
 from neighborlm.retrieval.search.index import (
-    KIND,
+    FORMAT,
     NUMBERED_RIGHTLY,
-    VERSION,
+    artifact_of,
     check_numbers,
     index_path,
     make_index,
     read_index,
 )
+from neighborlm.retrieval.search.index_recall import RecallSample
 from neighborlm.retrieval.search.retriever import Metric, faiss_reason, normalized
+from neighborlm.retrieval.store.artifact import Artifact, Format, Job
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
 
-TRAINED_KIND = "trained index"
+TRAINED = Format("trained index", FORMAT.version, ("fingerprint",), FORMAT.libraries)
 POINTS_PER_CENTROID = 64
 SAMPLE_AT_LEAST = 65536
 """Training vectors beyond what the centroids need, for the quantiser's sake."""
@@ -97,8 +100,11 @@ class IndexBuilding:
         self.seed = seed
         self.trained = trained
         self.path = index_path(datastore, factory, metric)
+        self.artifact = artifact_of(self.path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
-        self.seconds = {"train": 0.0, "add": 0.0}
+        self.seconds = {"train": 0.0, "add": 0.0, "measure": 0.0}
+        self.recall: dict[str, Any] = {}
+        """What `RecallSample.measure` found, once the index is built."""
         self.parts: list[str] = []
         """Names of the files that hold the first keys, in order."""
         self.n_in_parts = 0
@@ -106,7 +112,7 @@ class IndexBuilding:
         """False while faiss adds: what an exception leaves then is no index to go on from."""
 
     @property
-    def identity(self) -> dict:
+    def identity(self) -> dict[str, Any]:
         """What determines the index."""
         identity = {
             "factory": self.factory,
@@ -122,8 +128,7 @@ class IndexBuilding:
 
     @cached_property
     def _trained_fingerprint(self) -> str:
-        manifest = self.trained.with_name(f"{self.trained.name}.json")
-        return read_manifest(manifest, TRAINED_KIND, VERSION, ("fingerprint",))["fingerprint"]
+        return Artifact.file(TRAINED, self.trained).open()["fingerprint"]
 
     def is_complete(self) -> bool:
         """Whether this very index is there already.
@@ -131,16 +136,14 @@ class IndexBuilding:
         Raises:
             InputError: an index of this name is there, but made from something else.
         """
-        return self._is_there(self.path, KIND, self.identity)
-
-    def _is_there(self, path: Path, kind: str, identity: dict) -> bool:
-        manifest = path.with_name(f"{path.name}.json")
-        if not (path.is_file() and manifest.is_file()):
+        if not (self.path.is_file() and self.artifact.is_complete(self.identity)):
             return False
-        found = read_manifest(manifest, kind, VERSION)
-        refuse_mismatch(path, found, identity)
-        check_numbers(path, found)
+        check_numbers(self.path, self.artifact.read())
         return True
+
+    def job(self, work: Callable[[], object]) -> Job:
+        """Having `work` build it, which is to call `run`, unless it is there."""
+        return Job(self.artifact.lock(), self.is_complete, work)
 
     @property
     def trained_path(self) -> Path:
@@ -149,7 +152,12 @@ class IndexBuilding:
         path = self.path if part is None else part.path / self.path.name
         return path.with_name(f"{path.name}.trained")
 
-    def train(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+    def training_job(self, report: Report) -> Job:
+        """Having it trained, unless it is there."""
+        artifact = Artifact.file(TRAINED, self.trained_path)
+        return Job(artifact.lock(), self._is_trained, lambda: self.train(report))
+
+    def train(self, report: Report = lambda *_: None) -> Path:
         """Publishes the trained index without any key in the directory of the whole, for those of
         the shards to begin with, unless it is there already. Where the datastore is one shard, the
         sample is of its keys.
@@ -157,22 +165,27 @@ class IndexBuilding:
         Raises:
             InputError: one of this name is there, but made from something else.
         """
-        path, identity, part = self.trained_path, self.identity, self.datastore.part
-        if part is not None:
-            n_keys = self.datastore.n_keys_of_whole
-            identity |= {"keys": n_keys, "datastore": fingerprint_of(part.manifest)}
-        if not self._is_there(path, TRAINED_KIND, identity):
+        if not self._is_trained():
+            path = self.trained_path
             self._write(self._begin(report), path)
-            with open(path, "rb") as file:
-                fingerprint = file_digest(file, partial(blake2b, digest_size=8)).hexdigest()
-            manifest = path.with_name(f"{path.name}.json")
-            write_manifest(
-                manifest, TRAINED_KIND, VERSION, {**identity, "fingerprint": fingerprint}
-            )
-        return path
+            fields = {**self._identity_of_trained, "fingerprint": digest_of(path)}
+            Artifact.file(TRAINED, path).write(fields, complete=True)
+        return self.trained_path
 
-    def run(self, report: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Trains, adds and publishes the index; continues from a partial one.
+    @property
+    def _identity_of_trained(self) -> dict[str, Any]:
+        identity, part = self.identity, self.datastore.part
+        if part is None:
+            return identity
+        n_keys = self.datastore.n_keys_of_whole
+        return {**identity, "keys": n_keys, "datastore": fingerprint_of(part.manifest)}
+
+    def _is_trained(self) -> bool:
+        artifact = Artifact.file(TRAINED, self.trained_path)
+        return self.trained_path.is_file() and artifact.is_complete(self._identity_of_trained)
+
+    def run(self, report: Report = lambda *_: None) -> Path:
+        """Trains, adds, measures and publishes the index; continues from a partial one.
 
         Args:
             report: called with a stage, how much of it is done, and how much there is.
@@ -183,9 +196,10 @@ class IndexBuilding:
                 left_over.unlink()
             index = self._begin(report)
             self._keep(index)
+        sample = RecallSample(self.datastore, self.metric)
         start = time.perf_counter()
         try:
-            self._add(index, report)
+            self._add(index, sample, report)
         except KeyboardInterrupt:
             if self.whole:
                 self._keep(index)
@@ -193,26 +207,32 @@ class IndexBuilding:
         if self.parts:
             self._merge(index, report)
         self._write(index, self.path)
-        self.seconds["add"] = time.perf_counter() - start
-        fields = {**self.identity, "complete": True, "seconds": self.seconds}
-        write_manifest(self.path.with_name(f"{self.path.name}.json"), KIND, VERSION, fields)
+        self.seconds["add"] = time.perf_counter() - start - self.seconds["measure"]
+        with self._timed("measure"):
+            self.recall = sample.measure(read_index(self.path))
+        fields = {**self.identity, "seconds": self.seconds, "recall": self.recall}
+        self.artifact.write(fields, complete=True)
         self.partial.unlink(missing_ok=True)
-        self._partial_manifest.unlink(missing_ok=True)
+        self._of_partial.manifest.unlink(missing_ok=True)
         for part in self.parts:
             self.path.with_name(part).unlink()
         return self.path
 
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
     @property
-    def _partial_manifest(self) -> Path:
-        return self.partial.with_name(f"{self.partial.name}.json")
+    def _of_partial(self) -> Artifact:
+        return artifact_of(self.partial)
 
     def _open_partial(self) -> faiss.Index | None:
-        if not (self.partial.is_file() and self._partial_manifest.is_file()):
+        if not (self.partial.is_file() and self._of_partial.says(self.identity)):
             return None
-        manifest = read_manifest(self._partial_manifest, KIND, VERSION)
+        manifest = self._of_partial.read()
         if manifest["parts"] and manifest["version"] < NUMBERED_RIGHTLY:
-            return None
-        if any(manifest.get(key) != value for key, value in self.identity.items()):
             return None
         files = [self.path.with_name(part) for part in manifest["parts"]]
         try:
@@ -224,7 +244,7 @@ class IndexBuilding:
         self.parts = manifest["parts"]
         return index
 
-    def _begin(self, report: Callable[[str, int, int], None]) -> faiss.Index:
+    def _begin(self, report: Report) -> faiss.Index:
         """A trained index without any key."""
         if self.trained is not None:
             return on_gpus(faiss.read_index(str(self.trained)))
@@ -232,11 +252,10 @@ class IndexBuilding:
         ivf = faiss.try_extract_index_ivf(index)  # hidden once the index is on GPUs
         lists = ivf.nlist if ivf is not None else 0
         index = on_gpus(index)
-        start = time.perf_counter()
         report("training", 0, 1)
-        self._train(index, lists)
+        with self._timed("train"):
+            self._train(index, lists)
         report("training", 1, 1)
-        self.seconds["train"] = time.perf_counter() - start
         return index
 
     def _train(self, index: faiss.Index, lists: int) -> None:
@@ -256,15 +275,19 @@ class IndexBuilding:
                 f"({faiss_reason(error)})"
             ) from None
 
-    def _add(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:
-        last_kept, pause = time.perf_counter(), PARTIAL_EVERY
+    def _add(self, index: faiss.Index, sample: RecallSample, report: Report) -> None:
         total = self.datastore.n_keys
         done = self.n_in_parts + index.ntotal
         report("adding", done, total)
+        self._show_again(sample, done, report)
+        last_kept, pause = time.perf_counter(), PARTIAL_EVERY
         for block in self.datastore.blocks(start=done):
+            keys = normalized(block, self.metric)
+            with self._timed("measure"):
+                sample.show(keys)
             self.whole = False
             with interrupts_held() as held:
-                self._add_block(index, normalized(block, self.metric), done)
+                self._add_block(index, keys, done)
             self.whole = True
             done += len(block)
             report("adding", done, total)
@@ -279,6 +302,15 @@ class IndexBuilding:
                 self._keep(index)
                 last_kept = time.perf_counter()
                 pause = max(PARTIAL_EVERY, 10 * (last_kept - start))
+
+    def _show_again(self, sample: RecallSample, done: int, report: Report) -> None:
+        """Shows the sample the first `done` keys, which an interrupted run has added."""
+        blocks = self.datastore.blocks()
+        while sample.n_shown < done:
+            block = next(blocks)[: done - sample.n_shown]
+            with self._timed("measure"):
+                sample.show(normalized(block, self.metric))
+            report("measuring", sample.n_shown, done)
 
     def _add_block(self, index: faiss.Index, keys: np.ndarray, first: int) -> None:
         """Adds keys fp32 `[n, d]`, of which `first` is the number of the first."""
@@ -296,7 +328,7 @@ class IndexBuilding:
         index.reset()
         self._keep(index)
 
-    def _merge(self, index: faiss.Index, report: Callable[[str, int, int], None]) -> None:
+    def _merge(self, index: faiss.Index, report: Report) -> None:
         """Fills the index with all parts, its lists being in a file."""
         report("merging", 0, 1)
         self._put_aside(index)
@@ -307,14 +339,12 @@ class IndexBuilding:
         report("merging", 1, 1)
 
     def _keep(self, index: faiss.Index) -> None:
-        self._partial_manifest.unlink(missing_ok=True)
+        self._of_partial.manifest.unlink(missing_ok=True)
         self._write(index, self.partial)
-        fields = {**self.identity, "parts": self.parts}
-        write_manifest(self._partial_manifest, KIND, VERSION, fields)
+        self._of_partial.write({**self.identity, "parts": self.parts}, complete=False)
 
     def _write(self, index: faiss.Index, path: Path) -> None:
-        making = path.with_name(f"{path.name}.making")
         if GPUS:
             index = faiss.index_gpu_to_cpu(index)
-        faiss.write_index(index, str(making))
-        os.replace(making, path)
+        with publishing(path) as making:
+            faiss.write_index(index, str(making))

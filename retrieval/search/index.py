@@ -1,12 +1,7 @@
-"""faiss indexes over a datastore: choosing, building (resumably) and opening them.
+"""faiss indexes over a datastore: choosing and opening them.
 
-`<name>.faiss` lies beside the keys, with `<name>.faiss.json` as its manifest. While it is built,
-`<name>.faiss.partial` holds the trained index with the keys added so far. One that is larger than
-`PART_BYTES` is built in parts, and its lists are merged on disk into `<name>.faiss.lists`; so are
-not the fast-scan types, whose lists faiss can only hold in memory.
-
-Where a datastore lies in shards, each has an index of its own beside its keys. All begin with
-`<name>.faiss.trained` beside the manifest of the whole, so that what they find compares.
+`<name>.faiss` lies beside the keys, with `<name>.faiss.json` as its manifest; see
+`retrieval.search.building`. Where a datastore lies in shards, each has an index of its own.
 """
 
 import math
@@ -35,10 +30,10 @@ from neighborlm.retrieval.search.retriever import (
 )
 from neighborlm.retrieval.search.sharded_retriever import ShardedRetriever
 from neighborlm.retrieval.search.torch_retriever import TorchRetriever
+from neighborlm.retrieval.store.artifact import Artifact, Format, refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch
 
-KIND, VERSION = "index", 2
+FORMAT = Format("index", 2, libraries=("faiss", "numpy"))
 NUMBERED_RIGHTLY = 2
 """The first version whose parts are merged right: `merge_ondisk` shifts the ids of each part by its
 own size in place of the sizes of those before it, which only comes to the same where all are equal.
@@ -66,6 +61,11 @@ def auto_factory(n_keys: int, dim: int, memory_bytes: int | None = None) -> str:
     if n_keys * dim <= memory_bytes:
         return f"IVF{lists},SQ8"
     return f"RR{dim},IVF{lists},RaBitQfs"
+
+
+def artifact_of(path: Path) -> Artifact:
+    """The index of a file as a product."""
+    return Artifact.file(FORMAT, path)
 
 
 def index_path(datastore: Datastore, factory: str, metric: Metric) -> Path:
@@ -196,17 +196,15 @@ def open_retriever(
     path = Path(index) if is_path(index) else index_path(datastore, factory, metric)
     if not path.is_file():
         raise InputError(f"{path}: no such index; --build_index or --knnlm makes it")
-    manifest_path = path.with_name(f"{path.name}.json")
-    if manifest_path.is_file():
-        manifest = read_manifest(manifest_path, KIND, VERSION)
-        check_numbers(path, manifest)
+    artifact = artifact_of(path)
+    if artifact.exists():
         expected = {
             "metric": metric,
             "dim": datastore.dim,
             "keys": datastore.n_keys,
             "datastore": datastore.fingerprint,
         }
-        refuse_mismatch(path, manifest, expected)
+        check_numbers(path, artifact.open(expected))
     opened, n_keys = read_index(path), datastore.n_keys
     found = {
         "dimension": opened.d,
@@ -264,13 +262,10 @@ def open_shards(
     opened = [open_retriever(shard, factory, metric, nprobe, device) for shard in shards]
     trained = None
     if factory not in NOT_BUILT:
-        paths = [index_path(shard, factory, metric) for shard in shards]
-        manifests = [
-            read_manifest(path.with_name(f"{path.name}.json"), KIND, VERSION) for path in paths
-        ]
-        trained = manifests[0].get("trained")
-        for path, manifest in zip(paths, manifests, strict=True):
-            refuse_mismatch(path, manifest, {"trained": trained})
+        artifacts = [artifact_of(index_path(shard, factory, metric)) for shard in shards]
+        trained = artifacts[0].open().get("trained")
+        for artifact in artifacts:
+            artifact.open({"trained": trained})
     return ShardedRetriever(opened, metric, trained)
 
 

@@ -1,59 +1,69 @@
-"""Arrays on disk: opening them, making room for them, and filling them resumably."""
+"""Arrays on disk: opening ours and those of other programs, and making room for new ones."""
 
 import errno
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.format import open_memmap
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.manifest import read_manifest, write_manifest
+from neighborlm.common.files import publishing
 
 NPY_MAGIC = b"\x93NUMPY"
-SYNC_SECONDS = 10.0
-"""How often what was filled is brought to disk and marked as done."""
+PAGE = 4096
+"""What the headers of a few arrays take on disk."""
 
 
-def open_array(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Literal["r", "r+"] = "r"
-) -> np.ndarray:
-    """Maps a .npy file that must hold exactly this shape and type."""
+class Layout(NamedTuple):
+    """Type and shape of an array."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What its data take."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+# -- opening -------------------------------------------------------------------------------------
+
+
+def open_array(path: Path, layout: Layout, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    """Maps a .npy file that must be laid out exactly so."""
     try:
         array = np.load(path, mmap_mode="r")  # in mode r+ numpy would lengthen a short file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; its manifest promises it") from None
     except (ValueError, EOFError, OSError) as error:
-        size = path.stat().st_size
-        needed = int(np.prod(shape)) * dtype.itemsize
         raise InputError(
-            f"{path}: has {size} bytes, expected more than {needed} for {dtype} {list(shape)} "
-            f"({error})"
+            f"{path}: has {path.stat().st_size} bytes, expected more than {layout.nbytes} for "
+            f"{layout} ({error})"
         ) from None
-    if array.shape != shape or array.dtype != dtype:
-        raise InputError(
-            f"{path}: holds {array.dtype} {list(array.shape)}, "
-            f"but the manifest says {dtype} {list(shape)}"
-        )
+    found = Layout(array.dtype, array.shape)
+    if found != layout:
+        raise InputError(f"{path}: holds {found}, but the manifest says {layout}")
     return array if mode == "r" else np.load(path, mmap_mode=mode)
 
 
-def open_raw(
-    manifest: Path, described: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
+def open_raw(manifest: Path, described: Mapping[str, Any], layout: Layout) -> np.ndarray:
     """Maps a file without header that belongs to another program, from what a manifest says of it:
     its path beside the manifest's and where its data begin."""
     file, offset = manifest.parent / described["path"], described["offset"]
-    needed = int(np.prod(shape)) * dtype.itemsize + offset
+    needed = layout.nbytes + offset
     found = file.stat().st_size if file.is_file() else 0
     if found != needed:
         raise InputError(f"{file}: has {found} bytes, but {manifest} needs {needed} there")
-    return np.memmap(file, dtype, "r", offset, shape)
+    return np.memmap(file, layout.dtype, "r", offset, layout.shape)
 
 
 def header_bytes(path: Path) -> int:
@@ -66,114 +76,98 @@ def header_bytes(path: Path) -> int:
     return 8 + width + int.from_bytes(start[8 : 8 + width], "little")
 
 
-def data_offset(path: Path, expected: int, what: str) -> int:
-    """Where `expected` bytes of data begin in a file that holds nothing else."""
+def map_raw(path: Path, layout: Layout) -> tuple[np.ndarray, int]:
+    """Maps a file of another program, with or without a header, that holds one array and nothing
+    else; and tells where its data begin, which `open_raw` needs to know.
+
+    Raises:
+        InputError: its data have another size.
+    """
     offset = header_bytes(path)
     found = path.stat().st_size - offset
-    if found != expected:
-        raise InputError(f"{path}: has {found} bytes of data, expected {expected} for {what}")
-    return offset
+    if found != layout.nbytes:
+        raise InputError(
+            f"{path}: has {found} bytes of data, expected {layout.nbytes} for {layout}"
+        )
+    return np.memmap(path, layout.dtype, "r", offset, layout.shape), offset
 
 
-def take_room(path: Path) -> None:
-    """Gives a new file all its blocks: written through a memory map, a sparse one would end the
-    program with a bus error once the disk is full."""
+# -- making --------------------------------------------------------------------------------------
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes a small array, whole or not at all."""
+    with publishing(path) as making, open(making, "wb") as file:
+        np.save(file, array)
+
+
+def create_arrays(places: Mapping[Path, Layout]) -> None:
+    """Makes files of zeros, in place of those that lie there, and gives them all their blocks:
+    written through a memory map, a sparse one would end the program with a bus error once the disk
+    is full.
+
+    Raises:
+        InputError: the disk has no room.
+    """
+    for path, layout in places.items():
+        path.unlink(missing_ok=True)  # somebody may still have it mapped
+        open_memmap(path, mode="w+", dtype=layout.dtype, shape=layout.shape).flush()
+        _take_room(path)
+
+
+def _take_room(path: Path) -> None:
     if not hasattr(os, "posix_fallocate"):
         return
+    size = path.stat().st_size
     with open(path, "r+b") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 return  # the file system cannot do it
             raise InputError(
-                f"{path}: the disk has no room for its {path.stat().st_size / 1e9:.1f} GB "
-                f"({error.strerror})"
+                f"{path}: the disk has no room for its {as_size(size)} ({error.strerror})"
             ) from None
 
 
-def fill_rows(
-    manifest: Path,
-    kind: str,
-    version: int,
-    fields: Mapping[str, Any],
-    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-    step: int,
-    compute: Callable[[int, int], tuple[np.ndarray, ...]],
-    report: Callable[[int, int], None],
-) -> None:
-    """Fills arrays from the first row to the last, and goes on where a killed run stopped.
+def bytes_of(layouts: Iterable[Layout]) -> int:
+    """What the files of a product take."""
+    return PAGE + sum(layout.nbytes for layout in layouts)
 
-    Rows up to the manifest's `done` are on disk. Blocks begin at multiples of `step` also in a
-    run that goes on, so a result that depends on what is computed together stays the same.
+
+def check_room(needed: Mapping[Path, int], kind: str, advice: str) -> None:
+    """Refuses folders whose disks have no room for so many bytes in each.
 
     Args:
-        manifest: where it is written; the arrays lie beside it.
-        kind: of the manifest.
-        version: of its format.
-        fields: of the manifest, `rows` among them.
-        arrays: type and shape of each file.
-        step: rows to compute at once.
-        compute: from the first row and the one after the last to a block for each array.
-        report: called with how many rows are done, and how many there are.
+        needed: bytes by folder.
+        kind: of the product that needs them.
+        advice: what can be done about it.
 
     Raises:
-        InputError: the disk has no room.
+        InputError: naming the first on such a disk.
     """
-    places = {manifest.parent / name: array for name, array in arrays.items()}
-
-    def mark(done: int, complete: bool = False) -> None:
-        write_manifest(manifest, kind, version, {**fields, "done": done, "complete": complete})
-
-    if not manifest.exists():
-        make_room(manifest.parent, kind, places)
-        mark(0)
-    found = read_manifest(manifest, kind, version, ("complete",))
-    if found["complete"]:
-        return
-    opened = [open_array(path, shape, dtype, "r+") for path, (dtype, shape) in places.items()]
-    rows = fields["rows"]
-    done = found["done"] // step * step
-    last_sync = time.perf_counter()
-
-    def sync() -> None:
-        for array in opened:
-            array.flush()
-        mark(done)
-
-    report(done, rows)
-    try:
-        for first in range(done, rows, step):
-            last = min(first + step, rows)
-            for array, block in zip(opened, compute(first, last), strict=True):
-                array[first:last] = block
-            done = last
-            report(done, rows)
-            if time.perf_counter() - last_sync > SYNC_SECONDS:
-                sync()
-                last_sync = time.perf_counter()
-    finally:
-        sync()
-    mark(rows, complete=True)
+    devices = {path: path.stat().st_dev for path in needed}
+    total: Counter[int] = Counter()
+    for path, size in needed.items():
+        total[devices[path]] += size
+    for path, device in devices.items():
+        free = shutil.disk_usage(path).free
+        if total[device] > free:
+            count = list(devices.values()).count(device)
+            what = f"its {kind} needs" if count == 1 else f"{count} shards on its disk need"
+            raise InputError(
+                f"{path}: {what} {as_size(total[device])} but the disk has {as_size(free)} free; "
+                f"{advice}"
+            )
 
 
-def make_room(
-    directory: Path, kind: str, places: Mapping[Path, tuple[np.dtype, tuple[int, ...]]]
-) -> None:
-    """Makes files of zeros of some types and shapes, in place of those that lie there.
+def as_size(count: int) -> str:
+    """Bytes in a unit that suits them.
 
-    Raises:
-        InputError: the disk has no room.
+    >>> as_size(34_000_000_000), as_size(980)
+    ('34.0 GB', '980 bytes')
     """
-    for path in places:
-        path.unlink(missing_ok=True)  # of a run that was killed before it wrote its manifest
-    needed = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise InputError(
-            f"{directory}: its {kind} needs {needed / 1e9:.1f} GB but the disk has "
-            f"{free / 1e9:.1f} GB free; make room or choose a smaller one"
-        )
-    for path, (dtype, shape) in places.items():
-        open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-        take_room(path)
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -2,18 +2,30 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from neighborlm.retrieval.store.arrays import Layout
+
 ALGORITHM = "xxh3_64"
-DTYPE = np.dtype(np.uint64)
 CHUNK_BYTES = 16 << 20
 
 
 def rows_of_chunk(bytes_of_row: int) -> int:
     """Rows that have one checksum."""
     return max(CHUNK_BYTES // bytes_of_row, 1)
+
+
+def layout_of_checksums(rows: int, chunk_rows: int) -> Layout:
+    """Of the file that holds those of the keys and of the values."""
+    return Layout(np.dtype(np.uint64), (-(-rows // chunk_rows), 2))
+
+
+def describe_checksums(chunk_rows: int, masked: np.ndarray) -> dict[str, Any]:
+    """What a manifest says of checksums, that of the masked rows included."""
+    return {"algorithm": ALGORITHM, "rows": chunk_rows, "masked": checksum(masked.astype(np.int64))}
 
 
 def checksum(array: np.ndarray) -> int:

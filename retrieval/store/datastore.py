@@ -9,37 +9,41 @@ Or a directory whose manifest names shards, each an ordinary datastore of its ow
 which rows of the whole it holds (see `retrieval.store.shards`).
 """
 
-import math
-import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
-from numpy.lib.format import open_memmap
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.arrays import open_array, open_raw, take_room
+from neighborlm.common.files import digest_of
+from neighborlm.retrieval.store.arrays import (
+    Layout,
+    bytes_of,
+    check_room,
+    create_arrays,
+    open_array,
+    open_raw,
+    save_array,
+)
+from neighborlm.retrieval.store.artifact import Artifact, Format, refuse_mismatch
 from neighborlm.retrieval.store.checksums import (
-    ALGORITHM,
-    DTYPE,
     checksum,
     checksums,
+    describe_checksums,
+    layout_of_checksums,
     rows_of_chunk,
 )
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
 from neighborlm.retrieval.store.shards import Placement, ShardedArray
 
-KIND, VERSION = "datastore", 1
 SHARDED_VERSION = 2
-"""Of a manifest that names shards."""
+"""Format version of a manifest that names shards; one that names none has version 1."""
 FIELDS = ("complete", "rows", "dim", "dtype", "value_dtype", "masked", "made_from")
+FORMAT = Format("datastore", SHARDED_VERSION, FIELDS, ("torch", "numpy"))
+ADVICE = "--knn.dtype fp16 halves it, --knn.datastore moves it"
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 BLOCK_BYTES = 64 << 20
@@ -92,22 +96,20 @@ class Datastore:
         manifest = read_datastore_manifest(path)
         if shard is not None:
             return cls._open_shard(path, manifest, shard)
-        if not cls.is_complete(path):
-            raise InputError(f"{path}: is unfinished; repeat the command that was writing it")
-        if "shards" in manifest:
+        if "shards" in manifest and cls.is_complete(path):
             return cls._open_sharded(path, manifest)
-        rows, dim = manifest["rows"], manifest["dim"]
-        dtype, value_dtype = DTYPES[manifest["dtype"]], np.dtype(manifest["value_dtype"])
+        manifest = artifact_of(path).open()
+        layouts = _layouts(manifest)
         if "raw" in manifest:
-            raw, at = manifest["raw"], path / "manifest.json"
-            keys = open_raw(at, raw["keys"], (rows, dim), dtype)
-            values = open_raw(at, raw["values"], (rows,), value_dtype)
+            keys, values = (
+                open_raw(path / "manifest.json", manifest["raw"][name], layouts[f"{name}.npy"])
+                for name in ("keys", "values")
+            )
         else:
-            keys = open_array(path / "keys.npy", (rows, dim), dtype)
-            values = open_array(path / "values.npy", (rows,), value_dtype)
+            keys, values = (open_array(path / name, layout) for name, layout in layouts.items())
         masked = np.empty(0, dtype=np.int64)
         if manifest["masked"]:
-            masked = open_array(path / "masked.npy", (manifest["masked"],), np.dtype(np.int64))
+            masked = open_array(path / "masked.npy", _layout_of_masked(manifest["masked"]))
         return cls(path, manifest, keys, values, masked)
 
     @classmethod
@@ -134,8 +136,7 @@ class Datastore:
         opened = cls.open(places[number])
         placement = placement_of(manifest)
         check_shard(opened.path, opened.manifest, manifest, placement.described(number))
-        fields = (opened.path, opened.manifest, opened.keys, opened.values, opened.masked)
-        return cls(*fields, Part(placement, number, path, manifest))
+        return replace(opened, part=Part(placement, number, path, manifest))
 
     def shard(self, number: int) -> "Datastore":
         """One of the shards alone, as part of the whole, see `part`; of a shard itself."""
@@ -161,12 +162,13 @@ class Datastore:
         Raises:
             InputError: there is a manifest, but not a datastore's.
         """
-        if not (path / "manifest.json").exists():
+        artifact = artifact_of(path)
+        if not artifact.exists():
             return False
-        manifest = read_manifest(path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
-        if manifest["complete"] or "shards" not in manifest:
-            return manifest["complete"]
-        return all(map(Datastore.is_complete, shard_paths(path, manifest)))
+        if artifact.is_complete():
+            return True
+        shards = shard_paths(path, artifact.read())
+        return bool(shards) and all(map(Datastore.is_complete, shards))
 
     def __len__(self) -> int:
         """Rows, the masked ones included."""
@@ -264,6 +266,11 @@ def _fp32(keys: np.ndarray) -> np.ndarray:
     return torch.from_numpy(keys).float().numpy()
 
 
+def artifact_of(path: Path) -> Artifact:
+    """The datastore of a directory as a product."""
+    return Artifact.folder(FORMAT, path)
+
+
 def read_datastore_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a datastore in any state.
 
@@ -272,7 +279,7 @@ def read_datastore_manifest(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such datastore; --save_datastore or --knnlm makes it")
-    manifest = read_manifest(path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+    manifest = artifact_of(path).read()
     if manifest["dtype"] not in DTYPES:
         raise InputError(f"{path}: has keys of type {manifest['dtype']}; expected fp16 or fp32")
     return manifest
@@ -283,8 +290,7 @@ def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     fields = ["rows", "dim", "dtype", "masked", "made_from"]
     if "shard" in manifest:
         fields.append("shard")
-    parts = repr([manifest[field] for field in fields])
-    return blake2b(parts.encode(), digest_size=8).hexdigest()
+    return digest_of(repr([manifest[field] for field in fields]))
 
 
 def shard_paths(path: Path, manifest: Mapping[str, Any]) -> list[Path]:
@@ -320,42 +326,22 @@ def all_finite(array: np.ndarray) -> bool:
     return not ((array.view(whole) & infinity) == infinity).any()
 
 
-def files_while_written(
-    fields: Mapping[str, Any],
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Type and shape of each large file of a datastore that is written, by its manifest."""
+def _layouts(fields: Mapping[str, Any]) -> dict[str, Layout]:
+    """Of the large files of a datastore, by its manifest."""
     rows, dim = fields["rows"], fields["dim"]
     return {
-        "keys.npy": (DTYPES[fields["dtype"]], (rows, dim)),
-        "values.npy": (np.dtype(fields["value_dtype"]), (rows,)),
-        "written.npy": (np.dtype(bool), (rows,)),
+        "keys.npy": Layout(DTYPES[fields["dtype"]], (rows, dim)),
+        "values.npy": Layout(np.dtype(fields["value_dtype"]), (rows,)),
     }
 
 
-def bytes_of(files: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> int:
-    """What files of some types and shapes take, and a page for their headers."""
-    return 4096 + sum(dtype.itemsize * math.prod(shape) for dtype, shape in files.values())
+def layouts_while_written(fields: Mapping[str, Any]) -> dict[str, Layout]:
+    """Of those and of the file of marks that lies beside them until all rows are written."""
+    return {**_layouts(fields), "written.npy": Layout(np.dtype(bool), (fields["rows"],))}
 
 
-def check_room(needed: Mapping[Path, int]) -> None:
-    """Refuses directories whose disks have no room for so many bytes in each.
-
-    Raises:
-        InputError: naming the first on such a disk.
-    """
-    devices = {path: path.stat().st_dev for path in needed}
-    total: Counter[int] = Counter()
-    for path, size in needed.items():
-        total[devices[path]] += size
-    for path, device in devices.items():
-        free = shutil.disk_usage(path).free
-        if total[device] > free:
-            count = list(devices.values()).count(device)
-            what = "the datastore needs" if count == 1 else f"{count} shards on its disk need"
-            raise InputError(
-                f"{path}: {what} {total[device] / 1e9:.1f} GB but the disk has {free / 1e9:.1f} GB "
-                "free; --knn.dtype fp16 halves it, --knn.datastore moves it"
-            )
+def _layout_of_masked(count: int) -> Layout:
+    return Layout(np.dtype(np.int64), (count,))
 
 
 class DatastoreBuilder:
@@ -392,8 +378,10 @@ class DatastoreBuilder:
         shard: dict[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
+        self.artifact = artifact_of(self.path)
         self.masked = masked
         self.fields = {
+            "version": 1,
             "rows": rows,
             "dim": dim,
             "dtype": dtype,
@@ -405,62 +393,46 @@ class DatastoreBuilder:
         if shard is not None:
             self.fields["shard"] = shard
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".lock"):
-            if (self.path / "manifest.json").exists():
+        layouts = layouts_while_written(self.fields)
+        self.chunk_rows = rows_of_chunk(dim * DTYPES[dtype].itemsize)
+        with self.artifact.lock():
+            if self.artifact.exists():
                 self._check_existing()
             else:
-                self._create()
+                self._create(layouts)
+            sums = layout_of_checksums(rows, self.chunk_rows)
             if not (self.path / "checksums.npy").exists():
-                np.save(self.path / "checksums.npy", np.zeros(self._shape_of_sums, DTYPE))
-        arrays = files_while_written(self.fields)
-        arrays["checksums.npy"] = (DTYPE, self._shape_of_sums)
+                save_array(self.path / "checksums.npy", np.zeros(sums.shape, sums.dtype))
         self.keys, self.values, self.written, self.sums = (
-            open_array(self.path / name, shape, kind, mode="r+")
-            for name, (kind, shape) in arrays.items()
+            open_array(self.path / name, layout, "r+")
+            for name, layout in {**layouts, "checksums.npy": sums}.items()
         )
         self.unmarked: list[np.ndarray] = []
 
     def _check_existing(self) -> None:
-        manifest = read_manifest(self.path / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+        manifest = self.artifact.read()
         refuse_mismatch(self.path, {"shards": len(manifest.get("shards", [1]))}, {"shards": 1})
         if manifest["complete"]:
             raise InputError(f"{self.path}: already holds a complete datastore; expected none")
         refuse_mismatch(self.path, manifest["made_from"], self.fields["made_from"])
         refuse_mismatch(self.path, manifest, self.fields)
+        layout = _layout_of_masked(len(self.masked))
         if len(self.masked) and not np.array_equal(
-            self.masked, open_array(self.path / "masked.npy", self.masked.shape, self.masked.dtype)
+            self.masked, open_array(self.path / "masked.npy", layout)
         ):
             raise InputError(
                 f"{self.path / 'masked.npy'}: masks other rows than this command would"
             )
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows that have one checksum."""
-        return rows_of_chunk(self.fields["dim"] * DTYPES[self.fields["dtype"]].itemsize)
-
-    @property
-    def _shape_of_sums(self) -> tuple[int, int]:
-        return -(-self.fields["rows"] // self.chunk_rows), 2
-
-    def _create(self) -> None:
-        arrays = files_while_written(self.fields)
-        check_room({self.path: bytes_of(arrays)})
-        for name, (kind, shape) in arrays.items():
-            open_memmap(self.path / name, mode="w+", dtype=kind, shape=shape).flush()
-            take_room(self.path / name)
+    def _create(self, layouts: Mapping[str, Layout]) -> None:
+        check_room({self.path: bytes_of(layouts.values())}, FORMAT.kind, ADVICE)
+        create_arrays({self.path / name: layout for name, layout in layouts.items()})
         if len(self.masked):
-            np.save(self.path / "masked.npy", self.masked)
+            save_array(self.path / "masked.npy", self.masked)
             written = np.load(self.path / "written.npy", mmap_mode="r+")
             written[self.masked] = True
             written.flush()
-        self._write_manifest(complete=False)
-
-    def _write_manifest(self, complete: bool) -> None:
-        fields = {**self.fields, "complete": complete}
-        if complete:
-            fields["checksums"] = describe_checksums(self.chunk_rows, self.masked)
-        write_manifest(self.path / "manifest.json", KIND, VERSION, fields)
+        self.artifact.write(self.fields, complete=False)
 
     @property
     def n_rows(self) -> int:
@@ -524,11 +496,8 @@ class DatastoreBuilder:
         for chunk, sums in checksums((self.keys, self.values), self.chunk_rows, lacking):
             self.sums[chunk] = sums
         self.sums.flush()
-        self._write_manifest(complete=True)
+        described = {"checksums": describe_checksums(self.chunk_rows, self.masked)}
+        with self.artifact.lock():
+            self.artifact.write({**self.fields, **described}, complete=True)
         (self.path / "written.npy").unlink(missing_ok=True)
         return Datastore.open(self.path)
-
-
-def describe_checksums(chunk_rows: int, masked: np.ndarray) -> dict[str, Any]:
-    """What a manifest says of checksums, that of the masked rows included."""
-    return {"algorithm": ALGORITHM, "rows": chunk_rows, "masked": checksum(masked.astype(np.int64))}

@@ -8,33 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.arrays import open_array
+from neighborlm.retrieval.store.arrays import open_array, save_array
+from neighborlm.retrieval.store.artifact import SYNC_SECONDS, refuse_mismatch
 from neighborlm.retrieval.store.checksums import (
     ALGORITHM,
-    DTYPE,
     checksum,
     checksums,
+    describe_checksums,
+    layout_of_checksums,
     rows_of_chunk,
 )
 from neighborlm.retrieval.store.datastore import (
     BLOCK_BYTES,
-    FIELDS,
-    KIND,
-    SHARDED_VERSION,
-    VERSION,
     Datastore,
+    artifact_of,
     check_shard,
-    describe_checksums,
     shard_paths,
 )
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
 from neighborlm.retrieval.store.sharded_builder import new_datastore
 from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind, Placement
 
-SYNC_SECONDS = 10.0
 Report = Callable[[int, int], None]
 """What is called with how much is done, and how much there is."""
 
@@ -65,8 +60,7 @@ def verify_datastore(datastore: Datastore, report: Report = lambda *_: None) -> 
         if checksum(np.asarray(shard.masked)) != described["masked"]:
             raise InputError(f"{shard.path / 'masked.npy'}: is damaged")
         rows = described["rows"]
-        shape = (-(-len(shard) // rows), 2)
-        expected = open_array(shard.path / "checksums.npy", shape, DTYPE)
+        expected = open_array(shard.path / "checksums.npy", layout_of_checksums(len(shard), rows))
         for chunk, found in checksums((shard.keys, shard.values), rows, range(len(expected))):
             first, last = chunk * rows, min((chunk + 1) * rows, len(shard))
             for name, *sums in zip(("keys", "values"), found, expected[chunk], strict=True):
@@ -91,13 +85,16 @@ def record_checksums(datastore: Datastore, report: Report = lambda *_: None) -> 
         if "checksums" in shard.manifest:
             continue
         rows = rows_of_chunk(shard.dim * shard.keys.dtype.itemsize)
-        sums = np.zeros((-(-len(shard) // rows), 2), DTYPE)
+        layout = layout_of_checksums(len(shard), rows)
+        sums = np.zeros(layout.shape, layout.dtype)
         for chunk, found in checksums((shard.keys, shard.values), rows, range(len(sums))):
             sums[chunk] = found
             report(min((chunk + 1) * rows, len(shard)), len(shard))
-        np.save(shard.path / "checksums.npy", sums)
-        fields = {**shard.manifest, "checksums": describe_checksums(rows, shard.masked)}
-        write_manifest(shard.path / "manifest.json", KIND, VERSION, fields)
+        artifact = artifact_of(shard.path)
+        with artifact.lock():
+            save_array(shard.path / "checksums.npy", sums)
+            fields = {**shard.manifest, "checksums": describe_checksums(rows, shard.masked)}
+            artifact.write(fields, complete=True)
 
 
 # -- merging and splitting -----------------------------------------------------------------------
@@ -192,12 +189,12 @@ def put_together(shards: list[Path], output: Path) -> Datastore:
         "placement": placement.kind,
         "block_rows": placement.block_rows,
         "shards": [{"path": _path_from(output, shard.path)} for shard in found],
-        "complete": True,
     }
     output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / ".lock"):
+    artifact = artifact_of(output)
+    with artifact.lock():
         _refuse_another(output, described)
-        write_manifest(output / "manifest.json", KIND, SHARDED_VERSION, described)
+        artifact.write(described, complete=True)
     return Datastore.open(output)
 
 
@@ -216,9 +213,10 @@ def _path_from(output: Path, shard: Path) -> str:
 
 def _refuse_another(output: Path, described: dict[str, Any]) -> None:
     """Refuses a directory with another datastore; its shards may have moved."""
-    if not (output / "manifest.json").exists():
+    artifact = artifact_of(output)
+    if not artifact.exists():
         return
-    found = read_manifest(output / "manifest.json", KIND, SHARDED_VERSION, FIELDS)
+    found = artifact.read()
     same = ("made_from", "rows", "dim", "dtype", "masked", "placement", "block_rows")
     if "shards" not in found or any(found[name] != described[name] for name in same):
         raise InputError(f"{output}: already holds another datastore; expected none")

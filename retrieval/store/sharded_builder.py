@@ -6,22 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from neighborlm.common.errors import InputError
+from neighborlm.retrieval.store.arrays import bytes_of, check_room
+from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import (
-    FIELDS,
-    KIND,
-    SHARDED_VERSION,
+    ADVICE,
+    FORMAT,
     Datastore,
     DatastoreBuilder,
-    bytes_of,
-    check_room,
+    artifact_of,
     check_shard,
-    files_while_written,
+    layouts_while_written,
     shard_paths,
 )
-from neighborlm.retrieval.store.manifest import read_manifest, refuse_mismatch, write_manifest
 from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind, Placement, shard_name
 
 
@@ -59,6 +57,7 @@ class ShardedBuilder:
         only: int | None = None,
     ) -> None:
         self.path = Path(path)
+        self.artifact = artifact_of(self.path)
         self.placement = placement
         self.only = only
         self.fields = {
@@ -76,7 +75,7 @@ class ShardedBuilder:
         mine = range(placement.shards) if only is None else (only,)
         self.masked = masked if only is None else masked[numbers == only]
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".lock"):
+        with self.artifact.lock():
             self.paths = self._open_manifest()
             missing = {n: self.paths[n] for n in mine if not self._is_complete(n)}
             self._check_room(missing)
@@ -100,12 +99,11 @@ class ShardedBuilder:
 
     def _open_manifest(self) -> list[Path]:
         """Where the shards are; writes the manifest if it is missing."""
-        manifest = self.path / "manifest.json"
-        if not manifest.exists():
+        if not self.artifact.exists():
             count = self.placement.shards
             shards = [{"path": shard_name(number, count)} for number in range(count)]
-            self._write_manifest(shards, complete=False)
-        found = read_manifest(manifest, KIND, SHARDED_VERSION, FIELDS)
+            self.artifact.write({**self.fields, "shards": shards}, complete=False)
+        found = self.artifact.read()
         if found["complete"]:
             raise InputError(f"{self.path}: already holds a complete datastore; expected none")
         count = len(found.get("shards", [1]))
@@ -114,10 +112,6 @@ class ShardedBuilder:
         refuse_mismatch(self.path, found, self.fields)
         self.shards = found["shards"]
         return shard_paths(self.path, found)
-
-    def _write_manifest(self, shards: list[dict[str, str]], complete: bool) -> None:
-        fields = {**self.fields, "shards": shards, "complete": complete}
-        write_manifest(self.path / "manifest.json", KIND, SHARDED_VERSION, fields)
 
     def _is_complete(self, number: int) -> bool:
         """Whether a shard is there already.
@@ -136,10 +130,10 @@ class ShardedBuilder:
         needed = {}
         for number, place in shards.items():
             place.mkdir(parents=True, exist_ok=True)
-            if not (place / "manifest.json").exists():
+            if not artifact_of(place).exists():
                 fields = {**self.fields, "rows": self.placement.size(number)}
-                needed[place] = bytes_of(files_while_written(fields))
-        check_room(needed)
+                needed[place] = bytes_of(layouts_while_written(fields).values())
+        check_room(needed, FORMAT.kind, ADVICE)
 
     @property
     def n_written(self) -> int:
@@ -188,9 +182,9 @@ class ShardedBuilder:
         """
         for builder in self.builders.values():
             builder.finish()
-        with FileLock(self.path / ".lock"):
+        with self.artifact.lock():
             if Datastore.is_complete(self.path):
-                self._write_manifest(self.shards, complete=True)
+                self.artifact.write({**self.fields, "shards": self.shards}, complete=True)
         return Datastore.open(self.path if self.only is None else self.paths[self.only])
 
 

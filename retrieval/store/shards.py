@@ -5,13 +5,11 @@ shards, each shard is one contiguous piece of the whole; otherwise it is a mixtu
 the text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from neighborlm.common.errors import InputError
 
@@ -176,20 +174,6 @@ class ShardedArray:
             if begin < end:
                 result[order[begin:end]] = part[local[order[begin:end]]]
         return result
-
-
-def share_out(locks: Sequence[FileLock], work: Callable[[int], None]) -> None:
-    """Has something done for each shard by whichever process comes to it first, and returns when
-    all of it is done.
-
-    Args:
-        locks: one for each shard.
-        work: called with the number of a shard, once or more; does nothing where it is done.
-    """
-    for wait in (0, -1):  # for a shard that another process is at, once there is no other
-        for number, lock in enumerate(locks):
-            with suppress(Timeout), lock.acquire(timeout=wait):
-                work(number)
 
 
 def shard_name(number: int, of: int) -> str:

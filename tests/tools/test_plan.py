@@ -9,7 +9,7 @@ import pytest
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
 from neighborlm.retrieval.neighbors.codec import build_codes
-from neighborlm.retrieval.neighbors.tables import NeighborSearch
+from neighborlm.retrieval.neighbors.tables import NeighborSearch, TableSettings
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.store.datastore import DatastoreBuilder
@@ -62,7 +62,8 @@ def test_bytes_of_tables_codes_and_caches(new_store, tmp_path):
     store = new_store(4000)
     codec = "PQ8"
     codes = build_codes(store, codec)
-    NeighborSearch(store, store, open_retriever(store, "flat", "l2", 1), "flat", 1, 16).run()
+    settings = TableSettings("l2", "flat", 1, 16)
+    NeighborSearch(store, store, open_retriever(store, "flat", "l2", 1), settings).run()
     RetrievalCacheBuilder(tmp_path / "cache", 3000, 64, VOCAB, {}).finish()
     bytes_of = planned(
         tokens=4000, index="flat", table_k=16, codec=codec, k=64, queries=3000, cache=True

@@ -14,6 +14,7 @@ from neighborlm.retrieval.neighbors import tables as neighbors_module
 from neighborlm.retrieval.neighbors.tables import (
     NeighborSearch,
     NeighborTable,
+    TableSettings,
     compacted,
     find_table,
     outside_window,
@@ -21,7 +22,7 @@ from neighborlm.retrieval.neighbors.tables import (
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.search.retriever import FlatRetriever
-from neighborlm.retrieval.store import arrays
+from neighborlm.retrieval.store import arrays, artifact
 from neighborlm.retrieval.store.datastore import Datastore
 
 
@@ -57,7 +58,8 @@ def make_split(new_builder, tmp_path):
 
 def search(queries, memory, k, metric="l2", **options):
     """The search of an exact table."""
-    return NeighborSearch(queries, memory, FlatRetriever(memory, metric), "flat", 1, k, **options)
+    settings = TableSettings(metric, "flat", 1, k, **options)
+    return NeighborSearch(queries, memory, FlatRetriever(memory, metric), settings)
 
 
 def brute_force(queries, memory, k, metric="l2", window=0):
@@ -76,7 +78,7 @@ def brute_force(queries, memory, k, metric="l2", window=0):
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_equals_brute_force(make_split, split, metric):
     memory = make_split(300, "train", masked=[5, 6, 299])
-    table = search(split, memory, 20, metric, keep_distances=True).run()
+    table = search(split, memory, 20, metric, distances=True).run()
     np.testing.assert_array_equal(table.rows, brute_force(split, memory, 20, metric))
     assert (table.rows[split.masked] == -1).all()
     assert table.rows.dtype == np.int16
@@ -103,7 +105,8 @@ def test_window_is_left_out_and_k_are_kept(make_split, monkeypatch, window, inde
     fetched = []
     real = retriever.search
     monkeypatch.setattr(retriever, "search", lambda q, k: fetched.append((len(q), k)) or real(q, k))
-    table = NeighborSearch(memory, memory, retriever, index, 4, 24, exclude_window=window).run()
+    settings = TableSettings("l2", index, 4, 24, exclude_window=window)
+    table = NeighborSearch(memory, memory, retriever, settings).run()
     np.testing.assert_array_equal(table.rows, brute_force(memory, memory, 24, window=window))
     again = [count for count, k in fetched if k == 24 + 2 * window - 1]
     if window == 40:
@@ -142,7 +145,7 @@ def test_resumed_table_has_the_same_bytes(make_split, monkeypatch, stop):
     """An interrupt keeps what is done; before a kill it was marked from time to time."""
     memory = make_split(400, "train", memory=0.97)
     whole = make_split(400, "train-again", memory=0.97)
-    options = {"exclude_window": 30, "keep_distances": True}
+    options = {"exclude_window": 30, "distances": True}
     expected = search(whole, whole, 24, **options).run()
 
     half = search(memory, memory, 24, **options)
@@ -161,7 +164,7 @@ def test_resumed_table_has_the_same_bytes(make_split, monkeypatch, stop):
     assert not manifest["complete"]
     with pytest.raises(InputError, match="unfinished"):
         NeighborTable.open(half.path)
-    assert find_table(memory, memory, "l2", "flat", 1, 24, 30) is None
+    assert find_table(memory, memory, TableSettings("l2", "flat", 1, 24, 30)) is None
     if stop == "kill":  # after the rows were written and before they were marked
         half.path.write_text(json.dumps({**manifest, "done": manifest["done"] - 64}))
 
@@ -177,7 +180,7 @@ def test_resumed_table_has_the_same_bytes(make_split, monkeypatch, stop):
 
 
 def test_marks_are_set_while_it_runs(make_split, monkeypatch):
-    monkeypatch.setattr(arrays, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(artifact, "SYNC_SECONDS", 0.0)
     memory = make_split(300, "train")
     making = search(memory, memory, 4)
     marks = []
@@ -193,18 +196,21 @@ def test_a_larger_table_serves_smaller_k(make_split, split):
     memory = make_split(300, "train")
     for k in (16, 32):
         search(split, memory, k).run()
-    made_in = (split, memory, "l2", "flat", 1)
-    table = find_table(*made_in, 10)
+
+    def find(k, memory=memory, metric="l2", index="flat", **options):
+        return find_table(split, memory, TableSettings(metric, index, 1, k, **options))
+
+    table = find(10)
     assert table.manifest["k"] == 16
     np.testing.assert_array_equal(table.nearest(10), brute_force(split, memory, 10))
     assert np.shares_memory(table.nearest(10), table.rows)
-    assert find_table(*made_in, 17).manifest["k"] == 32
-    assert find_table(*made_in, 33) is None
-    assert find_table(*made_in, 10, exclude_window=1) is None
-    assert find_table(*made_in, 10, distances=True) is None
-    assert find_table(split, memory, "ip", "flat", 1, 10) is None
-    assert find_table(split, memory, "l2", "IVF4,Flat", 1, 10) is None
-    assert find_table(split, make_split(300, "other"), "l2", "flat", 1, 10) is None
+    assert find(17).manifest["k"] == 32
+    assert find(33) is None
+    assert find(10, exclude_window=1) is None
+    assert find(10, distances=True) is None
+    assert find(10, metric="ip") is None
+    assert find(10, index="IVF4,Flat") is None
+    assert find(10, make_split(300, "other")) is None
     with pytest.raises(InputError, match="has 16 neighbours a token; 17 are expected"):
         table.nearest(17)
     before = table.path.stat().st_mtime_ns
@@ -215,13 +221,14 @@ def test_a_larger_table_serves_smaller_k(make_split, split):
 def test_tables_of_a_sweep_lie_side_by_side(make_split, split):
     memory = make_split(300, "train")
     IndexBuilding(memory, "IVF8,Flat", "l2").run()
-    for nprobe in (1, 2, 8):
+    settings = {nprobe: TableSettings("l2", "IVF8,Flat", nprobe, 12) for nprobe in (1, 2, 8)}
+    for nprobe, how in settings.items():
         retriever = open_retriever(memory, "IVF8,Flat", "l2", nprobe)
-        NeighborSearch(split, memory, retriever, "IVF8,Flat", nprobe, 12).run()
+        NeighborSearch(split, memory, retriever, how).run()
     names = sorted(path.name for path in split.path.glob("neighbors-k12*.npy"))
     assert len(names) == 3
     assert names[-1] == "neighbors-k12.npy"
-    tables = {n: find_table(split, memory, "l2", "IVF8,Flat", n, 12) for n in (1, 2, 8)}
+    tables = {nprobe: find_table(split, memory, how) for nprobe, how in settings.items()}
     assert all(tables[nprobe].manifest["nprobe"] == nprobe for nprobe in tables)
     np.testing.assert_array_equal(tables[8].rows, brute_force(split, memory, 12))
     assert (tables[1].rows != tables[8].rows).any()
@@ -237,6 +244,10 @@ def test_what_does_not_fit_is_refused(make_split, split, new_builder, tmp_path, 
     memory = make_split(300, "train")
     with pytest.raises(InputError, match="no such file; expected the manifest of a neighbour"):
         NeighborTable.open(split.path / "neighbors-k8.npy")
+    with pytest.raises(ValueError, match="a retriever by l2 for a table by ip"):
+        NeighborSearch(
+            split, memory, FlatRetriever(memory, "l2"), TableSettings("ip", "flat", 1, 8)
+        )
     with pytest.raises(InputError, match=r"has 150 rows and .*train 300; expected the same split"):
         search(split, memory, 8, exclude_window=2)
     wide = new_builder(tmp_path / "wide", 10, dim=9)
@@ -276,7 +287,8 @@ def test_raw_table_of_the_original_in_place(make_split, split, tmp_path):
     table = import_table(raw, 8, split, memory)
     np.testing.assert_array_equal(table.rows, rows)
     assert NeighborTable.open(table.path).nearest(3).shape == (150, 3)
-    assert find_table(split, memory, "l2", "flat", 1, 4) is None  # nobody knows how it was made
+    made_in = TableSettings("l2", "flat", 1, 4)
+    assert find_table(split, memory, made_in) is None  # nobody knows how it was made
     own = search(split, memory, 8).run()
     assert own.path != table.path
     assert import_table(raw, 8, split, memory).path == table.path

@@ -19,7 +19,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.graphs import NeighborMemory
 from neighborlm.programs.settings import KNNSettings
 from neighborlm.retrieval.neighbors.codec import build_codes, has_codes, open_codes
-from neighborlm.retrieval.neighbors.tables import find_table
+from neighborlm.retrieval.neighbors.tables import TableSettings, find_table
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.search.retriever import FlatRetriever
@@ -169,7 +169,8 @@ def test_what_a_graph_network_reads_of_it_is_the_same(whole, sharded):
         settings = {"exclude_window": 3, "keep_distances": True}
         writer = NeighborTableWriter(store.path, store.path, "flat", "l2", 1, 6, **settings)
         tables.append(writer.build())
-        assert find_table(store, store, "l2", "flat", 1, 4, 3).nearest(4).shape == (300, 4)
+        narrower = TableSettings("l2", "flat", 1, 4, exclude_window=3)
+        assert find_table(store, store, narrower).nearest(4).shape == (300, 4)
         memory = NeighborMemory(
             tables[-1].nearest(4), made.codes, 2, 2, 3, None, store.keys, store.values
         )
@@ -201,7 +202,7 @@ def test_tables_and_codes_of_shards_that_are_there_are_kept(whole, sharded, monk
         for work in (writer.build, lambda: build_codes(sharded, "SQ8")):
             with pytest.raises(KeyboardInterrupt):
                 work()
-    assert find_table(sharded, sharded, "l2", "flat", 1, 5) is None
+    assert find_table(sharded, sharded, TableSettings("l2", "flat", 1, 5)) is None
     assert not has_codes(sharded, "SQ8")
     with pytest.raises(InputError, match=r"codes-SQ8.json: is unfinished"):
         open_codes(sharded, "SQ8")

@@ -1,0 +1,292 @@
+"""The one way in which a product lies on disk: a datastore, an index, a neighbour table, codes, a
+cache.
+
+A product is files and, beside them, a manifest in JSON that says what they are, what they were made
+from and whether they are complete. It is made under a lock, by one process for all. Files appear
+whole, see `publishing`, or are filled row by row up to a mark from which a killed run goes on. What
+was made from something else than is at hand is refused in one sentence that names both sides.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import Timeout
+
+from neighborlm.common.errors import InputError
+from neighborlm.common.files import Lock, publishing
+from neighborlm.retrieval.store.arrays import (
+    Layout,
+    bytes_of,
+    check_room,
+    create_arrays,
+    open_array,
+)
+
+SYNC_SECONDS = 10.0
+"""How often what was filled is brought to disk and marked as done."""
+
+
+class Format(NamedTuple):
+    """What all products of a kind have in common.
+
+    Attributes:
+        kind: what they are, e.g. "datastore".
+        version: the newest that is understood, and the one that is written.
+        required: fields that every manifest has.
+        libraries: modules whose versions decide the content; manifests record them.
+    """
+
+    kind: str
+    version: int = 1
+    required: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One product, whether it is there or not.
+
+    Attributes:
+        format: what kind it is.
+        manifest: the JSON file; all else lies beside it.
+        name: what messages call it.
+    """
+
+    format: Format
+    manifest: Path
+    name: Path
+
+    @classmethod
+    def folder(cls, format: Format, path: Path) -> "Artifact":
+        """A product that is all of a folder."""
+        return cls(format, path / "manifest.json", path)
+
+    @classmethod
+    def file(cls, format: Format, path: Path) -> "Artifact":
+        """A product that is a file with a manifest beside it."""
+        return cls(format, path.with_name(f"{path.name}.json"), path)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        """Whether it was begun."""
+        return self.manifest.is_file()
+
+    def is_complete(self, expected: Mapping[str, Any] | None = None) -> bool:
+        """Whether it is there.
+
+        Args:
+            expected: what it must have been made from.
+
+        Raises:
+            InputError: the manifest cannot be read, or it is made from something else.
+        """
+        if not self.exists():
+            return False
+        manifest = self.read()
+        refuse_mismatch(self.name, manifest, expected or {})
+        return _is_complete(manifest)
+
+    def read(self) -> dict[str, Any]:
+        """The manifest, of a product in any state.
+
+        Raises:
+            InputError: missing, not JSON, incomplete, of another kind or a newer version.
+        """
+        path, format = self.manifest, self.format
+        expected = f"expected the manifest of a {format.kind}"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; {expected}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise InputError(f"{path}: is not JSON; {expected}") from None
+        if not isinstance(manifest, dict) or manifest.get("kind") != format.kind:
+            found = manifest.get("kind") if isinstance(manifest, dict) else manifest
+            raise InputError(f"{path}: describes {found!r}; {expected}")
+        version = manifest.get("version")
+        if not isinstance(version, int) or version > format.version:
+            raise InputError(
+                f"{path}: has format version {version}; this program reads up to {format.version}"
+            )
+        missing = [field for field in format.required if field not in manifest]
+        if missing:
+            raise InputError(f"{path}: lacks {', '.join(missing)}; {expected}")
+        return manifest
+
+    def open(self, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The manifest of a complete product.
+
+        Args:
+            expected: what it must have been made from.
+
+        Raises:
+            InputError: as `read`, or it is unfinished, or made from something else.
+        """
+        manifest = self.read()
+        refuse_mismatch(self.name, manifest, expected or {})
+        if not _is_complete(manifest):
+            raise InputError(f"{self.name}: is unfinished; repeat the command that was writing it")
+        return manifest
+
+    def says(self, fields: Mapping[str, Any]) -> bool:
+        """Whether it was begun and its manifest holds all of these fields."""
+        if not self.exists():
+            return False
+        return as_read(fields).items() <= self.read().items()
+
+    # -- making --------------------------------------------------------------------------------
+
+    def lock(self) -> Lock:
+        """To be held by whoever makes it."""
+        return Lock(self.manifest.with_name(f".{self.manifest.stem}.lock"))
+
+    def write(self, fields: Mapping[str, Any], complete: bool) -> None:
+        """Writes the manifest: a reader sees the old one or the new one.
+
+        Args:
+            fields: what it says beside its kind, version, command and libraries, or in their place.
+            complete: whether all that it describes is on disk.
+        """
+        libraries = ("neighborlm", *self.format.libraries)
+        manifest = {
+            "kind": self.format.kind,
+            "version": self.format.version,
+            "command": sys.argv,
+            "libraries": {name: _version_of(name) for name in libraries},
+            **fields,
+            "complete": complete,
+        }
+        with publishing(self.manifest) as making:
+            making.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+    def fill(
+        self,
+        fields: Mapping[str, Any],
+        arrays: Mapping[str, Layout],
+        step: int,
+        compute: Callable[[int, int], tuple[np.ndarray, ...]],
+        report: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
+        """Fills arrays from the first row to the last, and goes on where a killed run stopped.
+
+        Rows up to the manifest's `done` are on disk. Blocks begin at multiples of `step` also in a
+        run that goes on, so a result that depends on what is computed together stays the same.
+
+        Args:
+            fields: of the manifest, `rows` among them.
+            arrays: layout of each file, which lies beside the manifest.
+            step: rows to compute at once.
+            compute: from the first row and the one after the last to a block for each array.
+            report: called with how many rows are done, and how many there are.
+
+        Raises:
+            InputError: the disk has no room, or a file is not what it was begun as.
+        """
+        places = {self.manifest.parent / name: layout for name, layout in arrays.items()}
+        if not self.exists():
+            needed = {self.manifest.parent: bytes_of(places.values())}
+            check_room(needed, self.format.kind, "make room or choose a smaller one")
+            create_arrays(places)
+            self.write({**fields, "done": 0}, complete=False)
+        found = self.read()
+        if _is_complete(found):
+            return
+        opened = [open_array(path, layout, "r+") for path, layout in places.items()]
+        rows = fields["rows"]
+        done = found["done"] // step * step
+        last_sync = time.perf_counter()
+
+        def sync() -> None:
+            for array in opened:
+                array.flush()
+            self.write({**fields, "done": done}, complete=False)
+
+        report(done, rows)
+        try:
+            for first in range(done, rows, step):
+                last = min(first + step, rows)
+                for array, block in zip(opened, compute(first, last), strict=True):
+                    array[first:last] = block
+                done = last
+                report(done, rows)
+                if time.perf_counter() - last_sync > SYNC_SECONDS:
+                    sync()
+                    last_sync = time.perf_counter()
+        finally:
+            sync()
+        self.write({**fields, "done": rows}, complete=True)
+
+
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Some kinds had no such field up to version 0.1, and a manifest only once they were."""
+    return manifest.get("complete", True)
+
+
+@cache
+def _version_of(module: str) -> str:
+    return import_module(module).__version__
+
+
+def as_read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as a manifest gives them back: tuples are lists there."""
+    return json.loads(json.dumps(fields))
+
+
+def refuse_mismatch(
+    name: Path | str, found: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Compares what a product was made from with what is at hand.
+
+    Args:
+        name: of the product.
+        found: what its manifest says.
+        expected: what is at hand; only these keys are compared.
+
+    Raises:
+        InputError: one sentence that names the first difference and both sides of it.
+    """
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise InputError(
+                f"{name}: its {key.replace('_', ' ')} is {found.get(key)}, "
+                f"but {value} is expected here; use a matching one or another place"
+            )
+
+
+# -- work that several processes share -----------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """Making one product.
+
+    Attributes:
+        lock: held while it is made.
+        is_done: whether it is there. What is there needs no lock, so it may lie where nobody can
+            write.
+        work: makes it.
+    """
+
+    lock: Lock
+    is_done: Callable[[], bool]
+    work: Callable[[], None]
+
+
+def share_out(jobs: Sequence[Job]) -> None:
+    """Has each done by whichever process comes to it first, and returns when all are done."""
+    for wait in (0, -1):  # for one that another process is at, once there is no other
+        for job in jobs:
+            if job.is_done():
+                continue
+            with suppress(Timeout), job.lock.acquire(timeout=wait):
+                if not job.is_done():
+                    job.work()
