@@ -181,4 +181,3 @@ def test_what_is_there_needs_no_lock(tmp_path):
     lock = Artifact.file(INDEX, tmp_path / "nowhere" / "x").lock()
     share_out([Job(lock, lambda: True, lambda: pytest.fail("made again"))])
     assert not (tmp_path / "nowhere").exists()
-
