@@ -129,6 +129,12 @@ class Entries(NamedTuple):
         *columns, walks = self
         return Entries(*(column[first:] for column in columns), Walks(*(x[first:] for x in walks)))
 
+    def left_aligned(self) -> "Entries":
+        """The same, those of each walk without gaps."""
+        order = np.argsort(self.rows < 0, axis=1, kind="stable")
+        columns = (np.take_along_axis(column, order, axis=1) for column in self[:3])
+        return Entries(*columns, *self[3:])
+
     def carry(self, tokens: np.ndarray) -> np.ndarray:
         """Whose value is the token int64 `[W]` of its walk, bool `[W, n]`."""
         return (self.values == tokens[:, None].astype(self.values.dtype)) & (self.rows >= 0)
@@ -278,16 +284,16 @@ class AutomatonMemory(Memory):
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
         """See `Memory.distribution`: the entries' values and weights. Inside a stretch of text the
         targets count as known; what its last one is, `observe` says."""
-        steps = list(self._steps(asked))
+        steps = [(which, entries.left_aligned()) for which, entries in self._steps(asked)]
         widest = max((entries.rows.shape[1] for _, entries in steps), default=0)
         ids = torch.zeros(len(asked.positions), widest, dtype=torch.int64)
         probs = torch.zeros(len(asked.positions), widest)
         for which, entries in steps:
             width = entries.rows.shape[1]
-            weights = (torch.from_numpy(entries.scores) / self.temperature).softmax(dim=1)
+            scores = torch.from_numpy(entries.scores).double()  # see `say`
             ids[which, :width] = torch.from_numpy(entries.values.astype(np.int64))
-            probs[which, :width] = weights.nan_to_num(0.0)
-        return ids, probs
+            probs[which, :width] = (scores / self.temperature).softmax(dim=1).nan_to_num(0.0).float()
+        return ids.masked_fill_(probs == 0, 0), probs
 
     def observe(self, tokens: Tensor) -> None:
         """Moves on by tokens int64 `[n]`, which came in place of those asked about last."""
