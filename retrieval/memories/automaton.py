@@ -292,7 +292,8 @@ class AutomatonMemory(Memory):
             width = entries.rows.shape[1]
             scores = torch.from_numpy(entries.scores).double()  # see `say`
             ids[which, :width] = torch.from_numpy(entries.values.astype(np.int64))
-            probs[which, :width] = (scores / self.temperature).softmax(dim=1).nan_to_num(0.0).float()
+            weights = (scores / self.temperature).softmax(dim=1).nan_to_num(0.0)
+            probs[which, :width] = weights.float()
         return ids.masked_fill_(probs == 0, 0), probs
 
     def observe(self, tokens: Tensor) -> None:

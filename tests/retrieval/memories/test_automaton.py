@@ -133,7 +133,8 @@ def plain_walk(
         for row in voters:
             probs[values[row]] += math.exp(-distance[row] / TEMPERATURE)
         result.append((probs / probs.sum(), searched, len(pointers), list(voters)))
-        come_true = sorted((row for row in voters if values[row] == target), key=distance.__getitem__)
+        come_true = [row for row in voters if values[row] == target]
+        come_true.sort(key=distance.__getitem__)
         stops = {len(datastore) - 1, *ends, *(row - 1 for row in no_key)}
         pointers = [row + 1 for row in come_true if row not in stops]
     probs, searched, pointed, voters = zip(*result, strict=True)
@@ -267,7 +268,7 @@ def test_no_pointer_leads_to_a_row_without_a_key(store, asked, counting):
     datastore = store(masked)
     memory = memory_of(datastore, counting=counting)
     opinion = memory.say(asked)
-    probs, searched, pointed, voters = plain_walk(datastore, asked, counting)
+    probs, _, pointed, voters = plain_walk(datastore, asked, counting)
     np.testing.assert_array_equal(opinion.features["pointers"], pointed)
     there = probs[np.arange(TOKENS), asked.targets]
     np.testing.assert_allclose(opinion.log_probs.exp(), there, rtol=1e-4)
