@@ -231,8 +231,9 @@ class AutomatonMemory(Memory):
         """Loads what a first search would wait for."""
         self.retriever.prepare()
 
-    def begin_pass(self) -> None:
-        """Forgets all walks; connects the ranks where all search together."""
+    def begin_pass(self, text: np.ndarray | None = None) -> None:
+        """Forgets all walks; connects the ranks where all search together. The text is not needed:
+        what has come of it is asked about."""
         self.begun, self.last_steps = {}, []
         self.counts.clear()
         self.seconds.clear()
