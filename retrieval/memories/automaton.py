@@ -37,6 +37,7 @@ from neighborlm.common.contracts import (
     Want,
 )
 from neighborlm.common.errors import InputError
+from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.memories.knn import knn_log_prob, neighbor_scores
 from neighborlm.retrieval.memories.pointers import (
     Stretches,
@@ -207,14 +208,20 @@ class AutomatonMemory(Memory):
         """Numbers of those tokens that were the last ones of a stretch, and what voted for them."""
 
     @classmethod
-    def of(cls, resources: Resources, settings: AutomatonSettings) -> "AutomatonMemory":
-        """As the sections `knn` and `automaton` of the settings have it."""
+    def of(
+        cls, resources: Resources, settings: AutomatonSettings | None = None
+    ) -> "AutomatonMemory":
+        """As the sections `knn` and `automaton` of the settings have it; clusters that are missing
+        are made."""
         knn, datastore = resources.settings, resources.datastore()
+        settings = settings or AutomatonSettings()
         settings.check()
         check_rows(datastore)
         clusters = None
         if settings.clusters != 0:
-            clusters = ensure_clusters(datastore, cluster_count(datastore, settings.clusters))
+            count = cluster_count(datastore, settings.clusters)
+            with progress_bars(f"{count} clusters") as report:
+                clusters = ensure_clusters(datastore, count, report=report)
         return cls(
             datastore,
             resources.retriever(),

@@ -3,6 +3,7 @@ whatever the data."""
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -336,6 +337,23 @@ def test_members_of_more_clusters_than_there_is_room_for(doubles):
     assert found[1].tolist() == expected
     assert found[0].tolist() == [-1] * 6
     assert found[2].tolist() == ([0, 0] if doubles else [0, -1]) + [-1] * 4
+
+
+def test_is_made_as_the_settings_have_it(store, asked):
+    datastore = store()
+    knn = SimpleNamespace(k=K, temperature=TEMPERATURE, key_type="last_ffn_input")
+    knn.distances, knn.similarity = "exact", None
+    resources = SimpleNamespace(
+        settings=knn, datastore=lambda: datastore, retriever=lambda: Brute(datastore)
+    )
+    settings = AutomatonSettings(clusters="auto", max_pointers=60, walk_length=WALK)
+    memory = AutomatonMemory.of(resources, settings)
+    labels = np.load(datastore.path / "clusters-4.npy")
+    probs, *_ = plain_walk(datastore, asked, labels=labels)
+    of_targets = probs[np.arange(TOKENS), asked.targets]
+    memory.begin_pass()
+    np.testing.assert_allclose(memory.say(asked).log_probs.exp(), of_targets, rtol=1e-4)
+    assert AutomatonMemory.of(resources).clusters is None
 
 
 # -- clusters ------------------------------------------------------------------------------------
