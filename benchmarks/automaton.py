@@ -34,12 +34,17 @@ from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.engine.probing import NProbe
 from neighborlm.retrieval.memories.automaton import AutomatonMemory, AutomatonSettings
-from neighborlm.retrieval.memories.knn import knn_log_prob, neighbor_scores
+from neighborlm.retrieval.memories.knn import (
+    knn_log_prob,
+    neighbor_scores,
+    weighted_scores,
+)
 from neighborlm.retrieval.memories.mixers import ConstantMixer, mixture
 from neighborlm.retrieval.search.clusters import cluster_count, ensure_clusters
 from neighborlm.retrieval.search.index import FaissRetriever, open_retriever, read_index
 from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.thinning import open_weights
 
 AT_ONCE = 10240
 """Tokens asked about at a time, as in evaluate.py."""
@@ -114,7 +119,9 @@ def ask_automaton(memory: AutomatonMemory, text: Text) -> Asked:
 def ask_knn(
     datastore: Datastore, retriever: Retriever, k: int, temperature: float, text: Text
 ) -> Asked:
-    """A search for every token, distances from the stored keys."""
+    """A search for every token, distances from the stored keys; entries of a thinned datastore
+    count for all that they stand for."""
+    weights = open_weights(datastore)
     said, start = [], time.perf_counter()
     for block in text.blocks():
         queries = block.keys[KEY_TYPE].numpy()
@@ -123,6 +130,9 @@ def ask_knn(
         if not retriever.exact:
             distances = exact_distances(queries, found.rows, datastore, retriever.metric)
         scores = neighbor_scores(distances, found.rows, retriever.metric)
+        if weights is not None:
+            stand_for = torch.from_numpy(weights[found.rows].astype(np.float32))
+            scores = weighted_scores(scores, stand_for, temperature)
         hits = datastore.values_of(found.rows) == block.targets.numpy()[:, None]
         said.append(knn_log_prob(scores, torch.from_numpy(hits), temperature))
     return Asked(torch.cat(said), time.perf_counter() - start, {"saved": 0.0, "pointers": 0.0})
