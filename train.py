@@ -1,6 +1,6 @@
 """Fits a model from a config: `python train.py --config configs/<corpus>/lm.yaml`."""
 
-from neighborlm.programs.training import main
+from neighborlm.programs.train import main
 
 if __name__ == "__main__":
     main()

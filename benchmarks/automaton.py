@@ -28,11 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from neighborlm.common.contracts import Neighbors, Opinion, Retriever, Scored
+from neighborlm.common.contracts import NProbe, Opinion, Retriever, Scored
 from neighborlm.common.errors import InputError
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.retrieval.engine.probing import NProbe
 from neighborlm.retrieval.memories.automaton import AutomatonMemory, AutomatonSettings
 from neighborlm.retrieval.memories.knn import (
     knn_log_prob,
@@ -41,7 +40,8 @@ from neighborlm.retrieval.memories.knn import (
 )
 from neighborlm.retrieval.memories.mixers import ConstantMixer, mixture
 from neighborlm.retrieval.search.clusters import cluster_count, ensure_clusters
-from neighborlm.retrieval.search.index import FaissRetriever, open_retriever, read_index
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index import Search, open_retriever, read_index
 from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.thinning import open_weights
@@ -125,7 +125,7 @@ def ask_knn(
     said, start = [], time.perf_counter()
     for block in text.blocks():
         queries = block.keys[KEY_TYPE].numpy()
-        found = Neighbors(*retriever.search(queries, k, ordered=False))
+        found = retriever.search(queries, k, ordered=False)
         distances = found.distances
         if not retriever.exact:
             distances = exact_distances(queries, found.rows, datastore, retriever.metric)
@@ -373,7 +373,7 @@ def run(
         Text.read(Datastore.open(store), scores, limit)
         for store, scores in ((valid, valid_scores), (test, test_scores))
     ]
-    retriever = open_retriever(opened, index, "l2", nprobe)
+    retriever = open_retriever(opened, Search(index, nprobe=nprobe))
     settings = automaton or AutomatonSettings()
     rows = curve(opened, retriever, *texts, k, temperature, min_pointers, settings)
     tokens = len(texts[1])

@@ -28,7 +28,7 @@ from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.cluster.distributed import TOLERANCE, local_k, open_distributed
 from neighborlm.retrieval.cluster.ranks import HEADER_BYTES
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import NOT_BUILT
+from neighborlm.retrieval.search.index import Search, is_factory
 from neighborlm.retrieval.store.datastore import BLOCK_BYTES, Datastore
 from neighborlm.retrieval.store.sharded_builder import new_datastore
 from neighborlm.retrieval.store.shards import Kind
@@ -58,7 +58,7 @@ def make_datastore(path: Path, keys: int, dim: int, shards: int, kind: Kind) -> 
 
 def build_index(store: Datastore, factory: str) -> None:
     """For each shard."""
-    if factory in NOT_BUILT:
+    if not is_factory(factory):
         return
     trained = IndexBuilding(store, factory, "l2").train()
     for number in range(store.n_shards):
@@ -73,16 +73,16 @@ def work(send: Connection, rank: int, ranks: int, threads: int, where: Path, tas
         meeting = f"file://{where}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     store = Datastore.open(task["store"])
-    retriever = open_distributed(store, task["index"], "l2", task["nprobe"], rescore=True)
+    retriever = open_distributed(store, Search(task["index"], "l2", task["nprobe"]), rescore=True)
     mine = np.load(task["queries"])[rank::ranks]
     batches = np.array_split(mine, -(-len(mine) // task["at_once"]))
     for part in (batches[:1], batches):  # the first to warm up
-        retriever.connect()
+        retriever.begin_pass()
         if ranks > 1:
             dist.barrier()
         start, busy = time.perf_counter(), time.process_time()
-        found = [retriever.search(batch, task["k"])[1] for batch in part]
-        retriever.serve()
+        found = [retriever.search(batch, task["k"]).rows for batch in part]
+        retriever.end_pass()
         spent = time.perf_counter() - start, time.process_time() - busy
     counts = retriever.counts["seconds_searching"], retriever.local.exact
     send.send((np.concatenate(found), spent, *counts, retriever.communication))

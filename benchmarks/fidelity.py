@@ -23,20 +23,25 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from jsonargparse import auto_cli
+from torch import Tensor
 
 from benchmarks import fidelity_gnn
-from neighborlm.callbacks.knn_interpolation import KNNInterpolation
+from neighborlm.common.contracts import Retriever, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.models.language_model import TokenScores
+from neighborlm.models.scorer import Scorer
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.cli import quiet
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.retrieval.search.index import FaissRetriever, read_index
-from neighborlm.retrieval.search.retriever import FlatRetriever, Retriever
+from neighborlm.retrieval.memories import KNNMemory
+from neighborlm.retrieval.memories.mixers import mixture
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index import read_index
+from neighborlm.retrieval.search.retriever import FlatRetriever
 from neighborlm.retrieval.store.datastore import Datastore
 
+KEY_TYPE = "last_ffn_input"
 FOUND = -5000.0  # the original's log p_kNN of a target that no neighbour carries is near -10000
 
 
@@ -93,7 +98,6 @@ class Fixtures:
         self.scratch = scratch
         self.expected = json.loads((folder / "expected.json").read_text())
         self.model = load_model(folder / "checkpoint.pt")
-        self.model.key_type = "last_ffn_input"
         self.score = cache(self.score)
         self.datastore = cache(self.datastore)
 
@@ -118,7 +122,7 @@ class Fixtures:
 
     def score(
         self, split: str, break_mode: str, context_window: int, longest: int | None, drop: bool
-    ) -> TokenScores:
+    ) -> Scored:
         """Targets, log-probabilities and keys of a split, sorted by position."""
         hparams = self.model.hparams
         data = LMDataModule(
@@ -138,15 +142,16 @@ class Fixtures:
             enable_progress_bar=False,
             use_distributed_sampler=False,
         )
-        trainer.test(self.model, data.evaluation_dataloader(split), verbose=False)
-        parts = zip(*(batch[:4] for batch in keep.batches), strict=True)
+        scorer = Scorer(self.model, Want((KEY_TYPE,)))
+        trainer.test(scorer, data.evaluation_dataloader(split), verbose=False)
+        parts = zip(*map(columns_of, keep.batches), strict=True)
         columns = [torch.cat(part) for part in parts]
         order = columns[0].argsort()
-        return TokenScores(*(column[order] for column in columns))
+        return of_columns(*(column[order] for column in columns))
 
     def datastore(self, name: str, size: int) -> Datastore:
         """A raw datastore of the original, in place."""
-        width = self.model.key_width("last_ffn_input")
+        width = self.model.key_width(KEY_TYPE)
         source = self.artifacts(name) / f"dstore_{name}"
         return import_datastore(source, self.scratch / name, size, width)
 
@@ -174,7 +179,7 @@ class Fixtures:
         rows = slice(first, first + len(values))
         if not np.array_equal(scores.targets[rows], values):
             raise RuntimeError(f"{name}: the original's datastore has other values than ours")
-        keys = scores.keys[rows].numpy()
+        keys = scores.keys[KEY_TYPE][rows].numpy()
         values.astype(np.int64).tofile(self.scratch / f"dstore_{name}_vals.npy")
         lists, code_bytes = int(built["--ncentroids"]), int(built["--code_size"])
         width = keys.shape[1]
@@ -199,11 +204,21 @@ class Fixtures:
         raise InputError(f"{self.folder / 'expected.json'}: does not say how {name} was made")
 
 
+def columns_of(scored: Scored) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions, targets, log-probabilities and keys."""
+    return scored.positions, scored.targets, scored.log_probs, scored.keys[KEY_TYPE]
+
+
+def of_columns(positions: Tensor, targets: Tensor, log_probs: Tensor, keys: Tensor) -> Scored:
+    """The reverse of `columns_of`."""
+    return Scored(positions, targets, log_probs, {KEY_TYPE: keys})
+
+
 class KeepScores(pl.Callback):
     """Keeps what every test step returned."""
 
     def __init__(self) -> None:
-        self.batches: list[TokenScores] = []
+        self.batches: list[Scored] = []
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_) -> None:
         """Takes a batch's scores."""
@@ -228,21 +243,20 @@ def compute(case: Case, fixtures: Fixtures, faithful: bool = True) -> dict[str, 
     if not a.knnlm:
         return result
     datastore = fixtures.datastore(fixtures.datastore_name(case), a.dstore_size)
-    callback = KNNInterpolation(
+    memory = KNNMemory(
         datastore,
         fixtures.retriever(case, datastore),
         a.k,
-        a.lmbda,
+        key_type=KEY_TYPE,
         distances="index" if a.knn_sim_func == "do_not_recomp_l2" else "exact",
         similarity="ip" if a.knn_sim_func == "dot" else None,
         missing="last_row" if faithful else "left_out",
-        keep_scores=True,
     )
-    for part in zip(*(column.split(1024) for column in scores[:4]), strict=True):
-        callback.on_test_batch_end(None, fixtures.model, TokenScores(*part), None, 0)
-    callback.on_test_epoch_end(None, fixtures.model)
-    table = callback.mixture.table.gathered()
-    return {**result, "knn": table["knn_log_prob"], "mixed": table["log_prob"]}
+    parts = zip(*(column.split(8192) for column in columns_of(scores)), strict=True)
+    knn = torch.cat([memory.say(of_columns(*part)).log_probs for part in parts])
+    log_probs = (scores.log_probs.double(), knn.double())
+    mixed = mixture(log_probs, (1 - a.lmbda, a.lmbda)).float()
+    return {**result, "knn": knn.numpy(), "mixed": mixed.numpy()}
 
 
 def compare(case: Case, fixtures: Fixtures) -> dict:

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.retrieval.engine.probing import NProbe
-from neighborlm.retrieval.memories.knn import interpolate, knn_log_prob, neighbor_scores
+from neighborlm.common.contracts import NProbe
+from neighborlm.retrieval.memories.knn import knn_log_prob, neighbor_scores
+from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import auto_factory, open_retriever
 from neighborlm.retrieval.search.rescoring import exact_distances
-from neighborlm.retrieval.search.retriever import Retriever
+from neighborlm.common.contracts import Retriever
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 FACTORIES = (
@@ -101,7 +102,9 @@ def perplexity(memory: Datastore, questions: Questions, answers: Answers, exact:
         scores = neighbor_scores(distances, rows, "l2")
         hits = torch.from_numpy(memory.values[rows] == questions.targets[part, None])
         knn = knn_log_prob(scores, hits & ~scores.isneginf())
-        total -= interpolate(questions.lm_log_prob[part], knn, LMBDA).double().sum().item()
+        total -= (
+            mixture((questions.lm_log_prob[part], knn), (1 - LMBDA, LMBDA)).double().sum().item()
+        )
     return math.exp(total / len(questions.queries))
 
 

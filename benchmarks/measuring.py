@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,11 +20,12 @@ import faiss
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from rich import box
 from rich.table import Table
 
 from neighborlm.datamodules.blocks import BreakMode
-from neighborlm.programs import evaluation, training
+from neighborlm.programs import evaluate, train
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "text"
 
@@ -98,6 +100,22 @@ class MadeUp:
         return command + [f"--model.{name}={value}" for name, value in flags.items()]
 
 
+class StepClock(Callback):
+    """When each update began and ended, and how many tokens it had."""
+
+    steps: list[tuple[float, float, int]] = []  # noqa: RUF012  read after the run, by the class
+
+    def on_train_batch_start(self, *_) -> None:
+        """Begins an update."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx
+    ) -> None:
+        """Ends it."""
+        self.steps.append((self.began, time.perf_counter(), int(batch.scored.sum())))
+
+
 def in_child(send: Connection, log: Path, function: Callable, args: tuple) -> None:
     """Sends what a function gives, and this process's peak of resident memory; what it prints goes
     to a file."""
@@ -129,17 +147,15 @@ def program(command: list[str], run_dir: Path, threads: int) -> dict[str, Any]:
     it logs at) or results.json."""
     sys.argv = [*command, "--trainer.default_root_dir", str(run_dir), "--threads", str(threads)]
     if command[0] == "train.py":
-        training.main()
+        train.main()
         said = run_dir / "training.json"
         return json.loads(said.read_text()) if said.is_file() else {}
-    cli = evaluation.EvaluateCLI()
-    stages = evaluation.Evaluation(cli)
+    cli = evaluate.EvaluateCLI()
+    subject = evaluate.subject_of(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        stages.make_products("train")
-        results = {}
-    else:
-        results = stages.evaluate(cli.config.split or "test")
-    return results | {"stage_seconds": stages.seconds}
+        return {"stage_seconds": evaluate.make_stages(cli, subject)}
+    evaluated = evaluate.evaluate_subject(cli, subject)
+    return evaluated.results | {"stage_seconds": evaluated.seconds}
 
 
 def summary(runs: list[dict], peaks: list[int]) -> dict:

@@ -28,7 +28,7 @@ from neighborlm.datamodules.graphs import hetero_graph
 from neighborlm.datamodules.lm import LMBatch, LMDataModule
 from neighborlm.models.adaptive import OutputSoftmax, PlainSoftmax
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
+from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.neighbors.tables import NeighborTable, compacted, outside_window
@@ -148,9 +148,9 @@ def all_log_probs(softmax: OutputSoftmax, hidden: Tensor, targets: Tensor) -> Te
     return result
 
 
-def forward(model: LanguageModel, batch: LMBatch) -> tuple[Tensor, Tensor]:
+def forward(model: TransformerLM, batch: LMBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities `[n]` and keys `[n, d]` of the scored tokens."""
-    hidden, features = model(batch.tokens, [KEY_TYPE])
+    hidden, features = model.hidden(batch.tokens, [KEY_TYPE])
     targets = batch.targets.masked_fill(~batch.scored, PAD).flatten()
     every = all_log_probs(model.softmax, hidden.flatten(0, 1), targets)
     log_probs = every.gather(1, targets[:, None]).view(batch.targets.shape)
@@ -299,7 +299,7 @@ class MessagePassing(nn.Module):
         """Log-probabilities of the scored tokens of one row, which is one graph."""
         there = batch.positions[row] >= 0
         with torch.no_grad(), timed(seconds, "LM"):
-            hidden = self.model.lm(batch.tokens[row : row + 1, there])[0][0]
+            hidden = self.model.lm.hidden(batch.tokens[row : row + 1, there])[0][0]
         with timed(seconds, "graph"):
             neighbors = self.table[batch.positions[row, there].numpy()].astype(np.int64)
             graph = hetero_graph(

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks.automaton import Text, ask_knn, mixed
 from neighborlm.callbacks.index_builder import IndexBuilder
+from neighborlm.common.contracts import NProbe
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.retrieval.engine.probing import NProbe
-from neighborlm.retrieval.search.index import open_retriever
+from neighborlm.retrieval.search.index import Search, open_retriever
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.thinning import open_weights
 
@@ -33,8 +33,9 @@ def figures(
 ) -> dict[str, float]:
     """What a datastore takes and gives."""
     datastore = Datastore.open(path)
-    IndexBuilder(path, index, "l2").build()
-    retriever = open_retriever(datastore, index, "l2", nprobe)
+    search = Search(index, nprobe=nprobe)
+    IndexBuilder(path, search).build()
+    retriever = open_retriever(datastore, search)
     retriever.prepare()
     asked = {
         temperature: ask_knn(datastore, retriever, k, temperature, valid)

@@ -22,13 +22,13 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from pytorch_lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import nn
 
 from benchmarks.measuring import (
     Data,
     MadeUp,
+    StepClock,
     apart,
     environment,
     new_table,
@@ -84,28 +84,10 @@ class Settings:
     variants: tuple[str, ...] = ("default",)
 
 
-class StepClock(Callback):
-    """When each update began and ended, and how many tokens it had."""
-
-    steps: list[tuple[float, float, int]] = []  # noqa: RUF012  read after the run, by the class
-
-    def on_train_batch_start(self, *_) -> None:
-        """Begins an update."""
-        self.began = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx
-    ) -> None:
-        """Ends it."""
-        self.steps.append((self.began, time.perf_counter(), int(batch.scored.sum())))
-
-
 def by_lightning(command: list[str], run_dir: Path, threads: int, first: int) -> dict[str, Any]:
     """Runs train.py; tokens, seconds, and how many of these passed between updates, where the
     loader works."""
-    from benchmarks.training import StepClock  # the class that the command line names
-
-    program([*command, "--trainer.callbacks+=benchmarks.training.StepClock"], run_dir, threads)
+    program([*command, "--trainer.callbacks+=benchmarks.measuring.StepClock"], run_dir, threads)
     return counted(StepClock.steps, first)
 
 

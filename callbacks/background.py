@@ -8,7 +8,7 @@ from functools import partial
 import faiss
 import torch
 
-from neighborlm.retrieval.engine.parallel import pool
+from neighborlm.common.interrupts import thread_pool
 
 
 class Background:
@@ -23,7 +23,7 @@ class Background:
         self.ahead = ahead
         # These counts are a thread's own, but that of torch's matrix products is everyone's: the
         # thread runs already, so that whoever sets it next has the last word.
-        self.pool = pool(1, partial(_take_threads, threads) if threads is not None else None)
+        self.pool = thread_pool(1, partial(_take_threads, threads) if threads is not None else None)
         self.tasks: deque[Future] = deque()
 
     def submit(self, task: Callable, *args) -> None:

@@ -8,6 +8,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 
 from neighborlm.callbacks.background import Background
+from neighborlm.common.contracts import Want
 from neighborlm.retrieval.store.datastore import DatastoreBuilder
 from neighborlm.retrieval.store.sharded_builder import ShardedBuilder
 
@@ -15,18 +16,25 @@ from neighborlm.retrieval.store.sharded_builder import ShardedBuilder
 class DatastoreWriter(BasePredictionWriter):
     """Writes each token's key and value to the row of its position, while the model goes on.
 
-    Every rank opens the same store and writes the rows of its own batches.
+    It reads what a `Scorer` of `want` predicts. Every rank opens the same store and writes the rows
+    of its own batches.
 
     Args:
         builder: the datastore in the making.
+        key_type: of its keys.
         sync_seconds: how often what was written is brought to disk and marked as done.
     """
 
     def __init__(
-        self, builder: DatastoreBuilder | ShardedBuilder, sync_seconds: float = 10.0
+        self,
+        builder: DatastoreBuilder | ShardedBuilder,
+        key_type: str,
+        sync_seconds: float = 10.0,
     ) -> None:
         super().__init__(write_interval="batch")
         self.builder = builder
+        self.key_type = key_type
+        self.want = Want((key_type,), log_probs=False)
         self.sync_seconds = sync_seconds
         self.background = Background()
         self.last_sync = time.perf_counter()
@@ -44,7 +52,7 @@ class DatastoreWriter(BasePredictionWriter):
         self.background.submit(
             self._write,
             prediction.positions.cpu().numpy(),
-            prediction.keys.float().cpu().numpy(),
+            prediction.keys[self.key_type].float().cpu().numpy(),
             prediction.targets.cpu().numpy(),
         )
 

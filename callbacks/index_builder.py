@@ -8,9 +8,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import NOT_BUILT, is_path, lies_in_shards, resolve
+from neighborlm.retrieval.search.index import Search, is_factory, lies_in_shards, resolve
 from neighborlm.retrieval.search.index_recall import as_sentence
-from neighborlm.retrieval.search.retriever import Metric
 from neighborlm.retrieval.store.artifact import share_out
 from neighborlm.retrieval.store.datastore import Datastore
 
@@ -20,8 +19,7 @@ class IndexBuilder(Callback):
 
     Args:
         datastore: directory of the datastore, complete by the time the index is built.
-        index: `auto`, `flat` or `torch` (nothing to build) or a faiss factory string.
-        metric: how keys are compared.
+        search: by what; kinds of index that need no building and files are left alone.
         seed: of the training sample.
         shard: index this one alone, by a quantiser trained on its keys unless one lies beside the
             manifest of the whole.
@@ -30,14 +28,12 @@ class IndexBuilder(Callback):
     def __init__(
         self,
         datastore: Path,
-        index: str,
-        metric: Metric,
+        search: Search,
         seed: int = 1,
         shard: int | None = None,
     ) -> None:
         self.datastore = datastore
-        self.index = index
-        self.metric = metric
+        self.search = search
         self.seed = seed
         self.shard = shard
         self.seconds: Counter[str] = Counter()
@@ -52,11 +48,11 @@ class IndexBuilder(Callback):
         others wait for it. Of a datastore in shards each gets its own, from whichever process
         comes to it first."""
         datastore = Datastore.open(self.datastore, self.shard)
-        factory = resolve(datastore, self.index)
-        if factory in NOT_BUILT or is_path(factory):
+        factory, metric = resolve(datastore, self.search.index), self.search.metric
+        if not is_factory(factory):
             return
-        whole = IndexBuilding(datastore, factory, self.metric, self.seed)
-        if self.shard is None and not lies_in_shards(datastore, factory, self.metric):
+        whole = IndexBuilding(datastore, factory, metric, self.seed)
+        if self.shard is None and not lies_in_shards(datastore, self.search):
             share_out([whole.job(partial(self._build, whole, f"index {factory}"))])
             return
         with progress_bars(f"index {factory}") as report:
@@ -64,7 +60,7 @@ class IndexBuilder(Callback):
         self.seconds += Counter(whole.seconds)
         jobs = []
         for shard in datastore.shards() or [datastore]:
-            building = IndexBuilding(shard, factory, self.metric, self.seed, whole.trained_path)
+            building = IndexBuilding(shard, factory, metric, self.seed, whole.trained_path)
             title = f"index {factory}, shard {shard.part.number}"
             jobs.append(building.job(partial(self._build, building, title)))
         share_out(jobs)

@@ -13,13 +13,12 @@ from typing import Any
 import faiss
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from neighborlm.callbacks.background import Background
 from neighborlm.callbacks.core_sharing import CoreSharing
 from neighborlm.callbacks.tally import Tally
 from neighborlm.common.contracts import Memory, Mixer, Opinion, Scored
-from neighborlm.retrieval.memories.mixers import mixture
+from neighborlm.retrieval.memories.mixers import features_of, mixture
 
 FIRST_TOKENS, TOKENS_AT_ONCE = 2048, 10240
 """Tokens that memories are first asked about, so that they begin soon, and at most: lists that many
@@ -147,20 +146,17 @@ class Interpolation(Callback):
                     opinions[name] = memory.say(asked)
                     memory.observe(asked.targets)
             with self._timed("mix"):
-                self.tally.add(asked, opinions, self._mixed(asked, opinions))
+                self._mix(asked, opinions)
         self.ended += 1
 
-    def _mixed(self, asked: Scored, opinions: Mapping[str, Opinion]) -> Tensor | None:
-        """log p of the mixture, fp64 `[n]`."""
+    def _mix(self, asked: Scored, opinions: Mapping[str, Opinion]) -> None:
+        """Mixes and tallies."""
         if self.mixer is None:
-            return None
-        features = {
-            f"{name}.{feature}": column
-            for name, opinion in opinions.items()
-            for feature, column in opinion.features.items()
-        }
-        weights = self.mixer.weights(features, len(asked.positions))
+            self.tally.add(asked, opinions)
+            return
+        weights = self.mixer.weights(features_of(opinions), len(asked.positions)).unbind(dim=1)
         # torch computes single numbers and vectors by functions that differ in the last digit: in
         # fp32 the figure of a token would depend on how many come with it.
         log_probs = [asked.log_probs, *(opinion.log_probs for opinion in opinions.values())]
-        return mixture([log_prob.double() for log_prob in log_probs], weights.unbind(dim=1))
+        mixed = mixture([log_prob.double() for log_prob in log_probs], weights)
+        self.tally.add(asked, opinions, mixed, dict(zip(("lm", *opinions), weights, strict=True)))

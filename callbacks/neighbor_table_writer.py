@@ -6,13 +6,12 @@ from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
-import torch
 from filelock import Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from neighborlm.common.contracts import Retriever
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.cluster.distributed import open_distributed
-from neighborlm.retrieval.engine.probing import NProbe
 from neighborlm.retrieval.neighbors.tables import (
     NeighborSearch,
     NeighborTable,
@@ -20,8 +19,7 @@ from neighborlm.retrieval.neighbors.tables import (
     find_table,
     lock_of_tables,
 )
-from neighborlm.retrieval.search.index import is_path, open_retriever, resolve
-from neighborlm.retrieval.search.retriever import Metric, Retriever
+from neighborlm.retrieval.search.index import Search, is_path, open_retriever, resolve
 from neighborlm.retrieval.store.artifact import Job, share_out
 from neighborlm.retrieval.store.datastore import Datastore
 
@@ -32,14 +30,11 @@ class NeighborTableWriter(Callback):
     Args:
         queries: directory of the split's own datastore, complete by the time of the search.
         memory: directory of the datastore to search; so must its index be.
-        index: `auto`, `flat`, a faiss factory string or the path of an index.
-        metric: how keys are compared.
-        nprobe: inverted lists to visit.
+        search: how.
         k: neighbours a token.
         exclude_window: of a split that searches itself, leave out the rows less than this many
             tokens away.
         keep_distances: keep them beside the rows.
-        device: where the index `torch` computes.
         shard: the one of the memory's shards that this host has, where others have the others; of
             `queries` too where that is the same datastore.
     """
@@ -48,24 +43,18 @@ class NeighborTableWriter(Callback):
         self,
         queries: Path,
         memory: Path,
-        index: str,
-        metric: Metric,
-        nprobe: NProbe,
+        search: Search,
         k: int,
         exclude_window: int = 0,
         keep_distances: bool = False,
-        device: str | torch.device = "cpu",
         shard: int | None = None,
     ) -> None:
         self.queries = queries
         self.memory = memory
-        self.index = index
-        self.metric: Metric = metric
-        self.nprobe = nprobe
+        self.search = search
         self.k = k
         self.exclude_window = exclude_window
         self.keep_distances = keep_distances
-        self.device = device
         self.shard = shard
         self.seconds = 0.0
         """Time of the search; 0 when nothing was searched."""
@@ -87,24 +76,26 @@ class NeighborTableWriter(Callback):
         """
         memory = Datastore.open(self.memory, self.shard)
         queries = memory if self.queries == self.memory else Datastore.open(self.queries)
-        name = resolve(memory, self.index)
+        search = self.search
+        name = resolve(memory, search.index)
         name = Path(name).name if is_path(name) else name
         settings = TableSettings(
-            self.metric, name, self.nprobe, self.k, self.exclude_window, self.keep_distances
+            search.metric, name, search.nprobe, self.k, self.exclude_window, self.keep_distances
         )
         parts = queries.shards() or [queries]
 
         @cache
         def retriever() -> Retriever:
-            how = (memory, self.index, self.metric, self.nprobe, self.device)
-            return open_retriever(*how) if self.shard is None else open_distributed(*how)
+            if self.shard is None:  # each process searches for other tokens, by itself
+                return open_retriever(memory, search)
+            return open_distributed(memory, search)
 
         def work(number: int) -> None:
             start = time.perf_counter()
-            search = NeighborSearch(parts[number], memory, retriever(), settings)
+            filling = NeighborSearch(parts[number], memory, retriever(), settings)
             shard = f", shard {number}" if len(parts) > 1 else ""
             with progress_bars(f"neighbours k={self.k}{shard}") as report:
-                search.run(report)
+                filling.run(report)
             self.seconds += time.perf_counter() - start
 
         jobs = [
@@ -118,10 +109,10 @@ class NeighborTableWriter(Callback):
         if self.shard is None:
             share_out(jobs)
         else:
-            retriever().connect()
+            retriever().begin_pass()
             with suppress(Timeout), jobs[0].lock.acquire(timeout=0):
                 for job in jobs:
                     if not job.is_done():
                         job.work()
-            retriever().serve()
+            retriever().end_pass()
         return find_table(queries, memory, settings)

@@ -31,13 +31,20 @@ class Tally:
         self.sums: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
 
-    def add(self, asked: Scored, opinions: Mapping[str, Opinion], mixed: Tensor | None) -> None:
+    def add(
+        self,
+        asked: Scored,
+        opinions: Mapping[str, Opinion],
+        mixed: Tensor | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Adds n tokens.
 
         Args:
             asked: what the model says of them.
             opinions: by memory.
             mixed: fp64 `[n]`, the mixture's log-probabilities, if there is a mixture.
+            weights: fp64 `[n]` of the model, under `lm`, and of each memory.
         """
         columns = {"position": asked.positions, "target": asked.targets}
         if asked.lm_log_probs is None:
@@ -51,6 +58,8 @@ class Tally:
             for feature, column in opinion.features.items():
                 columns[f"{name}.{feature}"] = column
                 self._count(f"{name}.{feature}", column[column.isfinite()].double())
+        for name, weight in (weights or {}).items():
+            self._count(f"weight.{name}", weight.double())
         if mixed is not None:
             self.loss.update(mixed)
             columns["log_prob"] = mixed.float()
@@ -66,8 +75,9 @@ class Tally:
         self.loss.to(device)
 
     def statistics(self) -> dict[str, float]:
-        """Means over the tokens of all ranks: of each memory's features, where they are finite, and
-        under `<memory>.has_target` the share of tokens to which it gives a probability."""
+        """Means over the tokens of all ranks: of each memory's features, where they are finite,
+        under `<memory>.has_target` the share of tokens to which it gives a probability, and under
+        `weight.<source>` the weight."""
         sums, counts = self.sums, self.counts
         if dist.is_available() and dist.is_initialized():
             parts: list = [None] * dist.get_world_size()

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
+
+from neighborlm.common.contracts import Scored, Want
 
 
 class ScoreTable:
@@ -30,27 +31,19 @@ class ScoreTable:
         return {name: column[order] for name, column in columns.items()}
 
 
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, on the CPU; the tensor itself without ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = tensor.to(device)
-    dist.all_reduce(total)
-    return total.cpu()
-
-
 class LMScores(Callback):
     """Keeps `position`, `target` and `lm_log_prob` of every token of a test run, and
     `gnn_log_prob` where a graph network sits on the LM."""
+
+    want = Want()
 
     def __init__(self) -> None:
         self.table = ScoreTable()
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx, *_
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Scored, batch, batch_idx, *_
     ) -> None:
-        """Takes what the model's test step returned."""
+        """Adds what the test step of a `Scorer` returned."""
         log_probs = {"lm_log_prob": outputs.log_probs}
         if outputs.lm_log_probs is not None:
             log_probs = {"lm_log_prob": outputs.lm_log_probs, "gnn_log_prob": outputs.log_probs}

@@ -134,16 +134,14 @@ class LanguageModel(Protocol):
 
 
 @runtime_checkable
-class Backbone(Protocol):
-    """What a graph network stands on: a language model in its parts.
+class Backbone(LanguageModel, Protocol):
+    """What a graph network stands on: a language model, and its parts.
 
     Attributes:
         width: of its hidden vectors, and of its word vectors.
-        max_target_positions: longest row of tokens that it reads.
     """
 
     width: int
-    max_target_positions: int
 
     def hidden(
         self, tokens: Tensor, key_types: Sequence[str] = ()
@@ -186,6 +184,63 @@ class Vocabulary(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
+        ...
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+class TokenStream(Protocol):
+    """A split of a corpus as token ids.
+
+    Attributes:
+        tokens: integers `[N]`, ids of all lines one after another, usually memory-mapped.
+        line_starts: int64 `[lines + 1]`; line i is `tokens[line_starts[i] : line_starts[i + 1]]`.
+    """
+
+    tokens: np.ndarray
+    line_starts: np.ndarray
+
+
+class Corpus(Protocol):
+    """A text that has been split and turned into token ids, whatever files these come from.
+
+    Attributes:
+        name: for folders of what is made from it, such as `runs/<name>`.
+        dictionary: its vocabulary.
+    """
+
+    name: str
+    dictionary: Vocabulary
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split."""
+        ...
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of a split.
+
+        Raises:
+            InputError: no such split.
+        """
+        ...
+
+    def fingerprint(self, split: str) -> str:
+        """Identifies the tokens of a split and where its lines end, whatever file they are in."""
+        ...
+
+
+class NeighborReader(Protocol):
+    """Gives batches of a split what a graph network reads besides the text."""
+
+    def neighborhood(self, positions: np.ndarray) -> tuple:
+        """Neighbours of tokens int64 `[B, T]`, -1 where padded, as a named tuple of tensors such as
+        `datamodules.graphs.Neighborhood`."""
+        ...
+
+    def features_of(self, positions: np.ndarray) -> Tensor | None:
+        """Stored features of tokens int64 `[B, T]`, fp32 `[B, T, d]`; None where the model computes
+        them itself."""
         ...
 
 

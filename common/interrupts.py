@@ -2,7 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 
@@ -25,3 +26,14 @@ def interrupts_held() -> Iterator[list[int]]:
 
 def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def thread_pool(threads: int, initializer: Callable | None = None) -> ThreadPoolExecutor:
+    """Threads, the first of which runs: where an interrupt comes while that one starts, nobody
+    would ever end it, and the process would wait for it for good. (It tells later ones to end.)"""
+    workers = ThreadPoolExecutor(threads, initializer=initializer)
+    with interrupts_held() as held:
+        workers.submit(int).result()
+    if held:
+        signal.raise_signal(held[0])  # for whoever holds interrupts, if anybody does
+    return workers

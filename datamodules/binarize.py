@@ -1,31 +1,44 @@
-"""From a text file to token ids on disk, once, by all cores, in chunks of whole lines.
+"""From a file to token ids on disk, once, by all cores, in chunks of whole lines.
 
 A binarised split is `tokens.npy` [N] (the smallest unsigned integer that holds the vocabulary;
-every line ends with `</s>`) and `line_starts.npy` int64 [lines + 1].
+every line ends with `</s>`) and `line_starts.npy` int64 [lines + 1]. The file is text, or what
+nanoGPT's preparation writes: ids of an unknown vocabulary, uint16 and nothing else, whose decimal
+numbers are then the symbols.
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from rich.progress import track
 
 from neighborlm.common.errors import InputError
-from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary
+from neighborlm.datamodules.dictionary import (
+    BYTE_ORDER_MARK,
+    EOS,
+    NEWLINE,
+    SPACE_SYMBOL,
+    UNK,
+    Dictionary,
+    Level,
+)
+from neighborlm.datamodules.publishing import NO_ROOM, DiskFull
 
-LEVELS = ("word", "char", "byte")
-SPACE_SYMBOL = "▁"
+LEVELS = get_args(Level)
 CHUNK_BYTES = 4 << 20
 CHUNKS_PER_WORKER = 4  # a process costs seconds to start: below this many chunks it does not repay
-NEWLINE = -1  # marks a line end among the ids: a literal `</s>` in the text is not one
+ID_TYPE = np.dtype("<u2")
+"""Of the ids in a file of nanoGPT."""
 
 
 @dataclass(frozen=True)
@@ -58,54 +71,123 @@ def smallest_unsigned(n_values: int) -> np.dtype:
     return np.min_scalar_type(max(n_values - 1, 0))
 
 
-def count_symbols(path: Path, level: str, workers: int) -> Counter[str]:
-    """How often each symbol of the text occurs."""
+def count_symbols(path: Path, level: Level | Literal["id"], workers: int) -> Counter[str]:
+    """How often each symbol of a file occurs.
+
+    Args:
+        level: what the symbols of a text are, or `id` for a file of ids.
+    """
     total: Counter[str] = Counter()
-    for counts in _over_chunks(
-        partial(_count_chunk, level=level), path, workers, f"counting {path.name}"
-    ):
+    chunks = _chunks(path, level == "id")
+    count = partial(_count_chunk, path, level=level)
+    for counts in _over_chunks(count, chunks, path, workers, "counting"):
         total.update(counts)
     return total
 
 
-def binarize(path: Path, dictionary: Dictionary, level: str, folder: Path, workers: int) -> None:
-    """Writes `tokens.npy` and `line_starts.npy` of a text file to `folder`.
+def binarize(
+    path: Path, dictionary: Dictionary, folder: Path, workers: int, ids: bool = False
+) -> None:
+    """Writes `tokens.npy` and `line_starts.npy` of a file to `folder`.
 
     Unknown symbols become `<unk>`. At word level a line is split at white space and always ends
     with `</s>`; at character and byte level a space is written `▁` and `</s>` stands for the
-    newline itself, so that there are as many tokens as characters (bytes).
+    newline itself, so that there are as many tokens as characters (bytes). A byte order mark at
+    the beginning of a text is no part of it, but for bytes.
+
+    Args:
+        ids: whether the file holds ids, all on one line without end.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 or has no tokens.
+        DiskFull: there is no room for the tokens.
     """
     dtype = smallest_unsigned(len(dictionary))
-    n_tokens = 0
-    line_ends: list[np.ndarray] = []
-    raw = folder / "tokens.raw"
-    encode = partial(_encode_chunk, dictionary=dictionary, level=level, dtype=dtype)
-    with open(raw, "wb") as out:
-        for ids, ends in _over_chunks(encode, path, workers, f"binarising {path.name}"):
-            out.write(ids.tobytes())
+    encode = partial(_encode_chunk, path, dictionary=dictionary, dtype=dtype, ids=ids)
+    chunks = _chunks(path, ids)
+    n_tokens, line_ends = 0, []
+    with NpyWriter(folder / "tokens.npy", dtype) as tokens:
+        encoded = _over_chunks(encode, chunks, path, workers, "binarising")
+        for done, (symbols, ends) in enumerate(encoded, 1):
             line_ends.append(ends + n_tokens)
-            n_tokens += len(ids)
+            n_tokens += len(symbols)
+            tokens.append(symbols, n_tokens * len(chunks) / done)
     if n_tokens == 0:
         raise InputError(f"{path}: has no tokens; expected a text with at least one word")
     starts = np.concatenate([[0], *line_ends]).astype(np.int64)
     if starts[-1] != n_tokens:  # a last line without newline, at character level
         starts = np.append(starts, n_tokens)
-    np.save(folder / "line_starts.npy", starts)
-    tokens = open_memmap(folder / "tokens.npy", mode="w+", dtype=dtype, shape=(n_tokens,))
-    tokens[:] = np.memmap(raw, dtype=dtype, mode="r", shape=(n_tokens,))
-    tokens.flush()
-    raw.unlink()
+    with NpyWriter(folder / "line_starts.npy", starts.dtype) as line_starts:
+        line_starts.append(starts, len(starts))
 
 
-def _over_chunks(work: Callable, path: Path, workers: int, title: str) -> Iterator:
-    """`work(path, start, stop)` for every chunk of whole lines, results in file order."""
-    size = path.stat().st_size
-    chunks = list(_chunk_bounds(path, size))
+class NpyWriter:
+    """A one-dimensional .npy file that grows by plain writes: through a memory map a full disk
+    would end the program with a bus error.
+
+    Args:
+        path: of the file.
+        dtype: of its items.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.dtype = np.dtype(dtype)
+        self.length = 0
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115
+
+    def __enter__(self) -> "NpyWriter":
+        self._write_header()
+        return self
+
+    def append(self, items: np.ndarray, expected: float) -> None:
+        """Adds items.
+
+        Args:
+            expected: how many there will be in the end, about.
+
+        Raises:
+            DiskFull: they did not fit.
+        """
+        left = memoryview(np.ascontiguousarray(items, self.dtype)).cast("B")
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise DiskFull(error, expected * self.dtype.itemsize) from None
+        self.length += len(items)
+
+    def __exit__(self, *failure: object) -> None:
+        with self.file:
+            if failure == (None, None, None):
+                self.file.seek(0)
+                self._write_header()  # numpy leaves room for a longer shape
+
+    def _write_header(self) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.length,),
+        }
+        write_array_header_1_0(self.file, header)
+
+
+def _over_chunks(
+    work: Callable, chunks: Sequence[tuple[int, int]], path: Path, workers: int, doing: str
+) -> Iterator:
+    """`work(start, stop)` for every chunk of a file, results in the file's order."""
     starts, stops = [a for a, _ in chunks], [b for _, b in chunks]
-    paths = [path] * len(chunks)
-    with _mapper(work, min(workers, len(chunks) // CHUNKS_PER_WORKER)) as parallel_map:
-        results = parallel_map(paths, starts, stops)
-        yield from track(results, description=title, total=len(chunks), transient=True)
+    title = f"{doing} {path.name}"
+    try:
+        with _mapper(work, min(workers, len(chunks) // CHUNKS_PER_WORKER)) as parallel_map:
+            results = parallel_map(starts, stops)
+            yield from track(results, description=title, total=len(chunks), transient=True)
+    except BrokenProcessPool:
+        raise InputError(
+            f"{path}: a process that was {doing} it has ended, for want of memory or because a "
+            'script makes it without `if __name__ == "__main__":`; give the command again'
+        ) from None
 
 
 @contextmanager
@@ -134,7 +216,19 @@ class _Worker:
         return cls.work(*chunk)
 
 
-def _chunk_bounds(path: Path, size: int) -> Iterator[tuple[int, int]]:
+def _chunks(path: Path, ids: bool) -> list[tuple[int, int]]:
+    """Where the pieces of a file begin and end: whole lines of text, or whole ids."""
+    try:
+        size = path.stat().st_size
+        if ids:
+            starts = range(0, size, CHUNK_BYTES + CHUNK_BYTES % ID_TYPE.itemsize)
+            return list(zip(starts, [*starts[1:], size], strict=True)) if size else []
+        return list(_whole_lines(path, size))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a file that can be read") from None
+
+
+def _whole_lines(path: Path, size: int) -> Iterator[tuple[int, int]]:
     with open(path, "rb") as file:
         start = 0
         while start < size:
@@ -145,28 +239,36 @@ def _chunk_bounds(path: Path, size: int) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def _read_lines(path: Path, start: int, stop: int, encoding: str) -> str:
+def _read_bytes(path: Path, start: int, stop: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(start)
-        data = file.read(stop - start)
+        return file.read(stop - start)
+
+
+def _read_text(path: Path, start: int, stop: int, level: Level) -> str:
+    """Whole lines of a text; of bytes, as the characters of the same number."""
+    data = _read_bytes(path, start, stop)
+    if level == "byte":
+        return data.decode("latin-1")
     try:
-        text = data.decode(encoding)
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: byte {start + error.start} is not UTF-8; expected a UTF-8 text file"
         ) from None
-    return text if encoding == "latin-1" else text.replace("\r\n", "\n").replace("\r", "\n")
+    if start == 0:
+        text = text.removeprefix(BYTE_ORDER_MARK)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _code_points(path: Path, start: int, stop: int, level: str) -> np.ndarray:
-    text = _read_lines(path, start, stop, "latin-1" if level == "byte" else "utf-8")
-    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-
-
-def _count_chunk(path: Path, start: int, stop: int, level: str) -> Counter[str]:
+def _count_chunk(path: Path, start: int, stop: int, level: Level | Literal["id"]) -> Counter[str]:
+    if level == "id":
+        ids = np.frombuffer(_read_bytes(path, start, stop), ID_TYPE)
+        return Counter({str(i): n for i, n in enumerate(np.bincount(ids).tolist()) if n})
+    text = _read_text(path, start, stop, level)
     if level == "word":
-        return Counter(_read_lines(path, start, stop, "utf-8").split())
-    points = _code_points(path, start, stop, level)
+        return Counter(text.split())
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     points = np.where(points == ord(" "), ord(SPACE_SYMBOL), points)
     return Counter(
         {
@@ -178,41 +280,20 @@ def _count_chunk(path: Path, start: int, stop: int, level: str) -> Counter[str]:
 
 
 def _encode_chunk(
-    path: Path, start: int, stop: int, dictionary: Dictionary, level: str, dtype: np.dtype
+    path: Path, start: int, stop: int, dictionary: Dictionary, dtype: np.dtype, ids: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a chunk and, for each of its lines, the offset after the line's last token."""
-    if level == "word":
-        ids = _encode_words(_read_lines(path, start, stop, "utf-8"), dictionary)
-    else:
-        ids = _encode_characters(_code_points(path, start, stop, level), dictionary)
-    ends = np.flatnonzero(ids == NEWLINE)
-    ids[ends] = EOS
-    return ids.astype(dtype), ends + 1
-
-
-class _IdLookup(dict):
-    def __missing__(self, symbol: str) -> int:
-        return UNK
-
-
-def _encode_words(text: str, dictionary: Dictionary) -> np.ndarray:
-    if text and not text.endswith("\n"):
+    if ids:
+        numbers = np.frombuffer(_read_bytes(path, start, stop), ID_TYPE)
+        found = [dictionary.ids.get(str(i), UNK) for i in range(int(numbers.max()) + 1)]
+        return np.array(found, dtype=dtype)[numbers], np.empty(0, dtype=np.int64)
+    text = _read_text(path, start, stop, dictionary.level)
+    if dictionary.level == "word" and text and not text.endswith("\n"):
         text += "\n"
-    mark = "\0newline\0"
-    lookup = _IdLookup(dictionary.ids)
-    lookup[mark] = NEWLINE
-    words = text.replace("\n", f" {mark} ").split()
-    return np.fromiter(map(lookup.__getitem__, words), dtype=np.int64, count=len(words))
-
-
-def _encode_characters(points: np.ndarray, dictionary: Dictionary) -> np.ndarray:
-    table = np.full(max(int(points.max(initial=0)), ord(" ")) + 1, UNK, dtype=np.int64)
-    for symbol, i in dictionary.ids.items():
-        if len(symbol) == 1 and ord(symbol) < len(table):
-            table[ord(symbol)] = i
-    table[ord(" ")] = dictionary.ids.get(SPACE_SYMBOL, UNK)
-    table[ord("\n")] = NEWLINE
-    return table[points]
+    marked = dictionary.encode_marked(text)
+    ends = np.flatnonzero(marked == NEWLINE)
+    marked[ends] = EOS
+    return marked.astype(dtype), ends + 1
 
 
 def default_workers() -> int:

@@ -1,8 +1,8 @@
-"""From the name of a corpus to its three text files, one a split.
+"""From the name of a corpus to its files, one a split.
 
-A corpus is a folder of text files, or a known name: the documentation of the running Python, made
-from its own source without network, or a public benchmark, downloaded once. What is made or
-downloaded appears in the cache folder whole or not at all.
+A corpus is a folder of text files or of nanoGPT's token files, or a known name: the documentation
+of the running Python, made from its own source without network, or a public benchmark, downloaded
+once. What is made or downloaded appears in the cache folder whole or not at all.
 """
 
 import ast
@@ -27,106 +27,137 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import rich.progress
-from filelock import FileLock
 
 from neighborlm.common.errors import InputError
+from neighborlm.datamodules.dictionary import BYTE_ORDER_MARK
+from neighborlm.datamodules.publishing import NO_ROOM, publish
 
 SPLITS = ("train", "valid", "test")
-FILE_PATTERNS = ("{}.txt", "wiki.{}.tokens")
+SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
+"""How files of a split are called, the first before the others."""
+TEXT_PATTERNS = ("{}.txt", "wiki.{}.tokens", "wiki.{}.raw")
+ID_PATTERN = "{}.bin"
 ACCEPTED_FILES = "train.txt, valid.txt and test.txt, or wiki.{train,valid,test}.tokens"
 MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
 class CorpusFiles:
-    """The text of a corpus, one UTF-8 file a split.
+    """The files of a corpus, one a split.
 
     Attributes:
         name: the folder's or the known corpus's name, for `runs/<name>` and `datastores/<name>`.
-        train: text to train on and to build datastores from.
-        valid: text to choose checkpoints and settings on.
-        test: text to report perplexity on.
+        train: to train on and to build datastores from.
+        valid: to choose checkpoints and settings on.
+        test: to report perplexity on; None where token files come without it.
+        ids: whether they hold ids, uint16 and nothing else, and not UTF-8 text.
     """
 
     name: str
     train: Path
     valid: Path
-    test: Path
+    test: Path | None
+    ids: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are."""
+        return SPLITS if self.test is not None else SPLITS[:2]
 
     def split(self, name: str) -> Path:
-        """The file of `train`, `valid` or `test`."""
+        """The file of one of `splits`."""
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
 
 
 def resolve_corpus(corpus: str, cache_dir: Path) -> CorpusFiles:
-    """The text files of a corpus, made or downloaded when they are missing.
+    """The files of a corpus, made or downloaded when they are missing.
 
     Processes that ask at the same time wait for the first one's work. A folder wins over a known
     corpus of the same name.
 
     Args:
-        corpus: a folder with train.txt, valid.txt and test.txt, or wiki.{train,valid,test}.tokens,
+        corpus: a folder with train.txt, valid.txt (or val.txt) and test.txt, or with
+            wiki.{train,valid,test}.tokens (or .raw), or with nanoGPT's train.bin and val.bin;
             or one of `KNOWN_CORPORA`.
         cache_dir: where known corpora are kept; made when missing.
 
     Raises:
-        InputError: there is no such corpus, a file is missing or empty, or a download failed.
+        InputError: there is no such corpus, a file is missing, empty or cannot be read, or a
+            download failed.
     """
     folder = Path(corpus).expanduser()
-    if folder.is_dir():
-        return _files_in(folder, folder.resolve().name)
+    found = "neither a folder nor a known corpus"
+    try:
+        if corpus and folder.is_dir():
+            return _files_in(folder, folder.resolve().name)
+        found = "a file" if corpus and folder.exists() else found
+    except OSError as error:
+        found = f"a place that cannot be read ({error.strerror})"
     if corpus == "python_docs":
         stdlib = Path(sysconfig.get_path("stdlib"))
         made = cache_dir / f"{corpus}-{platform.python_version()}-{_fingerprint_of(stdlib)}"
-        _publish(made, partial(write_python_docs, stdlib))
+        publish(made, partial(write_python_docs, stdlib), "--data.cache_dir")
         return _files_in(made, corpus)
     if corpus in DOWNLOADS:
-        _publish(cache_dir / corpus, partial(_download_and_unpack, corpus, cache_dir))
+        download = partial(_download_and_unpack, corpus, cache_dir)
+        publish(cache_dir / corpus, download, "--data.cache_dir")
         return _files_in(cache_dir / corpus, corpus)
-    found = "a file" if folder.exists() else "neither a folder nor a known corpus"
     raise InputError(
-        f"--data.corpus {corpus} is {found}; expected a folder with {ACCEPTED_FILES}, "
-        f"or one of {', '.join(KNOWN_CORPORA)}"
+        f"--data.corpus {corpus or repr(corpus)} is {found}; expected a folder with "
+        f"{ACCEPTED_FILES}, or one of {', '.join(KNOWN_CORPORA)}"
     )
 
 
 def _files_in(folder: Path, name: str) -> CorpusFiles:
-    """The three files of a folder, by whichever naming has more of them."""
-    candidates = [[folder / pattern.format(s) for s in SPLITS] for pattern in FILE_PATTERNS]
+    """The files of a folder, by whichever naming has most of them."""
+    candidates = [_by_pattern(folder, pattern) for pattern in TEXT_PATTERNS]
     paths = max(candidates, key=lambda paths: sum(path.is_file() for path in paths))
     missing = [path.name for path in paths if not path.is_file()]
+    ids = _by_pattern(folder, ID_PATTERN)
+    if missing and all(path.is_file() for path in ids[:2]):
+        return _id_files(name, ids)
     if len(missing) == len(paths):
         held = sorted(path.name for path in folder.iterdir())
         holds = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
         raise InputError(f"{folder} holds {holds or 'nothing'}; expected {ACCEPTED_FILES}")
     if missing:
+        folders = [path.name for path in paths if path.is_dir()]
+        found = f" ({', '.join(folders)} is a folder)" if folders else ""
         raise InputError(
-            f"{folder} has no {' and no '.join(missing)}; "
+            f"{folder} has no file {' and no file '.join(missing)}{found}; "
             f"expected {', '.join(path.name for path in paths)}"
         )
     for path in paths:
-        with open(path, "rb") as file:
-            if not file.read(MEBIBYTE).strip():
-                raise InputError(f"{path} is empty; expected text with at least one word")
+        start = _start_of(path).removeprefix(BYTE_ORDER_MARK.encode())
+        if not start.strip():
+            raise InputError(f"{path} is empty; expected text with at least one word")
     return CorpusFiles(name, *paths)
 
 
-def _publish(folder: Path, make: Callable[[Path], None]) -> None:
-    """Has `make` fill a folder that gets its name when it is whole; one process does it for all."""
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return
-        making = folder.with_name(f"{folder.name}.making")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir()
-        try:
-            make(making)
-            os.replace(making, folder)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+def _by_pattern(folder: Path, pattern: str) -> list[Path]:
+    """The file of each split under the first of its names that there is."""
+    named = [[folder / pattern.format(n) for n in names] for names in SPLIT_NAMES.values()]
+    return [next((path for path in paths if path.exists()), paths[0]) for paths in named]
+
+
+def _id_files(name: str, paths: list[Path]) -> CorpusFiles:
+    """Token files as nanoGPT prepares them. Its meta.pkl, which may name the symbols, is not
+    opened: whoever reads a pickle runs what is in it."""
+    train, valid, test = paths
+    there = [path for path in paths if path.is_file()]
+    for path in there:
+        size = path.stat().st_size
+        if size == 0 or size % 2:
+            raise InputError(f"{path} has {size} bytes; expected ids of two bytes each (uint16)")
+    return CorpusFiles(name, train, valid, test if test in there else None, ids=True)
+
+
+def _start_of(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MEBIBYTE)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a file that can be read") from None
 
 
 # -- python_docs ------------------------------------------------------------------------------
@@ -387,6 +418,8 @@ def _fetch(name: str, download: Download, archive: Path) -> None:
         try:
             _stream(url, part)
         except (OSError, HTTPException) as error:
+            if getattr(error, "errno", None) in NO_ROOM:
+                raise
             failures.append(f"{url} ({_reason(error)})")
             continue
         with open(part, "rb") as file:

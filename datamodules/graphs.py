@@ -6,6 +6,7 @@ whoever wants to see it or change it; `Neighborhood` gives what the network's fa
 needs, every distinct neighbour once and nothing that cannot reach a token.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from torch_geometric.data import HeteroData
 INTRA_TOKEN = ("token", "intra", "token")
 INTER = ("neighbor", "inter", "token")
 INTRA_NEIGHBOR = ("neighbor", "intra", "neighbor")
+
+NUMBERS = itertools.count()
+"""Of feature stores, in the order in which they are made."""
 
 
 def hetero_graph(
@@ -90,7 +94,8 @@ class Neighborhood(NamedTuple):
             of itself and of the row to the right, -1 at the chain's ends.
         centres: for s = 0 to layers - 1 int64 `[C]`, which state s each distinct neighbour has.
         identities: for s = 1 to layers - 1 int64 `[n_s]`, numbers that only this state s of this
-            datastore has, in any batch.
+            feature store has, in any batch.
+        store: number of the feature store, which no other of this run has.
     """
 
     neighbors: Tensor
@@ -99,6 +104,7 @@ class Neighborhood(NamedTuple):
     chains: list[Tensor]
     centres: list[Tensor]
     identities: list[Tensor]
+    store: int
     values: Tensor | None = None
 
 
@@ -206,6 +212,7 @@ class NeighborMemory:
         self.leak_window = leak_window
         self.token_features = token_features
         self.values = values
+        self.number = next(NUMBERS)
 
     def neighborhood(self, positions: np.ndarray) -> Neighborhood:
         """The neighbours of tokens int64 `[B, T]`, -1 where padded."""
@@ -230,6 +237,7 @@ class NeighborMemory:
             [torch.from_numpy(chain) for chain in chains],
             [torch.from_numpy(index) for index in own],
             [torch.from_numpy(states) for states in identities],
+            self.number,
             None if self.values is None else torch.from_numpy(self.values[rows].astype(np.int64)),
         )
 

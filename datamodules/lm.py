@@ -4,37 +4,25 @@ Whole batches are composed once for the entire split and then dealt to the ranks
 the same rows however many ranks there are, and every token is scored exactly once.
 """
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from neighborlm.common.contracts import Corpus, NeighborReader, TokenStream, Vocabulary
 from neighborlm.common.errors import InputError
-from neighborlm.datamodules.binarize import (
-    TokenStream,
-    binarize,
-    count_symbols,
-    default_workers,
-)
+from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings
 from neighborlm.datamodules.blocks import BreakMode, Rows, make_batches, make_rows
-from neighborlm.datamodules.corpora import SPLITS, CorpusFiles, resolve_corpus
-from neighborlm.datamodules.dictionary import EOS, PAD, Dictionary
-from neighborlm.datamodules.graphs import Neighborhood, NeighborMemory
-from neighborlm.originals.databin import check_ids, is_databin, open_databin
-
-CACHE_VERSION = 1  # of the binarised files; raise it when their meaning changes
+from neighborlm.datamodules.corpora import SPLITS
+from neighborlm.datamodules.dictionary import EOS, PAD, Level
+from neighborlm.datamodules.mapped import MappedByPath
 
 
 class LMBatch(NamedTuple):
@@ -45,7 +33,8 @@ class LMBatch(NamedTuple):
         targets: int64, the token that follows each.
         positions: int64, offset of each target in the split's stream, -1 where padded.
         scored: bool, False for padding and for tokens that only give context.
-        neighborhood: the tokens' neighbours, for models that read them.
+        neighborhood: the tokens' neighbours, for models that read them: a named tuple of tensors,
+            `datamodules.graphs.Neighborhood`.
         token_features: fp32 `[B, T, d]`, stored features of the tokens, where a model does not
             compute them itself.
     """
@@ -54,11 +43,11 @@ class LMBatch(NamedTuple):
     targets: Tensor
     positions: Tensor
     scored: Tensor
-    neighborhood: Neighborhood | None = None
+    neighborhood: tuple | None = None
     token_features: Tensor | None = None
 
 
-class RowDataset(Dataset):
+class RowDataset(MappedByPath, Dataset):
     """The rows of one split; indexed by an array of row numbers, it gives an `LMBatch`.
 
     Args:
@@ -68,7 +57,7 @@ class RowDataset(Dataset):
     """
 
     def __init__(
-        self, stream: TokenStream, rows: Rows, memory: NeighborMemory | None = None
+        self, stream: TokenStream, rows: Rows, memory: NeighborReader | None = None
     ) -> None:
         self.stream = stream
         self.rows = rows
@@ -205,9 +194,10 @@ class LMDataModule(pl.LightningDataModule):
     """Blocks of tokens of a corpus, with left context for evaluation.
 
     Args:
-        corpus: a folder with train.txt, valid.txt and test.txt (or wiki.*.tokens), a fairseq
-            data-bin, or the name of a known corpus: python_docs, wikitext-2, wikitext-103, enwik8,
-            lm1b.
+        corpus: a folder with train.txt, valid.txt (or val.txt) and test.txt, or with
+            wiki.{train,valid,test}.tokens (or .raw), or with nanoGPT's train.bin and val.bin; or
+            the name of a known corpus: python_docs, wikitext-2, wikitext-103, enwik8, lm1b. The
+            programs take a fairseq data-bin too.
         break_mode: where blocks end: `none` anywhere, `complete` at line ends, `eos` at every
             line end.
         tokens_per_sample: length of a row in tokens, its left context included.
@@ -216,16 +206,23 @@ class LMDataModule(pl.LightningDataModule):
         level: what a token is: a white-space separated `word`, a `char`(acter) or a `byte`.
         threshold: words rarer than this in the training text become <unk>; a dictionary that is
             given stays as it is.
-        dictionary: an existing dict.txt to use instead of the training text's own.
+        dictionary: an existing dict.txt to use instead of the training text's own; a data-bin
+            without one needs it.
         drop_long_lines: leave out blocks longer than the model reads, as fairseq does, where they
             would be cut into pieces otherwise.
         cache_dir: where downloads and binarised corpora are kept.
         num_workers: processes that make batches; 0 makes them in the main process.
         seed: of the order of the training batches.
 
+    Attributes:
+        open_corpus: makes the corpus from its settings; a subclass or an object that reads other
+            files has another one.
+
     Raises:
         InputError: the settings contradict one another.
     """
+
+    open_corpus: Callable[[CorpusSettings], Corpus] = BinarizedCorpus
 
     def __init__(
         self,
@@ -234,7 +231,7 @@ class LMDataModule(pl.LightningDataModule):
         tokens_per_sample: int = 512,
         context_window: int = 0,
         max_tokens: int = 4096,
-        level: Literal["word", "char", "byte"] = "word",
+        level: Level = "word",
         threshold: int = 0,
         dictionary: str | None = None,
         drop_long_lines: bool = False,
@@ -250,60 +247,35 @@ class LMDataModule(pl.LightningDataModule):
             )
         if max_tokens < 1:
             raise InputError(f"--data.max_tokens is {max_tokens}; expected at least 1")
-        self.corpus = corpus
+        self.settings = CorpusSettings(corpus, level, threshold, dictionary, Path(cache_dir))
         self.break_mode = break_mode
         self.tokens_per_sample = tokens_per_sample
         self.context_window = context_window
         self.max_tokens = max_tokens
-        self.level = level
-        self.threshold = threshold
-        self.dictionary_path = dictionary
         self.drop_long_lines = drop_long_lines
-        self.cache_dir = Path(cache_dir)
         self.num_workers = num_workers
         self.seed = seed
-        self._streams: dict[str, TokenStream] = {}
         self.max_target_positions = tokens_per_sample
         """Longest row the model reads; lines that are longer are cut (set it to the model's)."""
-        self.memories: dict[str, NeighborMemory] = {}
+        self.memories: dict[str, NeighborReader] = {}
         """Where the tokens of a split get their neighbours from, for models that read them."""
 
     # -- the corpus ------------------------------------------------------------------------------
 
-    @cached_property
-    def files(self) -> CorpusFiles:
-        """The corpus's text files, downloaded or made when they are missing."""
-        return resolve_corpus(self.corpus, self.cache_dir)
+    @property
+    def name(self) -> str:
+        """For folders of what is made from the corpus, such as `runs/<name>`."""
+        return self.corpus.name
 
     @cached_property
-    def folder(self) -> Path:
-        """The binarised corpus: dict.txt and a folder per split; made when missing."""
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        folder = self.cache_dir / f"{self.files.name}-{self._fingerprint_of_input()}"
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "meta.json").is_file():
-                self._binarize_into(folder)
-        return folder
+    def corpus(self) -> Corpus:
+        """The text as token ids."""
+        return self.open_corpus(self.settings)
 
-    @cached_property
-    def databin(self) -> Path | None:
-        """The corpus's folder where it is a fairseq data-bin: used as it is."""
-        return Path(self.corpus) if is_databin(self.corpus) else None
-
-    @cached_property
-    def dictionary(self) -> Dictionary:
+    @property
+    def dictionary(self) -> Vocabulary:
         """The vocabulary."""
-        if self.databin is None:
-            return Dictionary.load(self.folder / "dict.txt")
-        dictionary = Dictionary.load(self.databin / "dict.txt")
-        if self.dictionary_path is not None:
-            chosen = Dictionary.load(self.dictionary_path)
-            if chosen.fingerprint != dictionary.fingerprint:
-                raise InputError(
-                    f"--data.dictionary {self.dictionary_path} is another one than that of the "
-                    f"data-bin {self.databin}, whose ids are fixed"
-                )
-        return dictionary
+        return self.corpus.dictionary
 
     @property
     def vocab_size(self) -> int:
@@ -311,77 +283,53 @@ class LMDataModule(pl.LightningDataModule):
         return len(self.dictionary)
 
     def stream(self, split: str) -> TokenStream:
-        """The tokens of `train`, `valid` or `test`, or of any split that a data-bin has.
+        """The tokens of `train`, `valid` or `test`, or of any other split that the corpus has.
 
         Raises:
             InputError: no such split.
         """
-        if self.databin is None:
-            if split not in SPLITS:
-                raise InputError(f"--split is {split}; expected one of {', '.join(SPLITS)}")
-            return TokenStream.open(self.folder / split)
-        if split not in self._streams:
-            prefix = self.databin / split
-            self._streams[split] = open_databin(prefix)
-            check_ids(self._streams[split], self.vocab_size, f"{prefix}.bin")
-        return self._streams[split]
+        return self.corpus.stream(split)
 
     def has(self, split: str) -> bool:
         """Whether the corpus has a split."""
-        if self.databin is None:
-            return split in SPLITS
-        return (self.databin / f"{split}.idx").is_file()
+        return self.corpus.has(split)
 
     def fingerprint(self, split: str) -> str:
         """Identifies the split's tokens."""
-        if self.databin is not None:
-            return _fingerprint_of_tokens(self.stream(split))
-        return json.loads((self.folder / "meta.json").read_text())["fingerprints"][split]
+        return self.corpus.fingerprint(split)
 
-    def _fingerprint_of_input(self) -> str:
-        digest = hashlib.blake2b(digest_size=8)
-        settings = [CACHE_VERSION, self.level, self.threshold]
-        digest.update(json.dumps(settings).encode())
-        if self.dictionary_path is not None:
-            digest.update(Dictionary.load(self.dictionary_path).fingerprint.encode())
-        for split in SPLITS:
-            with open(self.files.split(split), "rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return digest.hexdigest()
-
-    def _binarize_into(self, folder: Path) -> None:
-        """Makes the binarised corpus under a temporary name, then publishes it."""
-        making = folder.with_name(f"{folder.name}.making")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir()
-        workers = default_workers()
-        if self.dictionary_path is not None:
-            dictionary = Dictionary.load(self.dictionary_path)
-        else:
-            counts = count_symbols(self.files.train, self.level, workers)
-            dictionary = Dictionary.from_counts(counts, self.threshold)
-        dictionary.save(making / "dict.txt")
-        fingerprints = {}
-        for split in SPLITS:
-            (making / split).mkdir()
-            binarize(self.files.split(split), dictionary, self.level, making / split, workers)
-            fingerprints[split] = _fingerprint_of_tokens(TokenStream.open(making / split))
-        (making / "meta.json").write_text(json.dumps({"fingerprints": fingerprints}))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(making, folder)
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the `dictionary` and of each split that there is: equal ones mean the same text,
+        wherever it lies, and others a text that has changed."""
+        splits = {split: self.fingerprint(split) for split in SPLITS if self.has(split)}
+        return {"dictionary": self.dictionary.fingerprint, **splits}
 
     # -- batches ---------------------------------------------------------------------------------
 
     def rows(self, split: str, context_window: int) -> Rows:
-        """How a split is cut into rows."""
-        return make_rows(
-            self.stream(split).line_starts,
+        """How a split is cut into rows.
+
+        Raises:
+            InputError: `drop_long_lines` leaves nothing.
+        """
+        line_starts = self.stream(split).line_starts
+        rows = make_rows(
+            line_starts,
             self.break_mode,
             self.tokens_per_sample,
             context_window,
             self.max_target_positions,
             self.drop_long_lines,
         )
+        if len(rows) == 0:
+            raise InputError(
+                f"--data.drop_long_lines leaves nothing of the {split} split: all its lines are "
+                f"longer than the {self.max_target_positions} tokens that the model reads, the "
+                f"shortest of {np.diff(line_starts).min()}; expected shorter lines, or "
+                "--data.drop_long_lines false, which cuts them"
+            )
+        return rows
 
     def evaluation_dataloader(
         self,
@@ -430,13 +378,3 @@ class LMDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def _fingerprint_of_tokens(stream: TokenStream) -> str:
-    """A hash of the ids and of where lines end, whatever integer type holds them."""
-    digest = hashlib.blake2b(digest_size=8)
-    for array in (stream.tokens, stream.line_starts):
-        step = 1 << 22
-        for start in range(0, len(array), step):
-            digest.update(array[start : start + step].astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -425,7 +425,7 @@ class HGT(nn.Module):
         features: Tensor | Callable[[Tensor | slice], Tensor],
         neighborhood,
         intra_context: int | None = None,
-        known: NeighborStates | None = None,
+        computed: NeighborStates | None = None,
     ) -> Tensor:
         """What `forward` gives the tokens, for the graph of a `Neighborhood`.
 
@@ -435,8 +435,8 @@ class HGT(nn.Module):
                 gives those of some of them, from their numbers int64 `[n]` or a slice.
             neighborhood: a `datamodules.graphs.Neighborhood` made for this number of layers.
             intra_context: see `datamodules.graphs.hetero_graph`.
-            known: states of neighbours that need not be computed; those that are go there too.
-                Without gradients only.
+            computed: states of neighbours that need not be computed again; those that are
+                computed go there too. Without gradients only.
 
         Returns:
             `[B, T, input_width]`.
@@ -446,8 +446,8 @@ class HGT(nn.Module):
             features = features.__getitem__
         states = (
             self._states(features, neighborhood)
-            if known is None
-            else self._unknown_states(features, neighborhood, known)
+            if computed is None
+            else self._missing_states(features, neighborhood, computed)
         )
         for layer, numbers, of_rows in zip(self.layers, neighborhood.centres, states, strict=False):
             centres = F.embedding(numbers, of_rows)
@@ -464,11 +464,11 @@ class HGT(nn.Module):
             states = layer.update_neighbors(states, chain)
             yield states
 
-    def _unknown_states(
-        self, features: Callable[[Tensor | slice], Tensor], neighborhood, known: NeighborStates
+    def _missing_states(
+        self, features: Callable[[Tensor | slice], Tensor], neighborhood, computed: NeighborStates
     ) -> Iterator[Tensor]:
-        """As `_states`; what no centre needs, directly or for a state that is not known, is left
-        undefined."""
+        """As `_states`, but computes only those that are not there; what no centre needs, directly
+        or for a state that is computed, is left undefined."""
         levels = range(len(self.layers) - 1, 0, -1)
         sizes = [len(neighborhood.rows), *map(len, neighborhood.chains)]
         needed = _marked(neighborhood.centres[len(levels)], sizes[len(levels)])
@@ -476,26 +476,26 @@ class HGT(nn.Module):
         for level in levels:  # from the last update to the first
             numbers = needed.nonzero()[:, 0]
             identities = neighborhood.identities[level - 1][numbers]
-            found, slots = known.find(level, identities)
+            found, slots = computed.find(level, identities)
             missing = numbers[~found], identities[~found]
             below = _marked(neighborhood.chains[level - 1][missing[0]], sizes[level - 1])
             plan.append((numbers[found], slots[found], *missing, below))
             needed = below | _marked(neighborhood.centres[level - 1], sizes[level - 1])
         numbers = needed.nonzero()[:, 0]
-        computed = self._adapted(features(numbers), "neighbor")
-        states = computed.new_empty(sizes[0], computed.shape[1])
-        states[numbers] = computed
+        new_states = self._adapted(features(numbers), "neighbor")
+        states = new_states.new_empty(sizes[0], new_states.shape[1])
+        states[numbers] = new_states
         yield states
         for level, layer in zip(reversed(levels), self.layers, strict=False):
             old, slots, new, identities, below = plan.pop()
             chain = neighborhood.chains[level - 1][new]
             among_below = (below.cumsum(0) - 1)[chain.clamp(min=0)].where(chain >= 0, -1)
-            computed = layer.update_neighbors(states[below], among_below)
-            states = computed.new_empty(sizes[level], computed.shape[1])
-            states[new] = computed
+            new_states = layer.update_neighbors(states[below], among_below)
+            states = new_states.new_empty(sizes[level], new_states.shape[1])
+            states[new] = new_states
             if len(old):
-                states[old] = known.take(level, slots)
-            known.keep(level, identities, computed)
+                states[old] = computed.get(level, slots)
+            computed.put(level, identities, new_states)
             yield states
 
 

@@ -18,11 +18,13 @@ class NeighborStates:
 
     Args:
         levels: how often neighbours are updated.
+        store: which feature store they are of, see `datamodules.graphs.Neighborhood`.
         max_bytes: what all states together may take.
     """
 
-    def __init__(self, levels: int, max_bytes: int = 512 << 20) -> None:
+    def __init__(self, levels: int, store: int = 0, max_bytes: int = 512 << 20) -> None:
         self.levels = levels
+        self.store = store
         self.max_bytes = max_bytes
         self.owners: list[Tensor] = []
         self.states: list[Tensor] = []
@@ -39,12 +41,12 @@ class NeighborStates:
         slots = (identities * ODD >> 16) % len(owners)
         return owners[slots] == identities, slots
 
-    def take(self, level: int, slots: Tensor) -> Tensor:
+    def get(self, level: int, slots: Tensor) -> Tensor:
         """States `[n, width]` that were found in slots."""
         return self.states[level - 1][slots]
 
-    def keep(self, level: int, identities: Tensor, states: Tensor) -> None:
-        """Keeps states `[n, width]`, in place of others that have their slots."""
+    def put(self, level: int, identities: Tensor, states: Tensor) -> None:
+        """Adds states `[n, width]`, in place of others that have their slots."""
         if len(states) == 0:
             return
         if not self.owners:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from neighborlm.common.contracts import Batch, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.models.adaptive import AdaptiveInput, AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
 from neighborlm.models.decoder import (
@@ -14,57 +15,51 @@ from neighborlm.models.decoder import (
     SinusoidalPositions,
     key_layer,
 )
-from neighborlm.models.language_model import LanguageModel, TokenScores
+from neighborlm.models.distributions import entropy_and_top
+from neighborlm.models.trainable_lm import TrainableLM
 
 MORE_THAN_ZERO = (
-    *("width", "ffn_width", "layers", "heads", "max_target_positions", "lr", "lr_period_updates"),
+    *("width", "ffn_width", "layers", "heads", "max_target_positions"),
     *("adaptive_input_factor", "adaptive_softmax_factor"),
 )
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "softmax_dropout")
 
 
-class TransformerLM(LanguageModel):
+class TransformerLM(TrainableLM):
     """Decoder-only transformer with adaptive input and softmax (Baevski & Auli, ICLR 2019).
 
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
-        width: of the hidden vectors.
-        ffn_width: of the feed-forward blocks.
+        width: of the hidden vectors, and so of datastore keys.
+        ffn_width: of the feed-forward blocks; four times the width as a rule.
         layers: number of layers.
-        heads: attention heads a layer.
-        adaptive_input_cutoffs: first id of each band of rarer words in the input embedding; those
-            beyond the vocabulary are left out; empty for a plain embedding.
+        heads: attention heads a layer; width must be a multiple of it.
+        adaptive_input_cutoffs: first id of each band of rarer words in the input embedding; give
+            some where the vocabulary has tens of thousands of words. Those beyond the vocabulary
+            are left out; empty for a plain embedding.
         adaptive_input_factor: how much narrower each band is than the one before.
         adaptive_softmax_cutoffs: the same for the output.
         adaptive_softmax_factor: the same for the output.
-        tie_weights: input and output share their word vectors.
+        tie_weights: input and output share their word vectors; both must then have the same bands.
         tie_projections: adaptive input and softmax share the projections of the bands too.
         output_bias: a bias on the logits of a plain softmax.
-        max_target_positions: longest row of tokens the model reads.
+        max_target_positions: longest row of tokens the model reads; data.tokens_per_sample must
+            not exceed it.
         positions: sinusoidal or learned.
         pre_norm: layer norms in front of the blocks, not behind.
         final_norm: a layer norm after the last layer.
         scale_embedding: multiply embeddings with sqrt(width).
         activation: of the feed-forward blocks.
-        dropout: on embeddings and on the output of each block.
+        dropout: on embeddings and on the output of each block; take more where the model learns its
+            text by heart, none where the text is larger than it can learn.
         attention_dropout: on attention weights.
         activation_dropout: after the activation of the feed-forward blocks.
         softmax_dropout: on the inputs of the adaptive softmax.
-        optimizer: Nesterov's accelerated gradient (`nag`) or `adam`.
-        lr: peak learning rate.
-        schedule: `cosine` with restarts, `inverse_sqrt`, or `constant`, each after a warm-up.
-        warmup_updates: updates of linear warm-up.
-        warmup_init_lr: learning rate of the first update.
-        min_lr: where the cosine ends.
-        lr_period_updates: length of the first cosine period.
-        t_mult: how much longer each further period is.
-        lr_shrink: what learning rates are multiplied with at each further period.
-        momentum: of `nag`.
-        adam_betas: of `adam`.
-        weight_decay: of either.
         activation_checkpointing: recompute each layer in the backward pass: less memory, more time.
-        compile: compile the decoder with torch.compile.
+        compile: compile the decoder with torch.compile; worth it on a GPU and for many updates.
     """
+
+    COMPUTING = ("heads", "pre_norm", "scale_embedding", "activation", "positions")
 
     def __init__(
         self,
@@ -90,22 +85,11 @@ class TransformerLM(LanguageModel):
         attention_dropout: float = 0.0,
         activation_dropout: float = 0.0,
         softmax_dropout: float = 0.0,
-        optimizer: Literal["nag", "adam"] = "adam",
-        lr: float = 1e-3,
-        schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine",
-        warmup_updates: int = 100,
-        warmup_init_lr: float = 1e-7,
-        min_lr: float = 1e-6,
-        lr_period_updates: int = 10000,
-        t_mult: float = 1.0,
-        lr_shrink: float = 1.0,
-        momentum: float = 0.99,
-        adam_betas: tuple[float, float] = (0.9, 0.98),
-        weight_decay: float = 0.0,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        **optimization,
     ) -> None:
-        super().__init__()
+        super().__init__(**optimization)
         adaptive_input_cutoffs = [c for c in adaptive_input_cutoffs if c < vocab_size]
         adaptive_softmax_cutoffs = [c for c in adaptive_softmax_cutoffs if c < vocab_size]
         self.save_hyperparameters()
@@ -123,8 +107,6 @@ class TransformerLM(LanguageModel):
         for name in DROPOUTS:
             if not 0 <= hparams[name] < 1:
                 raise InputError(f"--model.{name} is {hparams[name]}; expected 0 <= {name} < 1")
-        if hparams.t_mult < 1:
-            raise InputError(f"--model.t_mult is {hparams.t_mult}; expected at least 1")
         for side in ("input", "softmax"):
             name = f"--model.adaptive_{side}_cutoffs"
             cutoffs = list(hparams[f"adaptive_{side}_cutoffs"])
@@ -218,27 +200,52 @@ class TransformerLM(LanguageModel):
         )
 
     @property
+    def vocab_size(self) -> int:
+        return self.hparams.vocab_size
+
+    @property
     def max_target_positions(self) -> int:
         return self.hparams.max_target_positions
+
+    @property
+    def width(self) -> int:
+        """Of the hidden vectors, and of the word vectors."""
+        return self.hparams.width
 
     def key_width(self, key_type: str) -> int:
         key_layer(key_type, self.hparams.layers)
         return self.hparams.width
 
-    def forward(
+    # -- in parts: see `common.contracts.Backbone` -----------------------------------------------
+
+    def hidden(
         self, tokens: Tensor, key_types: Sequence[str] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden vectors and features; see `Decoder.forward`."""
         return self.decoder(tokens, key_types)
 
-    def score(self, batch, with_log_probs: bool = True) -> TokenScores:
-        hidden, features = self(batch.tokens, self.wanted_features)
-        features = {name: feature[batch.scored] for name, feature in features.items()}
-        targets = batch.targets[batch.scored]
-        return TokenScores(
+    def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Natural-log probability of targets; see `OutputSoftmax.target_log_prob`."""
+        return self.softmax.target_log_prob(hidden, targets)
+
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """Natural-log probability of every token, `[n, width]` to fp32 `[n, vocab_size]`."""
+        return self.softmax.log_prob(hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Word vectors `[..., width]`, neither scaled nor with positions."""
+        return self.decoder.embedding(tokens)
+
+    # -- as a whole ------------------------------------------------------------------------------
+
+    def score(self, batch: Batch, want: Want) -> Scored:
+        """See `common.contracts.LanguageModel.score`."""
+        hidden, features = self.hidden(batch.tokens, want.keys)
+        hidden, targets = hidden[batch.scored], batch.targets[batch.scored]
+        return Scored(
             batch.positions[batch.scored],
             targets,
-            self.softmax.target_log_prob(hidden[batch.scored], targets) if with_log_probs else None,
-            features.get(self.key_type),
-            rescoring_keys=features.get(self.rescoring_key_type),
+            self.target_log_prob(hidden, targets) if want.log_probs else None,
+            {key_type: features[key_type][batch.scored] for key_type in want.keys},
+            **entropy_and_top(self.log_prob, want, self.vocab_size, hidden),
         )

@@ -1,4 +1,4 @@
-"""fairseq's memory-mapped data-bin, read in place and written.
+"""fairseq's memory-mapped data-bin, read in place and written, and as a corpus.
 
 A split is two files: `<split>.bin`, the ids of all lines one after another, and `<split>.idx`: the
 magic, the version (u64), the code of the ids' type (u8), the number of lines (u64), the length of
@@ -8,6 +8,7 @@ each line (i32) and where each begins in the .bin file, in bytes (i64), all litt
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from struct import Struct
 
@@ -16,21 +17,94 @@ from numpy.typing import DTypeLike
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.binarize import TokenStream
+from neighborlm.datamodules.binarized import CorpusSettings, fingerprint_of_tokens
+from neighborlm.datamodules.dictionary import Dictionary
 
 MAGIC = b"MMIDIDX\0\0"
 OTHER_MAGIC = b"TNTIDX\0\0"  # of fairseq's older formats, --dataset-impl lazy and cached
 VERSION = 1
 HEADER = Struct("<9sQBQ")  # magic, version, type code, lines
-DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
+"""By type code; 9 and 10 came with fairseq 0.10."""
 FLOAT_CODES = (6, 7)
-UINT16_VOCABULARY = 65500  # from this many words on, fairseq's preprocess writes int32
+UINT16_VOCABULARY = 65500
+"""From this many words on, preprocess.py of fairseq 0.9 writes int32 (that of 0.10 uint32)."""
 TOKENS_AT_ONCE = 1 << 22
 
 
 def is_databin(folder: Path | str) -> bool:
-    """Whether a folder is a language model's data-bin: a dict.txt and at least one split's .idx."""
+    """Whether a folder is a language model's data-bin: at least one split's .idx, and a dict.txt or
+    the split's .bin."""
     folder = Path(folder)
-    return (folder / "dict.txt").is_file() and any(folder.glob("*.idx"))
+    indexes = list(folder.glob("*.idx"))
+    of_splits = any(index.with_name(f"{index.stem}.bin").is_file() for index in indexes)
+    return bool(indexes) and (of_splits or (folder / "dict.txt").is_file())
+
+
+class DataBin:
+    """A data-bin as a corpus: used where it lies, with as many splits as it has.
+
+    Args:
+        settings: its folder and, where it has no dict.txt, its dictionary; the level and the
+            threshold were decided when it was made.
+    """
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        self.folder = Path(settings.corpus).expanduser()
+        self.name = self.folder.resolve().name
+        self._chosen = settings.dictionary
+        self._streams: dict[str, TokenStream] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """The vocabulary.
+
+        Raises:
+            InputError: there is none, or the one that was chosen is another.
+        """
+        own = self.folder / "dict.txt"
+        if not own.exists():
+            if self._chosen is None:
+                raise InputError(
+                    f"{self.folder}: is a data-bin without dict.txt; pass the one that it was made "
+                    "with as --data.dictionary"
+                )
+            return Dictionary.load(self._chosen)
+        dictionary = Dictionary.load(own)
+        if (
+            self._chosen is not None
+            and Dictionary.load(self._chosen).fingerprint != dictionary.fingerprint
+        ):
+            raise InputError(
+                f"--data.dictionary {self._chosen} is another one than that of the data-bin "
+                f"{self.folder}, whose ids are fixed"
+            )
+        return dictionary
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split."""
+        return (self.folder / f"{split}.idx").is_file()
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of a split, memory-mapped; their ids are checked once.
+
+        Raises:
+            InputError: no such split, or its files are not of this format or do not fit the
+                dictionary.
+        """
+        if split not in self._streams:
+            prefix = self.folder / split
+            stream = open_databin(prefix)
+            check_ids(stream, len(self.dictionary), f"{prefix}.bin")
+            self._streams[split] = stream
+        return self._streams[split]
+
+    def fingerprint(self, split: str) -> str:
+        """Identifies the split's tokens and where its lines end."""
+        if split not in self._fingerprints:
+            self._fingerprints[split] = fingerprint_of_tokens(self.stream(split))
+        return self._fingerprints[split]
 
 
 def open_databin(prefix: Path | str) -> TokenStream:

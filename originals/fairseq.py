@@ -1,37 +1,31 @@
-"""Checkpoints of fairseq 0.9's `transformer_lm`, in as a `TransformerLM` and out again; in also
-those of the original GNN-LM, as a `GNNLM`.
-
-    neighborlm convert from_fairseq checkpoint_best.pt lm.ckpt
-    neighborlm convert to_fairseq lm.ckpt checkpoint_best.pt
+"""Checkpoints of fairseq 0.9's `transformer_lm`, in as a `TransformerLM` and out again.
 
 The hyper-parameters are those that the checkpoint stores. `pieces` pairs the tensors of the two
 sides; reading, checking and writing all follow it. Files are read without running anything they
-hold.
+hold. The original GNN-LM's are read by `fairseq_gnn`, on top of what is here, and
+`conversion` tells which is which.
 """
 
 import ast
 import io
-import os
 import pickle
 import pickletools
 import re
 import struct
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from neighborlm.common.errors import InputError
 from neighborlm.models.adaptive import band_edges
 from neighborlm.models.decoder import POSITION_OFFSET
-from neighborlm.models.language_model import LanguageModel
+from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
 
 LIGHTNING_KEY = "pytorch-lightning_version"
@@ -141,8 +135,12 @@ def _strings(file: io.BufferedIOBase, pickles: int) -> set[str]:
     }
 
 
-def _read(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
-    """The arguments and the tensors of a fairseq checkpoint."""
+def read_checkpoint(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
+    """The arguments and the tensors of a fairseq checkpoint.
+
+    Raises:
+        InputError: the file cannot be read, or holds objects that are not allowed.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a fairseq checkpoint")
     try:
@@ -169,14 +167,6 @@ def _read(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
             "among them, as fairseq 0.9 writes them"
         )
     return args, {name: value for name, value in model.items() if torch.is_tensor(value)}
-
-
-def _publish(contents: dict[str, Any], path: Path) -> None:
-    """torch.save under a temporary name, then under its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f"{path.name}.making")
-    torch.save(contents, making)
-    os.replace(making, path)
 
 
 # -- hyper-parameters ----------------------------------------------------------------------------
@@ -305,7 +295,7 @@ def _vocab_size(stored: Mapping[str, Tensor], bands: list[int], path: Path | str
 
 
 def optimisation(args: Namespace) -> dict[str, Any]:
-    """What `LanguageModel`s have too of fairseq's optimiser and schedule."""
+    """What `Optimization` has too of fairseq's optimiser and schedule."""
     found: dict[str, Any] = {}
     optimizer = getattr(args, "optimizer", None)
     if optimizer in ("nag", "adam"):
@@ -551,7 +541,7 @@ def our_state(
     return state
 
 
-def _check_ties(model: LanguageModel, state: Mapping[str, Tensor], path: Path | str) -> None:
+def _check_ties(model: TrainableLM, state: Mapping[str, Tensor], path: Path | str) -> None:
     """A file may hold what is one parameter here as two tensors: they must be the same."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -564,7 +554,7 @@ def _check_ties(model: LanguageModel, state: Mapping[str, Tensor], path: Path | 
 
 
 def take_tensors(
-    model: LanguageModel,
+    model: TrainableLM,
     found: list[Piece],
     stored: Mapping[str, Tensor],
     path: Path | str,
@@ -588,23 +578,19 @@ def take_tensors(
     model.load_state_dict(state)
 
 
-def load_fairseq_checkpoint(path: Path | str) -> LanguageModel:
-    """Builds the model that a fairseq checkpoint describes, with its weights in fp32: a
-    `TransformerLM`, or of the original GNN-LM's a `GNNLM`.
+def transformer_lm(
+    settings: Mapping[str, Any], stored: Mapping[str, Tensor], path: Path | str
+) -> TransformerLM:
+    """The model that a checkpoint describes, with its weights in fp32.
+
+    Args:
+        settings: see `hyper_parameters`.
+        stored: its tensors, under the names of fairseq 0.9.
+        path: for messages.
 
     Raises:
-        InputError: the file cannot be read, holds objects that are not allowed, is of a kind of
-            model that ours are not, or its tensors do not fit its arguments.
+        InputError: its tensors do not fit its arguments.
     """
-    args, stored = _read(Path(path))
-    stored = modern_names(stored)
-    settings = hyper_parameters(args, stored, path)
-    if settings["adaptive_softmax_cutoffs"]:
-        stored.pop(BIAS, None)  # which an adaptive softmax does not add
-    if getattr(args, "graph_layer", 0):
-        from neighborlm.originals.fairseq_gnn import gnn_lm  # which builds on this file
-
-        return gnn_lm(args, stored, settings, path)
     model = TransformerLM(**settings)
     take_tensors(model, pieces(model.hparams), stored, path)
     return model
@@ -726,79 +712,3 @@ def _exported_optimisation(h: Mapping[str, Any]) -> dict[str, Any]:
         **own[h["optimizer"]],
         **schedules[h["schedule"]],
     }
-
-
-# -- files ---------------------------------------------------------------------------------
-
-
-def convert(checkpoint: Path, output: Path) -> None:
-    """Makes a Lightning checkpoint of a fairseq checkpoint.
-
-    Args:
-        checkpoint: of fairseq 0.9 or older, or of the original GNN-LM, such as
-            checkpoint_best.pt.
-        output: the Lightning checkpoint to write.
-    """
-    model = load_fairseq_checkpoint(checkpoint)
-    contents = {
-        "epoch": 0,
-        "global_step": 0,
-        LIGHTNING_KEY: pl.__version__,
-        "state_dict": model.state_dict(),
-        model.CHECKPOINT_HYPER_PARAMS_NAME: "kwargs",
-        model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams),
-    }
-    if not isinstance(model, TransformerLM):
-        # Neither the LM's datastores nor the neighbours' features are known.
-        contents |= {"lm_fingerprint": None, "neighbors": None}
-        if model.code_decoder is not None:
-            print(
-                f"{output}: is without the quantiser of {checkpoint}, as a codec lies beside the "
-                "codes that it makes and not in a model"
-            )
-    _publish(contents, output)
-
-
-def export(checkpoint: Path, output: Path) -> None:
-    """Makes a fairseq checkpoint, without the state of the optimiser, of a Lightning checkpoint.
-
-    Args:
-        checkpoint: of a TransformerLM.
-        output: the fairseq checkpoint to write.
-    """
-    model = _load_lightning_checkpoint(checkpoint)
-    args = export_args(model)
-    history = {
-        "criterion_name": {"adaptive_loss": "AdaptiveLoss"}.get(
-            args.criterion, "CrossEntropyCriterion"
-        ),
-        "optimizer_name": {"nag": "FairseqNAG", "adam": "FairseqAdam"}[args.optimizer],
-        "lr_scheduler_state": {"best": None},
-        "num_updates": 0,
-    }
-    iterator = {"epoch": 1, "iterations_in_epoch": 0, "shuffle": True}
-    contents = {
-        "args": args,
-        "model": OrderedDict(export_state_dict(model)),
-        "optimizer_history": [history],
-        "extra_state": {"train_iterator": iterator, "val_loss": None},
-        "last_optimizer_state": None,
-    }
-    _publish(contents, output)
-
-
-def _load_lightning_checkpoint(path: Path) -> TransformerLM:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a checkpoint of a TransformerLM")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        of_gnn_lm = "lm" in checkpoint["hyper_parameters"]
-        if not of_gnn_lm:
-            model = TransformerLM(**checkpoint["hyper_parameters"])
-            model.load_state_dict(checkpoint["state_dict"])
-            return model
-    except READ_ERRORS:
-        raise InputError(f"{path}: expected a Lightning checkpoint of a TransformerLM") from None
-    raise InputError(
-        f"{path}: holds a GNNLM; expected a TransformerLM, all that fairseq itself has"
-    )

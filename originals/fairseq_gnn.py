@@ -2,8 +2,7 @@
 `GNNLM`.
 
 They are a `transformer_lm`'s with a graph network beside the decoder and, where its neighbours come
-as codes, their quantiser. `originals.fairseq` reads the files and the LM in them and hands over
-here.
+as codes, their quantiser. `originals.fairseq` reads the files and the LM in them.
 """
 
 import re
@@ -19,6 +18,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.models.features import CodeDecoder
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.hgt import NODE_TYPES, RELATIONS
+from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.originals.fairseq import (
     Piece,
     optimisation,
@@ -67,7 +67,7 @@ def gnn_lm(
     """
     args = Namespace(**(DEFAULTS | vars(args)))
     try:
-        model = GNNLM(**_settings(args, lm, path))
+        model = GNNLM(TransformerLM(**lm), **_settings(args, lm))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     stored = used(stored)
@@ -81,7 +81,7 @@ def gnn_lm(
     return model
 
 
-def _settings(args: Namespace, lm: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+def _settings(args: Namespace, lm: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `GNNLM`. Nothing is unfrozen: which parts a further training changes is that
     training's choice."""
     if args.short_cut:
@@ -89,8 +89,6 @@ def _settings(args: Namespace, lm: Mapping[str, Any], path: Path | str) -> dict[
             "--short-cut is True, a graph network that is passed by; expected a model without it"
         )
     return {
-        "vocab_size": lm["vocab_size"],
-        "lm": dict(lm),
         "layers": args.graph_layer,
         "width": args.decoder_gcn_dim,
         "heads": lm["heads"],

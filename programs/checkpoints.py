@@ -1,24 +1,21 @@
-"""Reading trained models, and telling them apart."""
+"""Reading trained models: checkpoints of train.py and of fairseq."""
 
-import hashlib
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from neighborlm.common.errors import InputError
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
+from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
-from neighborlm.originals.fairseq import is_fairseq_checkpoint, load_fairseq_checkpoint
+from neighborlm.originals.conversion import load_fairseq_checkpoint
+from neighborlm.originals.fairseq import is_fairseq_checkpoint
 
-COMPUTING = (
-    *("heads", "pre_norm", "scale_embedding", "activation", "positions"),
-    *("intra_context", "lm_ratio"),
-)
-"""Settings that weights of the same shapes may differ in."""
+Model = TypeVar("Model", bound=TrainableLM)
 
 
-def load_model(path: Path) -> LanguageModel:
+def load_model(path: Path) -> TransformerLM | GNNLM:
     """A model from a checkpoint of train.py or of fairseq, on the CPU, for evaluation. Nothing in
     the file is executed: it is read with `weights_only=True`.
 
@@ -31,13 +28,10 @@ def load_model(path: Path) -> LanguageModel:
         return load_fairseq_checkpoint(path).eval()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["hyper_parameters"]
-        if "lm" in settings:
-            model = GNNLM(**{**settings, "start_from": None})
+        model = _described(checkpoint["hyper_parameters"])
+        if isinstance(model, GNNLM):
             model.lm_fingerprint = checkpoint["lm_fingerprint"]
             model.neighbors = checkpoint["neighbors"]
-        else:
-            model = TransformerLM(**{**settings, "compile": False})
         model.load_state_dict(checkpoint["state_dict"])
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
@@ -47,12 +41,25 @@ def load_model(path: Path) -> LanguageModel:
     return model.eval()
 
 
-def model_fingerprint(model: LanguageModel) -> str:
-    """A hash of all weights and of the settings that change what they compute, whatever file they
-    came from."""
-    settings = {name: model.hparams[name] for name in COMPUTING if name in model.hparams}
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def load_model_of(kind: type[Model], path: Path, flag: str) -> Model:
+    """`load_model`, of a checkpoint that must hold a model of this kind.
+
+    Args:
+        flag: that names the checkpoint.
+    """
+    model = load_model(path)
+    if not isinstance(model, kind):
+        raise InputError(
+            f"{flag} {path}: holds a {type(model).__name__}; expected a {kind.__name__}"
+        )
+    return model
+
+
+def _described(settings: dict[str, Any]) -> TransformerLM | GNNLM:
+    """The model that hyper-parameters describe, with random weights."""
+    if "lm" not in settings:
+        return TransformerLM(**{**settings, "compile": False})
+    # A GNN-LM's say besides what its LM is, and which files it came from.
+    besides = ("lm", "vocab_size", "lm_checkpoint", "start_from")
+    own = {name: value for name, value in settings.items() if name not in besides}
+    return GNNLM(TransformerLM(**settings["lm"]), **own)

@@ -1,67 +1,55 @@
 """What train.py and evaluate.py share: the command line and where a run's files go."""
 
 import logging
-import signal
 import sys
-import threading
 import warnings
 from argparse import ArgumentParser
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import faiss
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
-from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from neighborlm.common.errors import InputError
-from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
-from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.programs.architectures import ARCHITECTURES
+from neighborlm.programs.corpora import CorpusDataModule
+from neighborlm.programs.run import TRAINER_DEFAULTS, Run
 from neighborlm.programs.settings import NeighborSettings
-from neighborlm.retrieval.cluster import rank_watch
-from neighborlm.retrieval.cluster.distributed import TIMEOUT
-from neighborlm.retrieval.cluster.ranks import Ranks
-
-ARCHITECTURES: dict[str, type[LanguageModel]] = {"lm": TransformerLM, "gnn_lm": GNNLM}
 
 
 class ProgramCLI(LightningCLI):
     """Sections trainer, model and data in YAML, each overridable by flags of the same name; `arch`
     says which model the section is of, and a GNN-LM adds the section neighbors.
 
-    The data module is made at once; the trainer by `make_trainer`, as often as a program has
-    stages.
+    The data module is made at once, trainers by `Run.trainer`, as often as a program has stages.
+
+    Args:
+        args: the command line of `neighborlm train` or `evaluate`; by default that of the process.
 
     Attributes:
-        device: this process's, once there has been a trainer.
-        ranks: all processes, once `join_ranks` has been called.
+        tool: what `neighborlm` calls the program.
     """
 
-    ranks: Ranks | None = None
+    tool: str
 
-    def __init__(self) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         quiet()
-        self.arch = chosen_architecture(sys.argv[1:])
+        self.arch = chosen_architecture(sys.argv[1:] if args is None else args)
+        self.architecture = ARCHITECTURES[self.arch]
         super().__init__(
-            ARCHITECTURES[self.arch],
-            LMDataModule,
+            self.architecture.make,
+            CorpusDataModule,
             run=False,
             save_config_callback=None,
             seed_everything_default=1,
-            trainer_defaults={
-                "use_distributed_sampler": False,  # batches are dealt by the data module
-                "accelerator": "auto" if torch.cuda.is_available() else "cpu",
-            },
+            trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_kwargs={} if args is None else {"prog": f"neighborlm {self.tool}"},
+            args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -84,7 +72,7 @@ class ProgramCLI(LightningCLI):
             default=30,
             help="seconds without an answer from another host until the run stops",
         )
-        if self.arch == "gnn_lm":
+        if self.architecture.has_neighbors:
             parser.add_class_arguments(NeighborSettings, "neighbors")
 
     def before_instantiate_classes(self) -> None:
@@ -100,108 +88,25 @@ class ProgramCLI(LightningCLI):
         name = self.corpus_name + ("" if self.arch == "lm" else f"-{self.arch}")
         return Path(chosen) if chosen else Path("runs") / name
 
+    def make_run(self) -> Run:
+        """The run that the command line describes; refuses what Lightning cannot do here."""
+        settings = {**self.config_init.trainer}
+        del settings["default_root_dir"]
+        run = Run(self.run_dir, settings, self.config.seed_everything, self.config.lost_after)
+        run.trainer()
+        return run
+
+    @property
+    def neighbor_settings(self) -> NeighborSettings | None:
+        """The section neighbors, of a GNN-LM."""
+        if not self.architecture.has_neighbors:
+            return None
+        return NeighborSettings(**self.config.neighbors.as_dict())
+
     @property
     def corpus_name(self) -> str:
         """The known corpus's name or the folder's."""
         return Path(self.config.data.corpus).resolve().name
-
-    def make_trainer(
-        self, callbacks: list[Callback], log_dir: Path, training: bool = False
-    ) -> Trainer:
-        """A Lightning trainer for one stage, with the user's settings and our callbacks.
-
-        Args:
-            training: whether the stage is a training: `fsdp` shares out what that needs, in all
-                other stages each rank has the whole model.
-        """
-        settings = {**self.config_init.trainer}
-        for name in ("strategy", "plugins"):  # a trainer makes them its own
-            settings[name] = deepcopy(settings[name])
-        if settings["logger"] in (None, True):
-            settings["logger"] = TensorBoardLogger(log_dir.parent, name="", version=log_dir.name)
-        settings["default_root_dir"] = self.run_dir
-        if settings["strategy"] == "fsdp":
-            one_file = ModelParallelStrategy(save_distributed_checkpoint=False)
-            settings["strategy"] = one_file if training else "ddp"
-            settings["inference_mode"] = False  # weights gathered in it could not be trained on
-        watching = WatchRanks(self.config.lost_after)
-        chosen = settings["callbacks"] or []
-        chosen = chosen if isinstance(chosen, list) else [chosen]
-        settings["callbacks"] = [watching, KeepSigterm(), *chosen, *callbacks]
-        try:
-            trainer = Trainer(**settings)
-            ddp = settings["strategy"] in ("auto", "ddp") and isinstance(
-                trainer.strategy, DDPStrategy
-            )
-            if ddp and training and self.model.leaves_out_parameters:
-                settings["strategy"] = "ddp_find_unused_parameters_true"
-                trainer = Trainer(**settings)
-        except (ValueError, MisconfigurationException) as error:
-            reason = " ".join(str(error).split()).split(". ")[0]
-            raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
-        self.device = trainer.strategy.root_device
-        return trainer
-
-    def join_ranks(self, model: LightningModule) -> Ranks:
-        """Has all processes of this run started and joined, for what they do together between the
-        stages.
-
-        Args:
-            model: that one of the stages is of.
-        """
-        if self.ranks is None:
-            trainer = self.make_trainer([], self.run_dir / "evaluate")
-            trainer.predict(model, [], return_predictions=False)
-            self.ranks = Ranks.connect(TIMEOUT)
-        return self.ranks
-
-
-class WatchRanks(Callback):
-    """Has every rank stop when another is lost, from the first stage on.
-
-    Args:
-        lost_after: seconds without an answer from a host.
-    """
-
-    def __init__(self, lost_after: int) -> None:
-        self.lost_after = lost_after
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The process group has just been made."""
-        if trainer.world_size > 1:
-            environment = trainer.strategy.cluster_environment
-            address = environment.main_address if trainer.num_nodes > 1 else None
-            rank_watch.watch(
-                trainer.global_rank,
-                trainer.world_size,
-                address,
-                trainer.strategy.broadcast,
-                self.lost_after,
-            )
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """The others need not have met an exception: what is saved because of it is saved without
-        waiting for them. And Lightning ends its processes after an interrupt, which is no loss."""
-        trainer.strategy.barrier = lambda name=None: None
-        if isinstance(exception, KeyboardInterrupt):
-            rank_watch.leave("stop")
-
-
-class KeepSigterm(Callback):
-    """Leaves SIGTERM what it was: Lightning would exchange messages with other ranks in the middle
-    of whatever it interrupts, and go on with an evaluation."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning has not taken it yet."""
-        self.handler = signal.getsignal(signal.SIGTERM)
-
-    def _keep(self, *_: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.handler)
-
-    on_sanity_check_start = on_train_start = on_test_start = on_predict_start = _keep
 
 
 def chosen_architecture(args: list[str]) -> str:
@@ -232,6 +137,7 @@ def quiet() -> None:
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     for message in (
+        ".*args parameter is intended to run from within Python.*",  # `neighborlm train` has both
         ".*does not have many workers.*",
         ".*Couldn't infer the batch indices.*",
         ".*exists and is not empty.*",

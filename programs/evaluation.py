@@ -1,453 +1,532 @@
-"""Perplexity of a trained model, plain or with a nearest-neighbour memory.
+"""Perplexity of a trained model, plain or mixed with memories.
 
-    python evaluate.py --config configs/<corpus>/lm.yaml --ckpt_path CKPT [--knnlm]
-
-`--save_datastore` and `--build_index` do one stage as a job of its own.
+`evaluate` takes a model, a corpus and a run, makes what is missing of the memories, and returns the
+figures.
 """
 
 import json
 import shutil
 import time
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
-from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning import Callback, Trainer
 
-from neighborlm.callbacks.knn_interpolation import KNNInterpolation
-from neighborlm.callbacks.mixture import Mixture
+from neighborlm.callbacks.interpolation import Interpolation
+from neighborlm.callbacks.tally import Tally
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
+from neighborlm.common.contracts import (
+    LanguageModel,
+    Memory,
+    Mixer,
+    Opinion,
+    Retriever,
+    Scored,
+    Want,
+)
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
-from neighborlm.programs.checkpoints import load_model, model_fingerprint
-from neighborlm.programs.cli import ProgramCLI, check_row_length
-from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.models.scorer import Scorer
 from neighborlm.programs.products import NeighborProducts, Products
-from neighborlm.programs.reports import figures, log_tuning, publish
+from neighborlm.programs.reports import figures, log_tuning
+from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
-from neighborlm.retrieval.cluster.distributed import DistributedRetriever, open_distributed
+from neighborlm.retrieval.cluster.distributed import open_distributed
+from neighborlm.retrieval.memories import MEMORIES, MIXERS, ConstantMixer, KNNMemory
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
-from neighborlm.retrieval.memories.knn import weigh
+from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
 from neighborlm.retrieval.memories.tuning import Tuning, tune
-from neighborlm.retrieval.search.index import is_path, lies_in_shards, open_retriever, resolve
-from neighborlm.retrieval.search.retriever import Retriever
+from neighborlm.retrieval.search import open_retriever
+from neighborlm.retrieval.search.index import is_path, resolve
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
 
 
-class EvaluateCLI(ProgramCLI):
-    """The command line of evaluate.py; the model is the checkpoint's, whatever the config says."""
+@dataclass
+class Subject:
+    """What is evaluated.
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The sections; what the one of the model says is only carried along."""
-        parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
-        parser.add_argument(
-            "--model", type=dict, default={}, help="settings of training; the checkpoint has them"
-        )
-        parser.add_lightning_class_args(LMDataModule, "data")
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what is not a section of train.py."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            default=None,
-            help="trained model (default: checkpoints/best.ckpt of the run directory)",
-        )
-        parser.add_argument(
-            "--split",
-            type=str | None,
-            default=None,
-            help="what to evaluate (default: test) or to store (default: train): train, valid, "
-            "test, or any split that a data-bin has",
-        )
-        parser.add_argument(
-            "--knnlm", action="store_true", help="mix with the kNN distribution of a datastore"
-        )
-        parser.add_argument(
-            "--save_datastore", action="store_true", help="only write the split's datastore"
-        )
-        parser.add_argument(
-            "--build_index", action="store_true", help="only build the datastore's index"
-        )
-        parser.add_argument(
-            "--output",
-            type=str | None,
-            default=None,
-            help="where results are written (default: results.json in the run directory)",
-        )
-        parser.add_argument(
-            "--token_scores",
-            type=str | None,
-            default=None,
-            help="write every token's log-probabilities to this .npz file",
-        )
-        parser.add_class_arguments(KNNSettings, "knn")
-
-    def instantiate_classes(self) -> None:
-        """Makes the settings, then the data module; the model comes from the checkpoint."""
-        self.knn = KNNSettings(**self.config.knn.as_dict())
-        self.knn.check()
-        path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
-        self.ckpt_path = Path(path)
-        self.model = load_model(self.ckpt_path)
-        if isinstance(self.model, GNNLM) != (self.arch == "gnn_lm"):
-            raise InputError(
-                f"{self.ckpt_path}: holds a {type(self.model).__name__}, but --arch is {self.arch} "
-                "(the first line of a gnn_lm.yaml); expected the config that it was trained with"
-            )
-        for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
-            self.model.key_width(key_type)
-        self.config_init = self.parser.instantiate(self.config)
-        self.datamodule: LMDataModule = self.config_init.data
-        check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
-        self.datamodule.max_target_positions = self.model.max_target_positions
-
-
-class Evaluation:
-    """The stages of one evaluation, in the order in which they need one another.
-
-    Args:
-        cli: the parsed command line with its data module and model.
+    Attributes:
+        model: trained.
+        data: the corpus.
+        run: how Lightning evaluates, and where files go.
+        neighbors: what a GNN-LM reads besides the text; None for other models.
     """
 
-    def __init__(self, cli: EvaluateCLI) -> None:
-        self.cli = cli
-        self.knn = cli.knn
-        self.data: LMDataModule = cli.datamodule
-        self.model: LanguageModel = cli.model
-        self.neighbors: NeighborProducts | None = None
-        # Made before any work, to refuse what it cannot do.
-        cli.make_trainer([], cli.run_dir / "evaluate")
-        self.check_dictionary()
-        if cli.config.split is not None:
-            self.data.stream(cli.config.split)
-        if isinstance(self.model, GNNLM):
-            settings = NeighborSettings(**cli.config.neighbors.as_dict())
-            self.neighbors = NeighborProducts(cli, self.data, self.model, settings, "online")
-        self.products = Products(cli, self.data, self.keyed(self.knn.key_type), self.knn)
+    model: LanguageModel
+    data: LMDataModule
+    run: Run
+    neighbors: NeighborProducts | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        data: LMDataModule,
+        run: Run,
+        neighbors: NeighborSettings | None = None,
+        checkpoint: Path | str | None = None,
+    ) -> "Subject":
+        """What of these belongs together.
+
+        Args:
+            neighbors: what a GNN-LM is to see of its neighbours; by default as trained.
+            checkpoint: of the model, for messages.
+
+        Raises:
+            InputError: the model was trained with another dictionary than the corpus has.
+        """
+        check_dictionary(model, data, checkpoint)
+        products = None
+        if isinstance(model, GNNLM):
+            settings = neighbors or NeighborSettings()
+            products = NeighborProducts(run, data, model, settings, "online", checkpoint)
+        return cls(model, data, run, products)
 
     def keyed(self, key_type: str) -> LanguageModel:
         """The model whose feature a key type is: keys of an LM are those that it makes alone."""
         return self.model if self.neighbors is None or key_type == "gnn" else self.model.lm
-
-    def ensure_rescoring(self) -> Datastore | None:
-        """The datastore of `--knn.rescore_key_type`."""
-        key_type = self.knn.rescore_key_type
-        if key_type is None:
-            return None
-        knn = replace(self.knn, key_type=key_type, datastore=None)
-        products = Products(self.cli, self.data, self.keyed(key_type), knn)
-        if key_type == "gnn" and products.open_fitting_datastore("train") is None:
-            self.give_neighbors("train")
-        return products.ensure_datastore("train")
-
-    @property
-    def gnn_keys(self) -> bool:
-        """Whether keys are features of the graph network."""
-        return self.knn.key_type == "gnn"
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """How long each stage took that was not done before."""
-        return self.products.seconds | (self.neighbors.seconds if self.neighbors else {})
-
-    def check_dictionary(self) -> None:
-        """Refuses a checkpoint that was trained with another dictionary than the corpus has."""
-        expected = self.model.dictionary_fingerprint
-        found = self.data.dictionary.fingerprint
-        size = self.model.hparams.vocab_size
-        if size != self.data.vocab_size or expected not in (None, found):
-            raise InputError(
-                f"{self.cli.ckpt_path}: was trained with a dictionary of {size} symbols "
-                f"({expected}), but {self.data.corpus} gives one of {self.data.vocab_size} "
-                f"({found}); pass the training run's dict.txt as --data.dictionary"
-            )
-
-    def check_search(self, split: str) -> None:
-        """Everything about the search that can be wrong, before any long work."""
-        if self.knn.shard is not None:
-            self.check_search_by_hosts()
-        existing = self.products.open_fitting_datastore("train")
-        where = self.products.datastore_path("train")
-        if existing is None:
-            stored, n_keys = self.data.fingerprint("train"), len(self.data.stream("train").tokens)
-        else:
-            stored = existing.manifest["made_from"].get("corpus")
-            n_keys = existing.n_keys_of_whole
-        for predicted in {split, "valid"} if self.knn.lmbda == "auto" else {split}:
-            if stored == self.data.fingerprint(predicted):
-                raise InputError(
-                    f"--split {predicted}: {where} holds this very split, so that every token "
-                    "would find its own key; expected another split, or another --knn.datastore"
-                )
-        if self.knn.k > n_keys:
-            raise InputError(f"--knn.k is {self.knn.k}, but {where} has only {n_keys} keys")
-        if is_path(self.knn.index):
-            if existing is None:
-                raise InputError(
-                    f"--knn.index {self.knn.index} is a file, but its datastore {where} is missing"
-                )
-            open_retriever(existing, self.knn.index, self.knn.metric, self.knn.nprobe)
-        else:
-            self.products.check_index()
-
-    def check_search_by_hosts(self) -> None:
-        """What hosts that have one shard each can do."""
-        knn, hosts = self.knn, self.cli.config.trainer.num_nodes
-        given = f"--knn.shard {knn.shard} of {knn.shards}: this host has that shard alone"
-        if hosts < knn.shards:
-            raise InputError(
-                f"{given}, but --trainer.num_nodes is {hosts}; expected a host for every shard, or "
-                "all of them assembled (neighborlm datastore assemble)"
-            )
-        needs_all = {
-            "--knn.missing last_row": knn.missing == "last_row",
-            f"--knn.rescore_key_type {knn.rescore_key_type}": knn.rescore_key_type is not None,
-            f"--knn.similarity {self.similarity}": self.similarity != knn.metric,
-            f"--knn.index {knn.index}": is_path(knn.index),
-        }
-        for flag, is_given in needs_all.items():
-            if is_given:
-                raise InputError(f"{given}, but {flag} needs them all; expected another value")
 
     def give_neighbors(self, *splits: str) -> None:
         """Makes what a GNN-LM reads besides the text of some splits."""
         if self.neighbors is not None:
             self.neighbors.attach(*splits)
 
-    def make_products(self, split: str) -> None:
-        """`--save_datastore` and `--build_index`: what they ask for and no more."""
-        products = self.products
-        if not self.cli.config.save_datastore and products.open_fitting_datastore(split) is None:
-            raise InputError(
-                f"{products.datastore_path(split)}: no complete datastore to index; "
-                "--save_datastore makes it"
-            )
-        if self.cli.config.build_index:
-            products.check_index()
-        if self.gnn_keys:
-            self.give_neighbors(split)
-        if self.cli.config.build_index:
-            datastore = products.ensure_datastore_and_index(split)
-            print(f"index: {resolve(datastore, self.knn.index)}")
-        else:
-            datastore = products.ensure_datastore(split)
-        print(f"datastore: {datastore.path}, {len(datastore)} keys of width {datastore.dim}")
+    def products(self, knn: KNNSettings) -> Products:
+        """The datastores of its keys and their indexes."""
+        shown = None if self.neighbors is None else self.neighbors.given
+        return Products(self.run, self.data, self.keyed(knn.key_type), knn, shown=shown)
 
-    # -- scores ----------------------------------------------------------------------------------
 
-    def score(self, split: str, *callbacks) -> dict[str, Any]:
-        """One pass over a split: losses of the LM and, under `gnn`, of the graph network on top of
-        it, and times, the model's alone where kNN runs beside it."""
-        throughput = Throughput()
-        trainer = self.cli.make_trainer([throughput, *callbacks], self.cli.run_dir / "evaluate")
-        trainer.test(self.model, self.data.evaluation_dataloader(split), verbose=False)
-        total = self.model.test_loss.compute()
-        tokens = int(total["tokens"])
-        searching = any(isinstance(callback, KNNInterpolation) for callback in callbacks)
-        seconds = throughput.model_seconds if searching else throughput.seconds
-        self.trainer, self.pass_seconds = trainer, throughput.seconds
-        results = {"split": split, "tokens": tokens}
-        own = figures(total["loss"].item(), tokens, seconds)
-        if self.neighbors is None:
-            return results | own
-        lm_loss = self.model.lm_loss.compute()["loss"].item()
-        of_network = own | asdict(self.neighbors.settings)
-        if self.neighbors.exchange is not None:
-            of_network["communication"] = self.neighbors.exchange.communication
-        return results | figures(lm_loss, tokens, seconds) | {"gnn": of_network}
-
-    def evaluate(self, split: str) -> dict[str, Any]:
-        """The model's perplexity on a split and, with `--knnlm`, the mixture's."""
-        if not self.cli.config.knnlm:
-            self.give_neighbors(split)
-            self.model.key_type = None
-            lm_scores = self.lm_scores()
-            results = self.score(split, *lm_scores)
-            self.save_scores(*(callback.table for callback in lm_scores))
-            return results
-        self.check_search(split)
-        if self.gnn_keys and self.products.open_fitting_datastore("train") is None:
-            self.give_neighbors("train")
-        datastore = self.products.ensure_datastore_and_index("train")
-        knn = self.knn
-        retriever = self.open_search(datastore)
-        self.search = partial(
-            KNNInterpolation,
-            datastore,
-            retriever,
-            knn.k,
-            distances=knn.distances,
-            similarity=knn.similarity,
-            missing=knn.missing,
-            rescoring=self.ensure_rescoring(),
+def check_dictionary(
+    model: LanguageModel, data: LMDataModule, checkpoint: Path | str | None
+) -> None:
+    """Refuses a model that was trained with another dictionary than the corpus has."""
+    expected = getattr(model, "dictionary_fingerprint", None)
+    found = data.dictionary.fingerprint
+    if model.vocab_size != data.vocab_size or expected not in (None, found):
+        raise InputError(
+            f"{checkpoint or 'the model'}: was trained with a dictionary of {model.vocab_size} "
+            f"symbols ({expected}), but {data.settings.corpus} gives one of {data.vocab_size} "
+            f"({found}); pass the training run's dict.txt as --data.dictionary"
         )
-        self.model.key_type, self.model.rescoring_key_type = knn.key_type, knn.rescore_key_type
-        tuned = self.tuned(datastore) if knn.lmbda == "auto" else None
-        mixed_by = {
-            "lmbda": tuned.lmbda if tuned else knn.lmbda,
-            "temperature": tuned.temperature if tuned else knn.temperature,
-        }
-        results, mixture, how = self.mix(split, datastore, mixed_by)
-        loss, tokens = mixture.loss.compute()["loss"].item(), results["tokens"]
-        results["knn"] = {
-            "tokens": tokens,
-            **figures(loss, tokens, how.pop("seconds")),
-            **asdict(knn),
-            "index": resolve(datastore, knn.index),
-            **mixed_by,
-            "tuned": tuned is not None,
-            "datastore": str(datastore.path),
-            "datastore_rows": datastore.whole["rows"],
-            **mixture.statistics(),
-            **how,
-        }
-        if isinstance(retriever, DistributedRetriever) and retriever.communication:
-            results["knn"]["communication"] = retriever.communication
-        return results
 
-    def open_search(self, datastore: Datastore) -> Retriever:
-        """What `--knn.index` names; of a datastore in shards, each rank searches some for all."""
-        knn = self.knn
-        index = (datastore, knn.index, knn.metric, knn.nprobe, self.cli.device)
-        if datastore.part is None and not lies_in_shards(datastore, knn.index, knn.metric):
-            return open_retriever(*index)
+
+# -- one pass ------------------------------------------------------------------------------------
+
+
+PLAIN = Want()
+"""Log-probabilities alone."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a split.
+
+    Attributes:
+        results: `split`, `tokens` and the figures of the LM, and under `gnn` those of a graph
+            network on top of it.
+        seconds: wall time.
+        trainer: that made it.
+    """
+
+    results: dict[str, Any]
+    seconds: float
+    trainer: Trainer
+
+
+def score(
+    subject: Subject, split: str, want: Want = PLAIN, callbacks: Sequence[Callback] = ()
+) -> Pass:
+    """Scores every token of a split once.
+
+    Times are those of the whole pass, or of the model's steps alone where memories are asked beside
+    it.
+    """
+    subject.give_neighbors(split)
+    throughput, scorer = Throughput(), Scorer(subject.model, want)
+    trainer = subject.run.trainer([throughput, *callbacks])
+    trainer.test(scorer, subject.data.evaluation_dataloader(split), verbose=False)
+    total = scorer.test_loss.compute()
+    tokens = int(total["tokens"])
+    asking = any(isinstance(callback, Interpolation) for callback in callbacks)
+    seconds = throughput.model_seconds if asking else throughput.seconds
+    results = {"split": split, "tokens": tokens}
+    own = figures(total["loss"].item(), tokens, seconds)
+    if subject.neighbors is None:
+        return Pass(results | own, throughput.seconds, trainer)
+    lm_loss = scorer.lm_loss.compute()["loss"].item()
+    of_network = own | asdict(subject.neighbors.settings)
+    if subject.neighbors.exchange is not None:
+        of_network["communication"] = subject.neighbors.exchange.communication
+    results |= figures(lm_loss, tokens, seconds) | {"gnn": of_network}
+    return Pass(results, throughput.seconds, trainer)
+
+
+# -- what memories are made of -------------------------------------------------------------------
+
+
+class MadeOnDemand:
+    """The `Resources` of memories: whatever is missing is made when it is asked for.
+
+    Args:
+        subject: what is evaluated.
+        knn: how datastores are made and searched.
+
+    Attributes:
+        settings: `knn`.
+        products: the datastores, and how long each stage took that was not done before.
+    """
+
+    def __init__(self, subject: Subject, knn: KNNSettings) -> None:
+        self.subject = subject
+        self.settings = knn
+        self.products = subject.products(knn)
+        self.vocab_size = subject.data.vocab_size
+
+    def tokens(self, split: str) -> np.ndarray:
+        """See `Resources`."""
+        return self.subject.data.stream(split).tokens
+
+    def datastore(self) -> Datastore:
+        """See `Resources`."""
+        return self._datastore
+
+    @cached_property
+    def _datastore(self) -> Datastore:
+        missing = self.products.open_fitting_datastore("train") is None
+        if self.settings.key_type == "gnn" and missing:
+            self.subject.give_neighbors("train")
+        return self.products.ensure_datastore_and_index("train")
+
+    def retriever(self) -> Retriever:
+        """See `Resources`."""
+        return self._retriever
+
+    @cached_property
+    def _retriever(self) -> Retriever:
+        search = self.settings.search(self.subject.run.device)
         # Distances between other keys, or by another measure, are computed by whoever asks.
-        own = knn.rescore_key_type is None and self.similarity == knn.metric
-        return open_distributed(*index, rescore=own and knn.distances == "exact")
+        own = self.settings.rescore_key_type is None
+        own &= self.settings.similarity in (None, self.settings.metric)
+        rescore = own and self.settings.distances == "exact"
+        return open_distributed(self.datastore(), search, rescore)
 
-    def mix(
-        self, split: str, datastore: Datastore, mixed_by: dict[str, float]
-    ) -> tuple[dict[str, Any], Mixture, dict[str, Any]]:
-        """Mixes the model with the kNN distribution, from `--knn.cache` where it is given.
+    def rescoring_datastore(self) -> Datastore | None:
+        """The datastore of `--knn.rescore_key_type`."""
+        key_type = self.settings.rescore_key_type
+        if key_type is None:
+            return None
+        products = self.subject.products(replace(self.settings, key_type=key_type, datastore=None))
+        if key_type == "gnn" and products.open_fitting_datastore("train") is None:
+            self.subject.give_neighbors("train")
+        return products.ensure_datastore("train")
 
-        Returns:
-            the results of the model alone, those of the mixture, and how long it took.
-        """
-        keep_scores = bool(self.cli.config.token_scores)
-        if self.knn.cache is None:
-            self.give_neighbors(split)
-            lm_scores, mixing = self.lm_scores(), self.search(**mixed_by, keep_scores=keep_scores)
-            results = self.score(split, *lm_scores, mixing)
-            self.save_scores(*(callback.table for callback in lm_scores), mixing.mixture.table)
-            seconds_of = dict(mixing.seconds)
-            return results, mixing.mixture, {"seconds": self.pass_seconds, "seconds_of": seconds_of}
-        if keep_scores and self.neighbors is not None:
+
+def check_search(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> None:
+    """Everything about the search that can be wrong, before any long work.
+
+    Args:
+        splits: that will be searched for.
+    """
+    products = subject.products(knn)
+    if knn.shard is not None:
+        check_search_by_hosts(subject.run, knn)
+    existing = products.open_fitting_datastore("train")
+    where = products.datastore_path("train")
+    if existing is None:
+        stored = subject.data.fingerprint("train")
+        n_keys = len(subject.data.stream("train").tokens)
+    else:
+        stored = existing.manifest["made_from"].get("corpus")
+        n_keys = existing.n_keys_of_whole
+    for split in splits:
+        if stored == subject.data.fingerprint(split):
             raise InputError(
-                "--token_scores of a GNN-LM cannot come from --knn.cache, which does not keep what "
-                "the LM says alone; expected one of the two"
+                f"--split {split}: {where} holds this very split, so that every token would find "
+                "its own key; expected another split, or another --knn.datastore"
             )
-        cache, seconds = self.retrieved(split, datastore, Path(self.knn.cache))
-        start = time.perf_counter()
-        mixture = Mixture(mixed_by["lmbda"], self.similarity, keep_scores)
-        lm_scores = ScoreTable()
-        for block in islice(cache, *own_part()):
-            said = weigh(block.scores, block.hits, mixed_by["temperature"])
-            mixture.add(block.positions, block.lm_log_prob, said)
-            lm_scores.add(
-                position=block.positions.numpy(),
-                target=block.targets.numpy(),
-                lm_log_prob=block.lm_log_prob.numpy(),
-            )
-        self.save_scores(lm_scores, mixture.table)
-        seconds += time.perf_counter() - start
-        how = {"seconds": seconds, "cached_k": cache.manifest["k"]}
-        return dict(cache.manifest["results"]), mixture, how
-
-    def tuned(self, datastore: Datastore) -> Tuning:
-        """The best lmbda and temperature for the validation split, from one retrieval pass."""
-        kept = self.knn.cache is not None
-        folder = Path(self.knn.cache) if kept else self.temporary("valid", datastore)
-        start = time.perf_counter()
-        cache, _ = self.retrieved("valid", datastore, folder)
-        tuned = tune(cache)
-        self.products.seconds["tuning"] = time.perf_counter() - start
-        log_tuning(tuned, self.trainer.loggers)
-        self.trainer.strategy.barrier()
-        if not kept and self.trainer.is_global_zero:
-            shutil.rmtree(folder)
-        return tuned
-
-    def temporary(self, split: str, datastore: Datastore) -> Path:
-        """Where all ranks keep what is retrieved until the command ends."""
-        content = json.dumps(self.retrieved_from(split, datastore)).encode()
-        return self.cli.run_dir / f"retrieved-{blake2b(content, digest_size=8).hexdigest()}"
-
-    @property
-    def similarity(self) -> str:
-        """What neighbours are weighed by."""
-        return self.knn.similarity or self.knn.metric
-
-    def retrieved(
-        self, split: str, datastore: Datastore, folder: Path
-    ) -> tuple[RetrievalCache, float]:
-        """What the search finds for a split, kept in a folder, found there again or retrieved now;
-        and how many seconds that took."""
-        path = folder / split.replace(":", "_")
-        made_from = self.retrieved_from(split, datastore)
-        sizes = {"rows": len(self.data.stream(split).tokens), "vocab_size": self.data.vocab_size}
-        self.trainer = self.cli.make_trainer([], self.cli.run_dir / "evaluate")
-        if RetrievalCache.is_complete(path):
-            cache = RetrievalCache.open(path)
-            cache.fits({**made_from, **sizes, "k": self.knn.k})
-            return cache.nearest(self.knn.k), 0.0
-        self.give_neighbors(split)
-        builder = RetrievalCacheBuilder(path, k=self.knn.k, **sizes, made_from=made_from)
-        results = self.score(split, self.search(lmbda=0.0, cache=builder))
-        self.trainer.strategy.barrier()
-        if self.trainer.is_global_zero:
-            builder.finish(results)
-        self.trainer.strategy.barrier()
-        if not RetrievalCache.is_complete(path):
+    if knn.k > n_keys:
+        raise InputError(f"--knn.k is {knn.k}, but {where} has only {n_keys} keys")
+    if is_path(knn.index):
+        if existing is None:
             raise InputError(
-                f"{path}: rank 0 has finished it, but not as this host sees it; expected a folder "
-                "that all hosts share, or no --knn.lmbda auto and no --knn.cache"
+                f"--knn.index {knn.index} is a file, but its datastore {where} is missing"
             )
-        return RetrievalCache.open(path), self.pass_seconds
+        open_retriever(existing, knn.search(subject.run.device))
+    else:
+        products.check_index()
 
-    def retrieved_from(self, split: str, datastore: Datastore) -> dict[str, Any]:
-        """What determines the content of a cache of retrieved neighbours."""
-        knn, index = self.knn, resolve(datastore, self.knn.index)
-        return {
-            **self.products.made_from(split),
-            "model": model_fingerprint(self.model),
-            "neighbors": asdict(self.neighbors.settings) if self.neighbors else None,
-            "datastore": fingerprint_of(datastore.whole),
-            "index": [index, Path(index).stat().st_size] if is_path(index) else index,
-            "seed": self.cli.config.seed_everything,
-            "nprobe": knn.nprobe,
-            "metric": knn.metric,
-            "similarity": self.similarity,
-            "distances": knn.distances,
-            "missing": knn.missing,
-            "rescore_key_type": knn.rescore_key_type,
+
+def check_search_by_hosts(run: Run, knn: KNNSettings) -> None:
+    """What hosts that have one shard each can do."""
+    given = f"--knn.shard {knn.shard} of {knn.shards}: this host has that shard alone"
+    if run.hosts < knn.shards:
+        raise InputError(
+            f"{given}, but --trainer.num_nodes is {run.hosts}; expected a host for every shard, or "
+            "all of them assembled (neighborlm datastore assemble)"
+        )
+    similarity = knn.similarity or knn.metric
+    needs_all = {
+        "--knn.missing last_row": knn.missing == "last_row",
+        f"--knn.rescore_key_type {knn.rescore_key_type}": knn.rescore_key_type is not None,
+        f"--knn.similarity {similarity}": similarity != knn.metric,
+        f"--knn.index {knn.index}": is_path(knn.index),
+    }
+    for flag, is_given in needs_all.items():
+        if is_given:
+            raise InputError(f"{given}, but {flag} needs them all; expected another value")
+
+
+# -- the evaluation ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of an evaluation.
+
+    Attributes:
+        results: JSON-able: `split`, `tokens` and the figures of the LM; under `gnn` those of a
+            graph network on top of it, and under `knn` (the one memory) or `mixture` those with
+            memories.
+        seconds: of each stage that was not done before.
+        trainer: of the last pass.
+        memories: that were asked, by name.
+        mixer: that weighed them.
+    """
+
+    results: dict[str, Any]
+    seconds: dict[str, float]
+    trainer: Trainer
+    memories: dict[str, Memory] = field(default_factory=dict)
+    mixer: Mixer | None = None
+
+
+def evaluate(
+    subject: Subject,
+    split: str = "test",
+    memories: Sequence[str] = (),
+    mixer: str = "constant",
+    knn: KNNSettings | None = None,
+    token_scores: Path | None = None,
+) -> Evaluated:
+    """The perplexity of a model on a split, and with memories the mixture's.
+
+    Args:
+        subject: what is evaluated.
+        split: of the corpus.
+        memories: names of `MEMORIES`; none for the model alone.
+        mixer: a name of `MIXERS`.
+        knn: how the memory `knn` is made, searched and mixed.
+        token_scores: `.npz` file for every token's log-probabilities.
+
+    Raises:
+        InputError: something does not fit together; before any long work.
+    """
+    knn = knn or KNNSettings()
+    knn.check()
+    subject.data.stream(split)
+    if not memories:
+        lm_scores = [LMScores()] if token_scores else []
+        alone = score(subject, split, callbacks=lm_scores)
+        for callback in lm_scores:
+            save_scores(token_scores, callback.table)
+        return Evaluated(alone.results, seconds_of(subject), alone.trainer)
+    check_names(memories, mixer)
+    if "knn" in memories:
+        tuned_on = {"valid"} if knn.lmbda == "auto" or mixer != "constant" else set()
+        check_search(subject, knn, sorted({split} | tuned_on))
+    resources = MadeOnDemand(subject, knn)
+    if tuple(memories) == ("knn",) and mixer == "constant":
+        return evaluate_knn(subject, split, resources, token_scores)
+    return evaluate_mixture(subject, split, memories, MIXERS[mixer](), resources, token_scores)
+
+
+def check_names(memories: Sequence[str], mixer: str) -> None:
+    """Refuses unknown memories and mixers, and a memory that is named twice."""
+    for name in memories:
+        if name not in MEMORIES:
+            known = ", ".join(MEMORIES)
+            raise InputError(f"--memories: {name} is no memory; expected some of {known}")
+    if len(set(memories)) < len(memories):
+        raise InputError(f"--memories are {','.join(memories)}; expected each once")
+    if mixer not in MIXERS:
+        raise InputError(f"--mixer is {mixer}; expected one of {', '.join(MIXERS)}")
+
+
+def seconds_of(subject: Subject, *products: Products) -> dict[str, float]:
+    """How long each stage took that was not done before."""
+    own = subject.neighbors.seconds if subject.neighbors else {}
+    return {name: s for of in (own, *(p.seconds for p in products)) for name, s in of.items()}
+
+
+def evaluate_mixture(
+    subject: Subject,
+    split: str,
+    names: Sequence[str],
+    mixer: Mixer,
+    resources: MadeOnDemand,
+    token_scores: Path | None,
+) -> Evaluated:
+    """A mixture of any memories, weighed by a mixer that is fitted on the validation split."""
+    knn = resources.settings
+    if knn.cache is not None:
+        raise InputError(
+            f"--knn.cache {knn.cache}: keeps what the memory knn alone retrieves; expected no such "
+            f"flag with --memories {','.join(names)}"
+        )
+    if "knn" in names and knn.lmbda == "auto":  # for the temperature
+        tuned = tuned_knn(subject, resources)
+        resources.settings = replace(knn, temperature=tuned.temperature)
+    memories = {name: MEMORIES[name](resources) for name in names}
+    check_order(memories)
+    want = Want()
+    for memory in memories.values():
+        want = want.and_also(memory.want)
+    if mixer.needs_fitting:
+        if split == "valid":
+            raise InputError("--split valid: is what the mixer is fitted on; expected another")
+        hearing = Interpolation(memories, None, keep_scores=True)
+        score(subject, "valid", want, [hearing])
+        mixer.fit(*opinions_of(hearing.tally.table, list(memories)))
+    mixing = Interpolation(memories, mixer, keep_scores=token_scores is not None)
+    made = score(subject, split, want, [mixing])
+    if token_scores is not None:
+        save_scores(token_scores, mixing.tally.table)
+    described = {"memories": list(names), "mixer": type(mixer).__name__}
+    results = {"mixture": described | mixed_figures(mixing.tally, made) | seconds_in(mixing)}
+    seconds = seconds_of(subject, resources.products)
+    return Evaluated(made.results | results, seconds, made.trainer, memories, mixer)
+
+
+def check_order(memories: Mapping[str, Memory]) -> None:
+    """Refuses several ranks where tokens must come in the order of the text."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for name, memory in memories.items():
+            if memory.in_order:
+                raise InputError(
+                    f"--memories {name}: reads tokens in the order of the text, but "
+                    f"{dist.get_world_size()} ranks share them out; expected --trainer.devices 1"
+                )
+
+
+def opinions_of(table: ScoreTable, names: Sequence[str]) -> tuple[Any, list[Opinion]]:
+    """What a pass kept of the model and of each memory, for `Mixer.fit`."""
+    columns = {name: torch.from_numpy(x) for name, x in table.gathered().items()}
+    model = columns.get("gnn_log_prob", columns["lm_log_prob"])
+    opinions = []
+    for name in names:
+        features = {
+            column.removeprefix(f"{name}."): values
+            for column, values in columns.items()
+            if column.startswith(f"{name}.")
         }
+        opinions.append(Opinion(columns[f"{name}_log_prob"], features))
+    return model, opinions
 
-    def lm_scores(self) -> list[LMScores]:
-        """What keeps the model's own part of `--token_scores`, if asked for."""
-        return [LMScores()] if self.cli.config.token_scores else []
 
-    def save_scores(self, *tables: ScoreTable | None) -> None:
-        """Writes `--token_scores`, if asked for."""
-        if self.cli.config.token_scores:
-            save_scores(Path(self.cli.config.token_scores), *tables)
+def mixed_figures(tally: Tally, made: Pass) -> dict[str, Any]:
+    """Figures of the mixture of a pass."""
+    tokens, loss = made.results["tokens"], tally.loss.compute()["loss"].item()
+    return {"tokens": tokens, **figures(loss, tokens, made.seconds), **tally.statistics()}
 
-    def publish(self, results: dict[str, Any]) -> None:
-        """Writes results.json, logs the figures and prints a table."""
-        if not self.trainer.is_global_zero:
-            return
-        results |= {"checkpoint": str(self.cli.ckpt_path), "stage_seconds": self.seconds}
-        output = Path(self.cli.config.output or self.cli.run_dir / "results.json")
-        publish(results, output, self.model.updates, self.trainer.loggers)
+
+def seconds_in(mixing: Interpolation) -> dict[str, dict[str, float]]:
+    """What the time of a pass with memories was spent on."""
+    seconds = dict(mixing.seconds)
+    for memory in mixing.memories.values():
+        seconds |= getattr(memory, "seconds", {})
+    return {"seconds_of": seconds}
+
+
+# -- kNN-LM --------------------------------------------------------------------------------------
+
+
+def evaluate_knn(
+    subject: Subject, split: str, resources: MadeOnDemand, token_scores: Path | None
+) -> Evaluated:
+    """kNN-LM, or a GNN-LM with the same memory: one weight for all tokens, given or tuned with the
+    temperature; from `--knn.cache` where that is given, so that no model and no search is needed.
+    """
+    knn = resources.settings
+    tuned = tuned_knn(subject, resources) if knn.lmbda == "auto" else None
+    mixed_by = {
+        "lmbda": tuned.lmbda if tuned else knn.lmbda,
+        "temperature": tuned.temperature if tuned else knn.temperature,
+    }
+    resources.settings = replace(knn, **mixed_by)
+    memory = KNNMemory.of(resources)
+    mixer = ConstantMixer((1 - mixed_by["lmbda"], mixed_by["lmbda"]))
+    if knn.cache is None:
+        mixing = Interpolation({"knn": memory}, mixer, keep_scores=token_scores is not None)
+        made = score(subject, split, memory.want, [mixing])
+        tally, how = mixing.tally, seconds_in(mixing)
+    else:
+        made, tally, how = mixed_from_cache(subject, split, resources, mixer, token_scores)
+    if token_scores is not None:
+        save_scores(token_scores, tally.table)
+    figures_of_knn = mixed_figures(tally, made)
+    for ours, reported in REPORTED.items():
+        figures_of_knn[reported] = figures_of_knn.pop(f"knn.{ours}", float("nan"))
+    datastore = resources.datastore()
+    described = {
+        **asdict(knn),
+        "index": resolve(datastore, knn.index),
+        **mixed_by,
+        "tuned": tuned is not None,
+        "datastore": str(datastore.path),
+        "datastore_rows": datastore.whole["rows"],
+    }
+    communication = memory.retriever.communication
+    if communication:
+        how["communication"] = dict(communication)
+    results = made.results | {"knn": figures_of_knn | described | how}
+    seconds = seconds_of(subject, resources.products)
+    return Evaluated(results, seconds, made.trainer, {"knn": memory}, mixer)
+
+
+REPORTED = {
+    "nearest_distance": "nearest_distance",
+    "kth_distance": "kth_distance",
+    "has_target": "target_among_neighbors",
+}
+"""What results call the means of the memory knn."""
+
+
+def mixed_from_cache(
+    subject: Subject,
+    split: str,
+    resources: MadeOnDemand,
+    mixer: ConstantMixer,
+    token_scores: Path | None,
+) -> tuple[Pass, Tally, dict[str, Any]]:
+    """A pass over what `--knn.cache` keeps, retrieved first where it is missing."""
+    if token_scores is not None and subject.neighbors is not None:
+        raise InputError(
+            "--token_scores of a GNN-LM cannot come from --knn.cache, which does not keep what the "
+            "LM says alone; expected one of the two"
+        )
+    knn = resources.settings
+    cache, made = retrieved(subject, split, resources, Path(knn.cache))
+    start = time.perf_counter()
+    tally = Tally(keep_scores=token_scores is not None)
+    for block in islice(cache, *own_part()):
+        opinion = opinion_from_cache(block, knn.temperature, knn.similarity or knn.metric)
+        asked = Scored(block.positions, block.targets, block.lm_log_prob)
+        log_probs = (asked.log_probs.double(), opinion.log_probs.double())
+        tally.add(asked, {"knn": opinion}, mixer.mixed(log_probs))
+    seconds = made.seconds + time.perf_counter() - start
+    how = {"cached_k": cache.manifest["k"]}
+    return Pass(dict(cache.manifest["results"]), seconds, made.trainer), tally, how
 
 
 def own_part() -> tuple[int, None, int]:
@@ -457,17 +536,91 @@ def own_part() -> tuple[int, None, int]:
     return dist.get_rank(), None, dist.get_world_size()
 
 
-@exit_with_one_sentence
-def main() -> None:
-    """Does the stages that the flags ask for."""
-    cli = EvaluateCLI()
-    evaluation = Evaluation(cli)
-    if cli.config.save_datastore or cli.config.build_index:
-        evaluation.make_products(cli.config.split or "train")
-        if not cli.config.knnlm:
-            return
-    evaluation.publish(evaluation.evaluate(cli.config.split or "test"))
+def tuned_knn(subject: Subject, resources: MadeOnDemand) -> Tuning:
+    """The best lmbda and temperature for the validation split, from one retrieval pass."""
+    knn, kept = resources.settings, resources.settings.cache is not None
+    folder = Path(knn.cache) if kept else temporary_folder(subject, resources, "valid")
+    start = time.perf_counter()
+    cache, made = retrieved(subject, "valid", resources, folder)
+    tuned = tune(cache)
+    resources.products.seconds["tuning"] = time.perf_counter() - start
+    log_tuning(tuned, made.trainer.loggers)
+    made.trainer.strategy.barrier()
+    if not kept and made.trainer.is_global_zero:
+        shutil.rmtree(folder)
+    return tuned
 
 
-if __name__ == "__main__":
-    main()
+def temporary_folder(subject: Subject, resources: MadeOnDemand, split: str) -> Path:
+    """Where all ranks keep what is retrieved until the command ends."""
+    content = json.dumps(retrieved_from(subject, split, resources)).encode()
+    name = f"retrieved-{blake2b(content, digest_size=8).hexdigest()}"
+    return subject.run.directory / name
+
+
+def retrieved(
+    subject: Subject, split: str, resources: MadeOnDemand, folder: Path
+) -> tuple[RetrievalCache, Pass]:
+    """What the search finds for a split, kept in a folder, found there again or retrieved now; and
+    the pass that retrieved it, which took no time where it was there."""
+    knn, data = resources.settings, subject.data
+    path = folder / split.replace(":", "_")
+    made_from = retrieved_from(subject, split, resources)
+    sizes = {"rows": len(data.stream(split).tokens), "vocab_size": data.vocab_size}
+    if RetrievalCache.is_complete(path):
+        cache = RetrievalCache.open(path)
+        cache.fits({**made_from, **sizes, "k": knn.k})
+        made = Pass(dict(cache.manifest["results"]), 0.0, subject.run.trainer())
+        return cache.nearest(knn.k), made
+    subject.give_neighbors(split)
+    builder = RetrievalCacheBuilder(path, k=knn.k, **sizes, made_from=made_from)
+    memory = KNNMemory.of(resources)
+    memory.cache = builder
+    made = score(subject, split, memory.want, [Interpolation({"knn": memory}, None)])
+    made.trainer.strategy.barrier()
+    if made.trainer.is_global_zero:
+        builder.finish(made.results)
+    made.trainer.strategy.barrier()
+    if not RetrievalCache.is_complete(path):
+        raise InputError(
+            f"{path}: rank 0 has finished it, but not as this host sees it; expected a folder that "
+            "all hosts share, or no --knn.lmbda auto and no --knn.cache"
+        )
+    return RetrievalCache.open(path), made
+
+
+def retrieved_from(subject: Subject, split: str, resources: MadeOnDemand) -> dict[str, Any]:
+    """What determines the content of a cache of retrieved neighbours."""
+    knn, datastore = resources.settings, resources.datastore()
+    index = resolve(datastore, knn.index)
+    return {
+        **resources.products.made_from(split),
+        "model": subject.model.fingerprint,
+        "neighbors": asdict(subject.neighbors.settings) if subject.neighbors else None,
+        "datastore": fingerprint_of(datastore.whole),
+        "index": [index, Path(index).stat().st_size] if is_path(index) else index,
+        "seed": subject.run.seed,
+        "nprobe": knn.nprobe,
+        "metric": knn.metric,
+        "similarity": knn.similarity or knn.metric,
+        "distances": knn.distances,
+        "missing": knn.missing,
+        "rescore_key_type": knn.rescore_key_type,
+    }
+
+
+# -- products alone ------------------------------------------------------------------------------
+
+
+def make_products(
+    subject: Subject, split: str, knn: KNNSettings, with_index: bool
+) -> tuple[Datastore, dict[str, float]]:
+    """The datastore of a split, and the index that the settings name if it is wanted, made or
+    finished unless they are there; and how long each stage took."""
+    products = subject.products(knn)
+    if with_index:
+        products.check_index()
+    if knn.key_type == "gnn":
+        subject.give_neighbors(split)
+    make = products.ensure_datastore_and_index if with_index else products.ensure_datastore
+    return make(split), seconds_of(subject, products)

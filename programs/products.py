@@ -3,7 +3,7 @@ and for the graph network neighbour tables and codes.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +14,17 @@ from neighborlm.callbacks.datastore_writer import DatastoreWriter
 from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.callbacks.throughput import Throughput
+from neighborlm.common.contracts import LanguageModel
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
 from neighborlm.datamodules.graphs import NeighborMemory
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.features import CodeDecoder
 from neighborlm.models.gnn_lm import GNNLM
-from neighborlm.models.language_model import LanguageModel
+from neighborlm.models.scorer import Scorer
 from neighborlm.originals.neighbor_table import open_imported
 from neighborlm.originals.raw_datastore import import_datastore, is_raw
-from neighborlm.programs.checkpoints import model_fingerprint
-from neighborlm.programs.cli import ProgramCLI
+from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
 from neighborlm.retrieval.cluster.exchange import Exchange, ExchangedArray, share_files
 from neighborlm.retrieval.neighbors.codec import (
@@ -39,7 +39,7 @@ from neighborlm.retrieval.neighbors.codec import (
 )
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import NOT_BUILT, is_path, make_index, resolve
+from neighborlm.retrieval.search.index import check_index, is_factory, resolve
 from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.sharded_builder import new_datastore
@@ -53,30 +53,33 @@ class Products:
     """The datastores of one model's keys and their indexes.
 
     Args:
-        cli: the parsed command line.
+        run: which the stages that make them belong to.
         data: the corpus.
         model: whose keys they hold.
         knn: which keys, and how they are indexed.
         root: folder of the datastores; by default datastores/<corpus>.
         fingerprint: of the model that made them; by default that of `model`.
+        shown: what a graph network is shown of neighbours, where its features are the keys.
     """
 
     def __init__(
         self,
-        cli: ProgramCLI,
+        run: Run,
         data: LMDataModule,
         model: LanguageModel,
         knn: KNNSettings,
         root: str | None = None,
         fingerprint: str | None = None,
+        shown: NeighborSettings | None = None,
     ) -> None:
-        self.cli = cli
+        self.run = run
         self.data = data
         self.model = model
         self.knn = knn
-        self.root = Path(root) if root else Path("datastores") / cli.corpus_name
-        self.own_fingerprint = model_fingerprint(model)
+        self.root = Path(root) if root else Path("datastores") / data.name
+        self.own_fingerprint = model.fingerprint
         self.fingerprint = fingerprint or self.own_fingerprint
+        self.shown = shown
         self.seconds: dict[str, float] = {}
 
     def datastore_path(self, split: str) -> Path:
@@ -102,7 +105,7 @@ class Products:
             "key_type": self.knn.key_type,
         }
         if self.knn.key_type == "gnn":  # they depend on all that the network was shown
-            shown = {**self.cli.config.neighbors.as_dict(), **self.model.neighbors}
+            shown = {**asdict(self.shown), **self.model.neighbors}
             for place in ("datastores", "shards", "placement", "shard"):
                 del shown[place]
             expected["neighbors"] = shown
@@ -120,7 +123,7 @@ class Products:
             "context_window": data.context_window,
             "max_tokens": data.max_tokens,
             "drop_long_lines": data.drop_long_lines,
-            "precision": str(self.cli.config.trainer.precision or "32-true"),
+            "precision": self.run.precision,
             "min_context": self.knn.min_context,
         }
 
@@ -180,10 +183,10 @@ class Products:
                 f"{self.datastore_path(split)}: no such datastore, and it cannot be made any more: "
                 "the LM that made the others was changed by training"
             )
-        if self.knn.shard is not None and self.cli.config.trainer.num_nodes > 1:
+        if self.knn.shard is not None and self.run.hosts > 1:
             raise InputError(
                 f"--knn.shard {self.knn.shard} is made by the processes of one host, but "
-                f"--trainer.num_nodes is {self.cli.config.trainer.num_nodes}; expected 1"
+                f"--trainer.num_nodes is {self.run.hosts}; expected 1"
             )
         rows = self.data.rows(split, self.data.context_window)
         n_tokens = len(self.data.stream(split).tokens)
@@ -203,12 +206,11 @@ class Products:
         before = builder.n_written
         if before > len(builder.masked):
             print(f"{builder.path}: {before} of {builder.n_rows} rows are written; going on")
-        self.model.key_type = self.knn.key_type
         wanted = None if self.knn.shard is None else builder.is_wanted()
         loader = self.data.evaluation_dataloader(split, builder.is_written, wanted)
-        writer, throughput = DatastoreWriter(builder), Throughput()
-        trainer = self.cli.make_trainer([writer, throughput, *after], self.cli.run_dir / "evaluate")
-        trainer.predict(self.model, loader, return_predictions=False)
+        writer, throughput = DatastoreWriter(builder, self.knn.key_type), Throughput()
+        trainer = self.run.trainer([writer, throughput, *after])
+        trainer.predict(Scorer(self.model, writer.want), loader, return_predictions=False)
         stage = "datastore" if split == "train" else f"datastore_{split}"
         self.seconds[stage] = throughput.seconds
         return self._open(split)
@@ -220,15 +222,14 @@ class Products:
     def ensure_datastore_and_index(self, split: str) -> Datastore:
         """Makes what is missing of a datastore and its index; of the datastores of hosts that have
         a shard each, of the index."""
-        if self.knn.shard is not None and self.cli.config.trainer.num_nodes > 1:
+        if self.knn.shard is not None and self.run.hosts > 1:
             self._share_trained_index(self.ensure_datastore(split))
         existing = self.open_fitting_datastore(split)
         taken_over = existing is not None and is_raw(self.whole_path(split))
         builder = IndexBuilder(
             existing.path if taken_over else self.whole_path(split),
-            self.knn.index,
-            self.knn.metric,
-            self.cli.config.seed_everything,
+            self.knn.search(),
+            self.run.seed,
             self.knn.shard,
         )
         datastore = self.ensure_datastore(split, builder)
@@ -239,9 +240,9 @@ class Products:
     def _share_trained_index(self, shard: Datastore) -> None:
         """Has the indexes of all hosts begin with the same, which one of them trains."""
         factory = resolve(shard, self.knn.index)
-        if factory in NOT_BUILT or is_path(factory):
+        if not is_factory(factory):
             return
-        seed = self.cli.config.seed_everything
+        seed = self.run.seed
         building = IndexBuilding(shard, factory, self.knn.metric, seed)
         path = building.trained_path
         files = [path, path.with_name(f"{path.name}.json")]
@@ -250,24 +251,25 @@ class Products:
             with progress_bars(f"index {factory}") as report:
                 building.train(report)
 
-        share_files(self.cli.join_ranks(self.model), files, train)
+        share_files(self.run.join_ranks(self.model), files, train)
 
     def check_index(self) -> None:
         """Refuses a factory string that faiss does not know."""
-        if self.knn.index not in ("auto", *NOT_BUILT) and not is_path(self.knn.index):
-            make_index(self.model.key_width(self.knn.key_type), self.knn.index, self.knn.metric)
+        check_index(self.knn.index, self.model.key_width(self.knn.key_type), self.knn.metric)
 
 
 class NeighborProducts:
     """Neighbour tables and feature store of a GNN-LM, made from the datastores of its LM.
 
     Args:
-        cli: the parsed command line.
+        run: which the stages that make them belong to.
         data: the corpus; its batches get their neighbours by `attach`.
         model: gets what decodes their features.
         settings: what the model is to see.
         token_features: of the tokens themselves, where the settings leave it open; `stored` only
             if there are any.
+        checkpoint: of the trained network, for messages: the one evaluated, or the one that
+            training starts from.
 
     Raises:
         InputError: the settings contradict themselves, the model's or what it was trained with.
@@ -275,27 +277,28 @@ class NeighborProducts:
 
     def __init__(
         self,
-        cli: ProgramCLI,
+        run: Run,
         data: LMDataModule,
         model: GNNLM,
         settings: NeighborSettings,
         token_features: Literal["stored", "online"],
+        checkpoint: Path | str | None,
     ) -> None:
         settings.check()
         if settings.shard is not None:
-            check_hosts(cli, settings)
-        self.cli = cli
+            check_hosts(run, data, settings)
+        self.run = run
         self.data = data
         self.model = model
+        self.given = settings
+        """As they were before what they leave open was chosen."""
         self.settings = settings
-        self.checkpoint = getattr(cli, "ckpt_path", model.hparams.start_from)
-        """Which the trained network is of: the one evaluated, or the one that training starts
-        from."""
+        self.checkpoint = checkpoint
         self._choose_token_features(token_features)
-        made_by = (settings.datastores, model.lm_fingerprint)
-        self.products = Products(cli, data, model.lm, settings.knn, *made_by)
+        place = {"root": settings.datastores, "fingerprint": model.lm_fingerprint}
+        self.products = Products(run, data, model.lm, settings.knn, **place)
         in_one = replace(settings.knn, shards=1, shard=None)
-        self.copies = Products(cli, data, model.lm, in_one, *made_by)
+        self.copies = Products(run, data, model.lm, in_one, **place)
         """Of other splits, where hosts have but a shard of the training split."""
         self.exchange: Exchange | None = None
         model.lm_fingerprint = self.products.fingerprint
@@ -345,7 +348,7 @@ class NeighborProducts:
         else:
             memory = self.products.ensure_datastore_and_index("train")
         if memory.part is not None and self.exchange is None:
-            self.exchange = Exchange(memory, self.cli.join_ranks(self.model))
+            self.exchange = Exchange(memory, self.run.join_ranks(self.model))
         features = self._features(memory)
         for split in missing:
             queries = self._queries(split)
@@ -391,12 +394,9 @@ class NeighborProducts:
         writer = NeighborTableWriter(
             queries.path if queries.part is None else queries.part.path,
             memory.path if memory.part is None else memory.part.path,
-            settings.index,
-            settings.metric,
-            settings.nprobe,
+            settings.knn.search(self.run.device),
             settings.k,
             window,
-            device=self.cli.device,
             shard=settings.shard,
         )
         table = writer.build()
@@ -428,7 +428,7 @@ class NeighborProducts:
     def _codes(self, memory: Datastore) -> Codes:
         """The keys of the memory, quantised."""
         making, start = not has_codes(memory, self.codec), time.perf_counter()
-        how = (memory, self.codec, self.cli.config.seed_everything)
+        how = (memory, self.codec, self.run.seed)
         with progress_bars(f"codes {self.codec}") as report:
             if self.exchange is not None:
                 files = codec_files(memory, self.codec)
@@ -460,13 +460,12 @@ class NeighborProducts:
         return span + max(self.settings.left_context, self.settings.right_context)
 
 
-def check_hosts(cli: ProgramCLI, settings: NeighborSettings) -> None:
+def check_hosts(run: Run, data: LMDataModule, settings: NeighborSettings) -> None:
     """Refuses what hosts that have a shard each cannot do."""
-    trainer, data = cli.config.trainer, cli.config.data
     given = f"--neighbors.shard {settings.shard} of {settings.shards}: this host has that alone"
-    if not 1 < settings.shards <= trainer.num_nodes:
+    if not 1 < settings.shards <= run.hosts:
         raise InputError(
-            f"{given}, but --trainer.num_nodes is {trainer.num_nodes}; expected two shards or more "
+            f"{given}, but --trainer.num_nodes is {run.hosts}; expected two shards or more "
             "and a host for every one"
         )
     if data.num_workers > 0:

@@ -48,8 +48,7 @@ def publish(results: dict[str, Any], output: Path, step: int, loggers: Sequence[
     """Writes the results as JSON, logs the figures and prints a table.
 
     Args:
-        results: `split` and the figures of the LM; under `gnn` and `knn` those of the graph network
-            and of the mixture, where there are any.
+        results: see `programs.evaluation.Evaluated`.
         output: JSON file.
         step: updates that the model was trained with.
         loggers: of the trainer.
@@ -69,6 +68,10 @@ def publish(results: dict[str, Any], output: Path, step: int, loggers: Sequence[
         logged |= {f"{split}/knn/{name}": knn[name] for name in names}
         name = "GNN-LM + kNN" if gnn else "kNN-LM"
         rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
+    if mixture := results.get("mixture"):
+        means = [name for name in mixture if "." in name]
+        logged |= {f"{split}/mixture/{name}": mixture[name] for name in ("loss", "ppl", *means)}
+        rows += [(" + ".join(["GNN-LM" if gnn else "LM", *mixture["memories"]]), mixture)]
     log(logged, step, loggers)
     for logger in loggers:
         logger.finalize("success")

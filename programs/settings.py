@@ -4,8 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from neighborlm.common.contracts import NProbe
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.engine.probing import NProbe
+from neighborlm.retrieval.search import Search
 
 
 @dataclass
@@ -61,6 +64,14 @@ class KNNSettings:
     placement: Literal["contiguous", "round_robin"] = "contiguous"
     shard: int | None = None
     cache: str | None = None
+
+    def search(self, device: str | torch.device = "cpu") -> Search:
+        """How the datastore is searched.
+
+        Args:
+            device: the model's.
+        """
+        return Search(self.index, self.metric, self.nprobe, device)
 
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""

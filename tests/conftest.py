@@ -24,6 +24,9 @@ from small import ROOT, SMALL, write_corpus
 
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
+# Processes that tests start take this checkout, even where another one is installed.
+os.environ["PYTHONPATH"] = str(ROOT)
+
 LIBRARIES = ["faiss", "jsonargparse", "pytorch_lightning.cli", "tensorboard", "torch_geometric.nn"]
 """What takes long to import of what the programs import."""
 

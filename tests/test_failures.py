@@ -14,8 +14,9 @@ import pytest
 import torch
 from small import ROOT, SMALL, scalars, write_corpus
 
+from neighborlm.callbacks.lightning_internals import Continuation
 from neighborlm.datamodules.lm import ResumableLoader
-from neighborlm.programs import evaluation, training
+from neighborlm.programs import evaluate, train
 from neighborlm.programs.checkpoints import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
@@ -70,7 +71,7 @@ def store(workplace, run_program):
 )
 def test_wrong_flags(refused, workplace, flags, words):
     before = sorted(workplace.glob("datastores/**"))
-    sentence = refused(evaluation, *HERE, *CKPT, "--knnlm", *flags)
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *flags)
     assert all(word in sentence for word in words), sentence
     assert sorted(workplace.glob("datastores/**")) == before
 
@@ -78,20 +79,20 @@ def test_wrong_flags(refused, workplace, flags, words):
 def test_empty_split(refused, workplace):
     shutil.copytree(workplace / "words", workplace / "hollow", dirs_exist_ok=True)
     (workplace / "hollow" / "valid.txt").write_text("")
-    sentence = refused(training, *SMALL, "--data.corpus", "hollow")
+    sentence = refused(train, *SMALL, "--data.corpus", "hollow")
     assert "valid.txt" in sentence
 
 
 def test_checkpoint_of_another_vocabulary(refused, workplace):
     if not (workplace / "other").exists():
         write_corpus(workplace / "other", seed=9, lines=(6, 3, 3))
-    sentence = refused(evaluation, *SMALL, *CKPT, "--data.corpus", "other")
+    sentence = refused(evaluate, *SMALL, *CKPT, "--data.corpus", "other")
     assert "dictionary" in sentence
     assert "--data.dictionary" in sentence
 
 
 def test_run_directory_of_another_model(refused):
-    sentence = refused(training, *HERE, "--model.layers", "1")
+    sentence = refused(train, *HERE, "--model.layers", "1")
     assert "--model.layers" in sentence
     assert "--trainer.default_root_dir" in sentence
 
@@ -102,23 +103,23 @@ def test_datastore_of_another_model(refused, store, workplace, tmp_path):
     checkpoint["state_dict"]["decoder.layers.0.fc1.bias"] += 1e-3
     torch.save(checkpoint, tmp_path / "other.ckpt")
     other = ("--ckpt_path", tmp_path / "other.ckpt")
-    assert "its model is" in refused(evaluation, *HERE, *other, "--knnlm", *place)
-    sentence = refused(evaluation, *HERE, *CKPT, "--knnlm", *place, "--knn.key_type", "last_hidden")
+    assert "its model is" in refused(evaluate, *HERE, *other, "--knnlm", *place)
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, "--knn.key_type", "last_hidden")
     assert "key type is last_ffn_input, but last_hidden is expected" in sentence
-    sentence = refused(evaluation, *HERE, *CKPT, "--knnlm", *place, "--knn.dtype", "fp32")
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, "--knn.dtype", "fp32")
     assert "dtype is fp16, but fp32 is expected" in sentence
 
 
 def test_index_of_another_metric_or_dimension(refused, store, workplace):
     index = ("--knn.index", store / "IVF8_SQ8-l2.faiss", "--knn.k", 4)
     place = ("--knn.datastore", store)
-    sentence = refused(evaluation, *HERE, *CKPT, "--knnlm", *place, *index, "--knn.metric", "ip")
+    sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, *index, "--knn.metric", "ip")
     assert "metric is l2, but ip is expected" in sentence
     manifest = store / "IVF8_SQ8-l2.faiss.json"
     described = manifest.read_text()
     try:
         manifest.write_text(json.dumps({**json.loads(described), "dim": 17}))
-        sentence = refused(evaluation, *HERE, *CKPT, "--knnlm", *place, *index)
+        sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, *index)
         assert "dim is 17, but 16 is expected" in sentence
     finally:
         manifest.write_text(described)
@@ -129,7 +130,7 @@ def test_truncated_keys(refused, store, tmp_path):
     with open(broken / "keys.npy", "r+b") as file:
         file.truncate(1000)
     flags = ("--knnlm", "--knn.datastore", broken, "--knn.k", 4)
-    sentence = refused(evaluation, *HERE, *CKPT, *flags)
+    sentence = refused(evaluate, *HERE, *CKPT, *flags)
     assert "keys.npy" in sentence
     assert "1000 bytes" in sentence
 
@@ -138,7 +139,7 @@ def test_no_room_on_disk(refused, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     flags = ("--save_datastore", "--knn.datastore", tmp_path / "full")
-    sentence = refused(evaluation, *HERE, *CKPT, *flags)
+    sentence = refused(evaluate, *HERE, *CKPT, *flags)
     assert "GB free" in sentence
 
 
@@ -194,7 +195,7 @@ def test_a_batch_whose_update_failed_comes_again():
         loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
         trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader, global_step=made)
         trainer.checkpoint_callbacks = []
-        training.Continuation(None, []).on_exception(trainer, None, RuntimeError())
+        Continuation(None, []).on_exception(trainer, None, RuntimeError())
         assert loader.state_dict()["consumed"] == consumed
         assert (counts[0].ready, counts[1].ready) == (counted, 5 + counted)
 

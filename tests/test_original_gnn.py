@@ -151,7 +151,7 @@ def expected_log_probs(folder) -> np.ndarray:
     for start in range(0, TEST_TOKENS, ROW - CONTEXT):
         begin = max(start - CONTEXT, 0)
         block = slice(begin, start + ROW - CONTEXT)
-        hidden = model.lm(tokens[None, block])[0][0]
+        hidden = model.lm.hidden(tokens[None, block])[0][0]
         out = through_graph(model, hidden, table[block], features)
         here = torch.arange(len(hidden)), targets[block]
         lm, gnn = (torch.softmax(states @ words.T + bias, dim=-1)[here] for states in (hidden, out))

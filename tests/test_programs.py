@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import ROOT, SMALL, scalars, write_corpus
 
-from neighborlm.programs import training
+from neighborlm.programs import train
 from neighborlm.programs.checkpoints import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
@@ -201,7 +201,7 @@ def test_same_command_same_numbers_and_a_finished_run_stays(workplace, run_progr
 def test_shipped_configs_parse(config, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--print_config"])
     with pytest.raises(SystemExit) as stop:
-        training.main()
+        train.main()
     assert stop.value.code == 0
     assert "max_steps" in capsys.readouterr().out
 

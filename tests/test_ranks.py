@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from small import ROOT, SMALL
 
+from neighborlm.callbacks.lightning_internals import Continuation
 from neighborlm.common.errors import InputError
 from neighborlm.programs.checkpoints import load_model
-from neighborlm.programs.training import Continuation
 
 HERE = (*SMALL, "--data.corpus", "words")
 CKPT = ("--ckpt_path", "runs/words/checkpoints/best.ckpt")

@@ -1,31 +1,83 @@
-"""The commands beside the programs: `neighborlm TOOL ...`, one table from names to functions."""
+"""`neighborlm TOOL ...`: the commands beside train.py and evaluate.py, and these too, in one table
+from names to functions."""
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
+from typing import NamedTuple
+
+import neighborlm
+from neighborlm.common.one_name import refuse_bare_name
+
+refuse_bare_name(__name__)
+
+
+class Tool(NamedTuple):
+    """A command.
+
+    Attributes:
+        module: below `neighborlm`, whose `main` takes the command line as a list of strings.
+        purpose: of the command, in a line.
+    """
+
+    module: str
+    purpose: str
+
 
 TOOLS = {
-    "datastore": ("tools.datastore", "list, show, verify, split, merge and assemble datastores"),
-    "recall": ("tools.recall", "how often an index finds what the exact search finds"),
-    "sweep": ("tools.sweep", "perplexity over k, temperature and lmbda, from a cache"),
-    "codec": ("tools.codec", "what quantised features lose"),
-    "neighbors": ("tools.neighbors", "take over the original program's neighbour tables"),
-    "plan": ("tools.plan", "bytes that a memory takes, before anything is run"),
-    "convert": ("tools.convert", "checkpoints of fairseq to ours and back"),
-    "train": ("programs.training", "train.py"),
-    "evaluate": ("programs.evaluation", "evaluate.py"),
+    "prepare": Tool("tools.prepare", "a corpus folder from raw text files, split by document"),
+    "datastore": Tool("tools.datastore", "list, show, verify, split, merge, assemble datastores"),
+    "recall": Tool("tools.recall", "how often the target is among the nearest keys, by any index"),
+    "sweep": Tool("tools.sweep", "kNN-LM's perplexity over k, temperature and lmbda, from a cache"),
+    "plan": Tool("tools.plan", "bytes that a memory will take, and what would make it fit"),
+    "codec": Tool("tools.codec", "what a GNN-LM's quantised features cost and lose"),
+    "neighbors": Tool("tools.neighbors", "take over neighbour tables of the original GNN-LM"),
+    "convert": Tool("tools.convert", "checkpoints of fairseq to ours and back"),
+    "train": Tool("programs.train", "fit a model from a config, as train.py does"),
+    "evaluate": Tool("programs.evaluate", "perplexity, plain or with a memory, as evaluate.py"),
 }
-"""Where the `main` of each command is, and what it does."""
 
 
-def main() -> None:
-    """Runs the tool that the command line names."""
-    name, *_ = sys.argv[1:] or [""]
-    if name not in TOOLS:
-        lines = (f"  {tool:<10} {says}" for tool, (_, says) in TOOLS.items())
-        known = "\n".join(["usage: neighborlm TOOL ...", "", *lines])
-        if name in ("", "-h", "--help"):
-            print(known)
-            return
-        sys.exit(f"error: {name} is no tool of neighborlm; expected one of {', '.join(TOOLS)}")
-    sys.argv = [f"neighborlm {name}", *sys.argv[2:]]
-    import_module(f"neighborlm.{TOOLS[name][0]}").main()
+def main(args: list[str] | None = None) -> None:
+    """Runs a tool.
+
+    Args:
+        args: its name and its own arguments; by default those of the command line.
+
+    Raises:
+        SystemExit: with status 2 where there is no such tool; with the tool's own status, which is
+            2 for input that cannot be used and 130 for an interrupt.
+    """
+    name, *rest = (sys.argv[1:] if args is None else args) or [""]
+    if name in TOOLS:
+        # Loaded by name: torch and faiss take seconds, which help and a slip need not wait for.
+        import_module(f"neighborlm.{TOOLS[name].module}").main(rest)
+    elif name in ("-h", "--help"):
+        print(usage())
+    elif name == "--version":
+        print(f"neighborlm {neighborlm.__version__}")
+    elif not name:
+        print(usage(), file=sys.stderr)
+        sys.exit(2)
+    else:
+        near = get_close_matches(name, TOOLS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(TOOLS)}"
+        print(f"error: neighborlm has no tool {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def usage() -> str:
+    """What the command can do."""
+    width = max(map(len, TOOLS)) + 2
+    lines = (f"  {name:<{width}}{tool.purpose}" for name, tool in TOOLS.items())
+    return "\n".join(
+        [
+            "usage: neighborlm TOOL ...",
+            "",
+            "Language models with a memory: the commands beside train.py and evaluate.py.",
+            "",
+            *lines,
+            "",
+            "neighborlm TOOL --help explains a tool, neighborlm --version says which this is.",
+        ]
+    )

@@ -1,4 +1,5 @@
-"""`neighborlm codec ...`: what quantised features lose; takes over those of the original GNN-LM."""
+"""`neighborlm codec ...`: what a GNN-LM's quantised features cost and lose; takes over those of the
+original program."""
 
 import json
 from dataclasses import asdict
@@ -25,12 +26,13 @@ def main(args: list[str] | None = None) -> None:
     def compare(
         datastore: Path, codecs: list[str], seed: int = 1, output: Path | None = None
     ) -> None:
-        """Prints what codecs cost and lose.
+        """Prints what codecs cost in bytes and lose in precision, to choose --neighbors.codec by.
 
         Args:
-            datastore: directory of the datastore.
-            codecs: faiss factory strings.
-            seed: of the sample of keys.
+            datastore: directory of a datastore, whose keys are encoded.
+            codecs: faiss factory strings, such as '["OPQ16_128,PQ16", "SQ8"]'.
+            seed: of the sample of keys that codecs are trained and measured on; another one shows
+                how much of a difference is chance.
             output: JSON file for the results.
         """
         results = compare_codecs(Datastore.open(datastore), codecs, seed)
@@ -44,15 +46,21 @@ def main(args: list[str] | None = None) -> None:
             output.write_text(json.dumps(found, indent=1) + "\n")
 
     def take_over(datastore: Path, codes: Path, quantizer: Path) -> None:
-        """Takes over the original's codes, in place: `--neighbors.codec imported` uses them.
+        """Takes over the original's codes where they lie: `--neighbors.codec imported` uses them.
 
         Args:
             datastore: directory of the datastore whose keys were encoded.
-            codes: uint8, raw or .npy.
-            quantizer: its faiss codec.
+            codes: file of the codes, uint8, raw or .npy.
+            quantizer: file of the faiss codec that made them.
         """
         taken = import_codes(Datastore.open(datastore), codes, quantizer)
         error = taken.manifest["relative_error"]
         print(f"codes: {taken.path}, {len(taken.codes)} rows, relative error {error:.4f}")
 
-    auto_cli({"compare": compare, "import": take_over}, args=args, as_positional=False)
+    auto_cli(
+        {"compare": compare, "import": take_over},
+        args=args,
+        as_positional=False,
+        prog="neighborlm codec",
+        description="What a GNN-LM's quantised features cost and lose.",
+    )

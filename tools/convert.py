@@ -2,7 +2,7 @@
 
 from jsonargparse import auto_cli
 
-from neighborlm.originals.fairseq import convert, export
+from neighborlm.originals.conversion import convert, export
 from neighborlm.programs.exits import exit_with_one_sentence
 
 
@@ -13,4 +13,9 @@ def main(args: list[str] | None = None) -> None:
     neighborlm convert from_fairseq checkpoint_best.pt lm.ckpt
     neighborlm convert to_fairseq lm.ckpt checkpoint_best.pt
     """
-    auto_cli({"from_fairseq": convert, "to_fairseq": export}, args=args)
+    auto_cli(
+        {"from_fairseq": convert, "to_fairseq": export},
+        args=args,
+        prog="neighborlm convert",
+        description="Checkpoints of fairseq to ours and back.",
+    )

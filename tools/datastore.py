@@ -89,7 +89,7 @@ def list_datastores(path: Path) -> None:
     """Prints a line for every datastore under a folder.
 
     Args:
-        path: the folder.
+        path: the folder; all folders in it are looked through.
     """
     for place in below(path):
         try:
@@ -99,10 +99,10 @@ def list_datastores(path: Path) -> None:
 
 
 def show(path: Path) -> None:
-    """Prints what a datastore is and what it was made from.
+    """Prints what a datastore is and what it was made from, as JSON.
 
     Args:
-        path: its directory.
+        path: its directory, with a manifest.json.
     """
     manifest = read_datastore_manifest(path)
     described = {
@@ -117,8 +117,9 @@ def verify(path: Path, record: bool = False) -> None:
     """Reads a datastore and compares it with its checksums; names the first damaged rows.
 
     Args:
-        path: its directory.
-        record: give checksums to a datastore or a shard that has none, instead of refusing it.
+        path: its directory, with a manifest.json.
+        record: give checksums to a datastore or a shard that has none, instead of refusing it;
+            for those of original programs, which had none.
     """
     datastore = Datastore.open(path)
     with progress_bars(str(path), transient=True) as report:
@@ -141,8 +142,9 @@ def split(
     Args:
         source: directory of a datastore, in one piece or of other shards.
         output: directory of the copy.
-        shards: how many.
-        placement: contiguous or round_robin.
+        shards: how many; one for each disk or host.
+        placement: contiguous gives each shard a stretch of the text, round_robin a part of every
+            stretch, with which fewer neighbours need be sent between hosts.
         block_rows: consecutive rows that lie together where they are dealt round_robin.
     """
     _copy(source, output, shards, placement, block_rows)
@@ -173,8 +175,8 @@ def assemble(shards: list[Path], output: Path) -> None:
     """Makes one datastore of shards where they lie; nothing is copied.
 
     Args:
-        shards: their directories.
-        output: directory for the manifest of the whole; again, once shards were moved.
+        shards: their directories, as '[DIR, DIR]'.
+        output: directory for the manifest of the whole; to be given again once shards were moved.
     """
     print(line_of(put_together(shards, output).path))
 
@@ -187,15 +189,16 @@ def take_over(
     dtype: Literal["fp16", "fp32"] | None = None,
     vocab_size: int | None = None,
 ) -> None:
-    """Makes a datastore of the original's raw maps, in place.
+    """Makes a datastore of the raw maps of an original program, where they lie.
 
     Args:
-        source: prefix of _keys.npy and _vals.npy, or a directory with an info.json.
+        source: prefix of _keys.npy and _vals.npy (kNN-LM), or a directory with an info.json
+            (GNN-LM).
         output: directory for the manifest.
-        size: number of rows, where there is no info.json.
+        size: number of rows, where there is no info.json: --dstore-size of the original.
         dim: width of the keys, where there is no info.json.
-        dtype: of the keys; told from the file's size by default.
-        vocab_size: of the dictionary, to check the values against.
+        dtype: of the keys; by default what the size of the file tells.
+        vocab_size: of the dictionary, to check the values against; not checked by default.
     """
     datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
     print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
@@ -287,4 +290,11 @@ def main(args: list[str] | None = None) -> None:
     neighborlm datastore merge-entries --source DIR --output DIR --k 8
     neighborlm datastore thin --source DIR --output DIR --share .5
     """
-    auto_cli(COMMANDS, args=args, as_positional=False)
+    auto_cli(
+        COMMANDS,
+        args=args,
+        as_positional=False,
+        prog="neighborlm datastore",
+        description="Looks at datastores, verifies, splits, merges and assembles them, and takes "
+        "over those of the original programs.",
+    )

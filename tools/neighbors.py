@@ -18,16 +18,16 @@ def main(args: list[str] | None = None) -> None:
     """
 
     def take_over(table: Path, k: int, queries: Path, memory: Path) -> None:
-        """Makes a neighbour table of the original's raw map, in place.
+        """Takes over an original table, where it lies: `--neighbors.index imported` uses it.
 
         Args:
             table: its neighbors.mmap.<k>.
-            k: neighbours a token.
-            queries: directory of the split's datastore.
-            memory: directory of the datastore whose rows it holds.
+            k: neighbours of a token in it.
+            queries: directory of the datastore of the split whose tokens it is of.
+            memory: directory of the datastore whose rows it names, that of the training split.
         """
         with progress_bars(f"neighbours k={k}", transient=True) as report:
             taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory), report)
         print(f"neighbours: {taken.path}, {len(taken.rows)} tokens")
 
-    auto_cli(take_over, args=args, as_positional=False)
+    auto_cli(take_over, args=args, as_positional=False, prog="neighborlm neighbors")

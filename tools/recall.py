@@ -23,19 +23,21 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from neighborlm.common.contracts import Metric, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import Report, progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.search.building import IndexBuilding
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.index import (
-    NOT_BUILT,
-    FaissRetriever,
+    Search,
+    check_index,
+    is_factory,
     is_path,
-    make_index,
     open_retriever,
     resolve,
 )
-from neighborlm.retrieval.search.retriever import FAISS_METRICS, FlatRetriever, Metric, Retriever
+from neighborlm.retrieval.search.retriever import FAISS_METRICS, FlatRetriever
 from neighborlm.retrieval.store.artifact import Job, refuse_mismatch, share_out
 from neighborlm.retrieval.store.datastore import Datastore
 
@@ -163,7 +165,7 @@ class Sample:
         for first in range(0, len(self.keys), QUERIES_AT_ONCE):
             block = self.keys[first : first + QUERIES_AT_ONCE]
             start = time.perf_counter()
-            parts.append(retriever.search(block, k)[1])
+            parts.append(retriever.search(block, k).rows)
             seconds += time.perf_counter() - start
             report(first + len(block), len(self.keys))
         return np.concatenate(parts), seconds
@@ -227,7 +229,7 @@ def measure(
         for name in names:
             ensure_index(memory, name, metric, report)
             for nprobe in nprobes:
-                retriever = open_retriever(memory, name, metric, nprobe)
+                retriever = open_retriever(memory, Search(name, metric, nprobe))
                 probed = has_lists(retriever)
                 rows, seconds = exact, flat_seconds
                 if name != "flat":
@@ -271,17 +273,16 @@ def check_pair(memory: Datastore, queries: Datastore, k: int) -> None:
         raise InputError(f"--ks {k}: --memory {memory.path} has only {memory.n_keys} keys")
 
 
-def check_index(memory: Datastore, name: str, metric: Metric) -> None:
+def check_search(memory: Datastore, name: str, metric: Metric) -> None:
     """Refuses a factory string that faiss does not know, and a file that does not fit."""
+    check_index(name, memory.dim, metric)
     if is_path(name):
-        open_retriever(memory, name, metric, nprobe=1)
-    elif name not in NOT_BUILT:
-        make_index(memory.dim, name, metric)
+        open_retriever(memory, Search(name, metric, nprobe=1))
 
 
 def ensure_index(memory: Datastore, name: str, metric: Metric, report: Report) -> None:
     """Builds the index of a factory string, unless it is there, whatever seed made it."""
-    if name in NOT_BUILT or is_path(name):
+    if not is_factory(name):
         return
     building = IndexBuilding(memory, name, metric)
 
@@ -356,7 +357,9 @@ def parsed(args: list[str] | None) -> Namespace:
     """The command line, and all about it that can be wrong before anything is opened."""
     parser = ArgumentParser(
         "neighborlm recall",
-        description="How often the target is among the nearest neighbours.",
+        description="How often the token that follows is among the values of the nearest keys: "
+        "compares kinds of hidden states, each a pair of datastores, and what indexes lose. An "
+        "index that is missing is built.",
     )
     add = parser.add_argument
     add(
@@ -364,19 +367,52 @@ def parsed(args: list[str] | None) -> Namespace:
         type=Path,
         action="append",
         required=True,
-        help="datastore of the training split",
+        help="datastore of the training split; may be given several times, with as many --queries",
     )
-    add("--queries", type=Path, action="append", required=True, help="datastore of another split")
     add(
-        "--indexes", nargs="+", default=["flat"], help="flat, torch, auto, factory strings or paths"
+        "--queries",
+        type=Path,
+        action="append",
+        required=True,
+        help="datastore of another split, of the same model and kind of hidden state",
     )
-    add("--nprobes", nargs="+", type=int, default=[32], help="inverted lists to visit")
-    add("--metrics", nargs="+", default=["l2"], choices=list(FAISS_METRICS), help="of the search")
-    add("--ks", nargs="+", type=int, default=[1, 8, 32, 128, 1024], help="numbers of neighbours")
-    add("--limit", type=int, default=2000, help="queries of each pair, a random sample")
-    add("--seed", type=int, default=1, help="of that sample")
-    add("--output", type=Path, help="JSON file for the results")
-    add("--plot", type=Path, help="PNG file for a picture of them")
+    add(
+        "--indexes",
+        nargs="+",
+        default=["flat"],
+        help="what searches: flat, torch, auto, faiss factory strings or paths (default: flat)",
+    )
+    add(
+        "--nprobes",
+        nargs="+",
+        type=int,
+        default=[32],
+        help="inverted lists to visit, one search each; more find more and take longer "
+        "(default: 32)",
+    )
+    add(
+        "--metrics",
+        nargs="+",
+        default=["l2"],
+        choices=list(FAISS_METRICS),
+        help="how keys are compared (default: l2)",
+    )
+    add(
+        "--ks",
+        nargs="+",
+        type=int,
+        default=[1, 8, 32, 128, 1024],
+        help="numbers of neighbours (default: 1 8 32 128 1024)",
+    )
+    add(
+        "--limit",
+        type=int,
+        default=2000,
+        help="queries of each pair, a random sample; more for finer differences (default: 2000)",
+    )
+    add("--seed", type=int, default=1, help="of that sample (default: 1)")
+    add("--output", type=Path, help="JSON file for the results (default: none)")
+    add("--plot", type=Path, help="PNG file for a picture of them, needs matplotlib")
     options = parser.parse_args(args)
     if len(options.memory) != len(options.queries):
         raise InputError(
@@ -406,7 +442,7 @@ def main(args: list[str] | None = None) -> None:
     for memory, queries in pairs:
         check_pair(memory, queries, max(options.ks))
         for index, metric in product(options.indexes, options.metrics):
-            check_index(memory, resolve(memory, index), metric)
+            check_search(memory, resolve(memory, index), metric)
     results: list[Recall] = []
     for memory, queries in pairs:
         with progress_bars(str(memory.path), transient=True) as report:

@@ -60,16 +60,25 @@ def as_table(results: dict[str, Any]) -> Table:
 def parsed(args: list[str] | None) -> Namespace:
     """The command line, and all about it that can be wrong before the cache is opened."""
     parser = ArgumentParser(
-        "neighborlm sweep", description="Perplexity over k, temperature, lmbda."
+        "neighborlm sweep",
+        description="The perplexity of kNN-LM for all combinations of k, temperature and lmbda, "
+        "from a cache of what one pass of evaluate.py --knnlm --knn.cache DIR retrieved. Neither "
+        "model nor datastore is needed. Prints the best pair for each k.",
     )
     add = parser.add_argument
-    add("--cache", type=Path, required=True, help="directory of one split that --knn.cache made")
-    add("--k", nargs="+", type=int, help="neighbours (default: powers of two up to the cache's)")
+    add("--cache", type=Path, required=True, help="what is read: DIR/<split> of --knn.cache DIR")
+    add(
+        "--k",
+        nargs="+",
+        type=int,
+        help="numbers of neighbours, at most the cache's (default: powers of two up to that)",
+    )
     add(
         "--temperature",
         nargs="+",
         type=float,
-        help="(default: half octaves around the spread of the scores)",
+        help="what scores are divided by (default: half octaves around the spread of the scores; "
+        "to be given where the best one is the first or the last of these)",
     )
     add(
         "--lmbda",
@@ -78,7 +87,7 @@ def parsed(args: list[str] | None) -> Namespace:
         default=(np.arange(19) / 20).tolist(),
         help="weights of p_kNN (default: 0 to 0.9 in steps of 0.05)",
     )
-    add("--output", type=Path, help="JSON file for the whole grid")
+    add("--output", type=Path, help="JSON file for the whole grid (default: none)")
     options = parser.parse_args(args)
     accepted = {
         "k": (lambda k: k >= 1, "numbers of at least 1"),

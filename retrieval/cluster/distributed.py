@@ -17,7 +17,7 @@ index of the whole: keys do not travel. So no host needs more of a datastore tha
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,17 @@ import torch
 import torch.distributed as dist
 from torch.distributions import Binomial
 
+from neighborlm.common.contracts import Metric, Neighbors, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.cluster.ranks import Ranks
-from neighborlm.retrieval.engine.probing import NProbe
-from neighborlm.retrieval.search.index import open_shards
+from neighborlm.retrieval.search.index import (
+    Search,
+    lies_in_shards,
+    open_retriever,
+    open_shards,
+)
 from neighborlm.retrieval.search.rescoring import exact_distances
-from neighborlm.retrieval.search.retriever import Metric, Retriever
+from neighborlm.retrieval.search.retriever import BaseRetriever
 from neighborlm.retrieval.search.sharded_retriever import ShardedRetriever, nearest_of
 from neighborlm.retrieval.store.datastore import Datastore, placement_of
 from neighborlm.retrieval.store.shards import Placement
@@ -47,18 +52,18 @@ Found = tuple[np.ndarray, ...]
 distance fp32 to its stored key."""
 
 
-class DistributedRetriever(Retriever):
-    """See `Retriever`. Every rank of torch.distributed has one of the same datastore, and for each
-    pass of searches calls `connect`, then `search` as often as it likes, then `serve`.
+class DistributedRetriever(BaseRetriever):
+    """Every rank of torch.distributed has one of the same datastore, and for each pass of searches
+    calls `begin_pass`, then `search` as often as it likes, then `end_pass`.
 
     A process alone searches all shards by itself.
 
     Args:
         datastore: the whole, or the one shard of it that this rank reaches.
         open_shards: opens the shards of some numbers, as one.
-        metric: see `Retriever`.
+        metric: what keys are compared by.
         rescore: give the distances to the stored keys, whatever the shards are searched by; nearest
-            first is then by the latter.
+            first is by the distances of the search all the same.
         timeout: see `Ranks`.
         tolerance: see `local_k`.
     """
@@ -79,16 +84,14 @@ class DistributedRetriever(Retriever):
         self.timeout = timeout
         self.tolerance = tolerance
         self.placement = placement_of(datastore.whole)
+        self.name = f"{datastore.path}, searched by all ranks"
         self.local: ShardedRetriever | None = None
         self.ranks: Ranks | None = None
         self.counts: Counter[str] = Counter()
 
-    def connect(self, group: dist.ProcessGroup | None = None) -> None:
-        """Begins a pass: opens this rank's shards and the ways to the others, where that is not
-        done yet, and counts from zero.
-
-        Args:
-            group: see `Ranks`; by default one of all ranks is made.
+    def begin_pass(self) -> None:
+        """Opens this rank's shards and the ways to the others, where that is not done yet, and
+        counts from zero.
 
         Raises:
             InputError: a shard cannot be opened, is reached by no rank, or its index was trained
@@ -97,7 +100,7 @@ class DistributedRetriever(Retriever):
         """
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and self.ranks is None:
-            self.ranks = Ranks(group, self.timeout) if group else Ranks.connect(self.timeout)
+            self.ranks = Ranks.connect(self.timeout)
         if self.local is None:
             self._open()
         self.counts.clear()
@@ -128,8 +131,8 @@ class DistributedRetriever(Retriever):
         return self.ranks.gather(value) if self.ranks else [value]
 
     @property
-    def communication(self) -> dict[str, Any]:
-        """Of this rank since `connect`: `rounds`, queries `asked_again`, `seconds_searching` its
+    def communication(self) -> Mapping[str, float]:
+        """Of this rank since `begin_pass`: `rounds`, queries `asked_again`, `seconds_searching` its
         shards, `bytes_sent` and `bytes_received`; empty where it is alone."""
         if self.ranks is None:
             return {}
@@ -137,14 +140,8 @@ class DistributedRetriever(Retriever):
         counts = {name: self.counts[name] for name in names}
         return {"ranks": self.ranks.size, **counts, **self.ranks.traffic}
 
-    def search(
-        self, queries: np.ndarray, k: int, ordered: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Retriever.search`; in any case ordered, and see `find`."""
-        return self.find(queries, k)[:2]
-
-    def find(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What `search` does, and the values of the neighbours too, `[Q, k]`.
+    def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
+        """See `contracts.Retriever.search`; in any case ordered, and with values.
 
         Raises:
             LostRank: another rank cannot go on.
@@ -154,7 +151,8 @@ class DistributedRetriever(Retriever):
             found = self._search_here(queries, k)
         else:
             found = self._search_everywhere(queries, k)
-        return found[3 if self.rescores else 0], found[1], found[2]
+        self.checked(Neighbors(found[0], found[1]))
+        return Neighbors(found[3 if self.rescores else 0], found[1], found[2])
 
     def _search_everywhere(self, queries: np.ndarray, k: int) -> Found:
         found, lacking = self._ask(queries, k, self.placement.kind == "round_robin")
@@ -165,7 +163,7 @@ class DistributedRetriever(Retriever):
                 column[lacking] = right
         return found
 
-    def serve(self) -> None:
+    def end_pass(self) -> None:
         """Takes part in the searches of the other ranks until none has any left."""
         nothing = np.empty((0, self.datastore.dim), dtype=np.float32)
         while self.ranks is not None and self._round(nothing, 0, False):
@@ -247,7 +245,7 @@ class DistributedRetriever(Retriever):
             nothing = np.empty((len(queries), k), dtype=np.float32)
             return tuple(map(nothing.astype, (np.float32, np.int64, *self.types[2:])))
         start = time.perf_counter()
-        distances, rows = self.local.search(queries, k)
+        distances, rows, _ = self.local.search(queries, k)
         found = (distances, rows, self.datastore.values_of(rows))
         if self.rescores:
             found += (exact_distances(queries, rows, self.datastore, self.metric),)
@@ -310,14 +308,19 @@ def local_k(k: int, share: float, tolerance: float) -> int:
     return int((at_least[1:] > tolerance).sum())
 
 
-def open_distributed(
-    datastore: Datastore,
-    index: str,
-    metric: Metric,
-    nprobe: NProbe,
-    device: str | torch.device = "cpu",
-    rescore: bool = False,
-) -> DistributedRetriever:
-    """What `--knn.index` names of a datastore in shards, see `open_shards`."""
-    how = {"index": index, "metric": metric, "nprobe": nprobe, "device": device}
-    return DistributedRetriever(datastore, partial(open_shards, datastore, **how), metric, rescore)
+def open_distributed(datastore: Datastore, search: Search, rescore: bool = False) -> Retriever:
+    """Opens what all ranks search a datastore by: of one in shards each rank searches some for all,
+    unless there is an index of the whole, which each opens for itself.
+
+    Args:
+        datastore: the whole, or the one shard of it that this rank reaches.
+        rescore: see `DistributedRetriever`; of what a rank searches for itself distances are those
+            of the index all the same, see `exact`.
+
+    Raises:
+        InputError: no such index, or one of another datastore, metric or dimension.
+    """
+    if datastore.part is None and not lies_in_shards(datastore, search):
+        return open_retriever(datastore, search)
+    opening = partial(open_shards, datastore, search=search)
+    return DistributedRetriever(datastore, opening, search.metric, rescore)

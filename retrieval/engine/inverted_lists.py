@@ -1,19 +1,17 @@
 """The inverted lists of a faiss index, read from its memory-mapped file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import faiss
 import numpy as np
 from numpy.typing import DTypeLike
 
+from neighborlm.retrieval.engine.limits import Limits
 from neighborlm.retrieval.engine.loops import shift_halves, shift_lists
 from neighborlm.retrieval.engine.parallel import in_parallel, scratch
 from neighborlm.retrieval.engine.probing import Probing
-
-TOGETHER_BYTES = 2 << 20
-"""What vectors that are decoded together, and queries that visit their lists, may take."""
 
 
 class InvertedLists:
@@ -22,6 +20,7 @@ class InvertedLists:
     Args:
         ivf: an index that `serves`, with inverted lists in a memory-mapped file.
         probing: which of them are visited; by default as many as its nprobe says.
+        limits: how much is worked on at a time.
 
     Attributes:
         threads: that work at a time, each on one core.
@@ -30,8 +29,11 @@ class InvertedLists:
         ids: int64, of all lists one after another, each from its `ids_at` on.
     """
 
-    def __init__(self, ivf: faiss.IndexIVF, probing: Probing | None = None) -> None:
+    def __init__(
+        self, ivf: faiss.IndexIVF, probing: Probing | None = None, limits: Limits | None = None
+    ) -> None:
         self.ivf = ivf
+        self.limits = limits or Limits()
         self.probing = probing or Probing(ivf, ivf.nprobe)
         self.threads = 1
         self.similar = self.probing.similar
@@ -70,7 +72,7 @@ class InvertedLists:
         self.codes_at, self.ids_at = np.append(self.codes_at, 0), np.append(self.ids_at, 0)
         return len(self.sizes) - 1
 
-    def map(self, function, parts) -> list:
+    def map(self, function: Callable, parts: Iterable) -> list:
         """Results for each part, by as many threads as are allowed."""
         return in_parallel(function, parts, self.threads)
 
@@ -137,7 +139,7 @@ class InvertedLists:
         numbers = np.flatnonzero(visits)
         rows = -(-self.sizes[numbers] // stride) + visits[numbers]
         bytes_so_far = np.cumsum(4 * self.ivf.d * rows)
-        cuts = np.flatnonzero(np.diff(bytes_so_far // TOGETHER_BYTES)) + 1
+        cuts = np.flatnonzero(np.diff(bytes_so_far // self.limits.list_bytes)) + 1
         return [part.tolist() for part in np.split(numbers, cuts) if len(part)]
 
 

@@ -369,7 +369,19 @@ def nearest_of_visits(buffer, rows, sizes, ids_at, ids_of_lists, lengths, distan
 
 @compiled
 def votes_of_visits(
-    buffer, rows, sizes, values_at, values_of_lists, lengths, least, targets, k, temperature, said
+    buffer,
+    rows,
+    sizes,
+    values_at,
+    values_of_lists,
+    lengths,
+    least,
+    targets,
+    k,
+    temperature,
+    log_probs,
+    nearest,
+    farthest,
 ):
     """What the k nearest of some queries say of their targets.
 
@@ -385,10 +397,10 @@ def votes_of_visits(
         targets: int32 `[n]`.
         k: neighbours.
         temperature: fp32, of the weights.
-        said: fp32 `[3, n]`, to be written, see `knn.Votes`.
+        log_probs, nearest, farthest: fp32 `[n]` each, to be written, see `contracts.Votes`.
     """
     for i in range(len(rows)):
-        said[0, i], said[1, i], said[2, i] = -np.inf, -np.inf, np.inf
+        log_probs[i], nearest[i], farthest[i] = -np.inf, -np.inf, np.inf
         found = np.empty(sizes[i].sum(), dtype=np.float32)
         if len(found) == 0:
             continue
@@ -397,22 +409,72 @@ def votes_of_visits(
         limit = min(kth_smallest(found, n), FARTHEST)
         if _count(found, limit) > n:
             _leave_out_equals(found, n, limit)
-        nearest, farthest = _ends(found, limit)
-        if nearest > limit:  # none is a number
+        low, high = _ends(found, limit)
+        if low > limit:  # none is a number
             continue
-        said[1, i] = -max(nearest + lengths[i], least)
-        said[2, i] = -max(farthest + lengths[i], least)
+        nearest[i] = -max(low + lengths[i], least)
+        farthest[i] = -max(high + lengths[i], least)
         of_lists = (sizes[i], values_at[i], values_of_lists)
-        weights = np.empty_like(found)
-        _weigh(found, limit, nearest, temperature, weights)
-        total, of_hits = _add_up_visits(weights, *of_lists, targets[i])
-        if of_hits > 0:
-            said[0, i] = np.log(of_hits) - np.log(total)
-        if of_hits > 0 and said[0, i] < SMALL:
-            first = _leave_out_others(found, *of_lists, targets[i], limit)
-            _weigh(found, limit, first, temperature, weights)
-            of_hits, _ = _add_up_visits(weights, *of_lists, targets[i])
-            said[0, i] = (nearest - first) / temperature + np.log(of_hits) - np.log(total)
+        log_probs[i] = _log_prob(found, limit, low, *of_lists, targets[i], temperature)
+
+
+@compiled
+def votes_of_neighbors(
+    distances, rows, values, similar, targets, temperature, log_probs, nearest, farthest
+):
+    """What neighbours that have been put together say of their queries' targets.
+
+    Args:
+        distances: fp32 `[n, k]`.
+        rows: int64 `[n, k]`, -1 where missing.
+        values: int32 `[n, k]`.
+        similar: whether large is near.
+        targets: int32 `[n]`.
+        temperature: fp32, of the weights.
+        log_probs, nearest, farthest: fp32 `[n]` each, to be written, see `contracts.Votes`.
+    """
+    k = distances.shape[1]
+    one_list, from_the_first = np.array([k]), np.array([0])
+    found = np.empty(k, dtype=np.float32)
+    for i in range(len(distances)):
+        log_probs[i], nearest[i], farthest[i] = -np.inf, -np.inf, np.inf
+        for j in range(k):
+            distance = -distances[i, j] if similar else distances[i, j]
+            there = rows[i, j] >= 0 and distance == distance
+            found[j] = distance if there else np.float32(np.inf)
+        low, high = _ends(found, FARTHEST)
+        if not low <= FARTHEST:  # all are missing
+            continue
+        nearest[i], farthest[i] = -low, -high
+        of_list = (one_list, from_the_first, values[i])
+        log_probs[i] = _log_prob(found, FARTHEST, low, *of_list, targets[i], temperature)
+
+
+@compiled
+def _log_prob(row, limit, nearest, sizes, values_at, values_of_lists, target, temperature):
+    """log p_kNN of a target (Khandelwal et al., ICLR 2020, eq. 2): the logarithm of what its hits
+    weigh, less that of what all weigh.
+
+    Args:
+        row: fp32, distances; those above the limit have no part. Is overwritten.
+        limit: fp32.
+        nearest: fp32, the smallest distance, relative to which all are weighed.
+        sizes, values_at, values_of_lists: see `votes_of_visits`.
+        target: int32.
+        temperature: fp32.
+    """
+    weights = np.empty_like(row)
+    _weigh(row, limit, nearest, temperature, weights)
+    total, of_hits = _add_up_lists(weights, sizes, values_at, values_of_lists, target)
+    if of_hits <= 0:
+        return np.float32(-np.inf)
+    result = np.float32(np.log(of_hits) - np.log(total))
+    if result < SMALL:  # relative to the nearest hit they can be told apart
+        first = _leave_out_others(row, sizes, values_at, values_of_lists, target, limit)
+        _weigh(row, limit, first, temperature, weights)
+        of_hits, _ = _add_up_lists(weights, sizes, values_at, values_of_lists, target)
+        result = np.float32((nearest - first) / temperature + np.log(of_hits) - np.log(total))
+    return result
 
 
 @compiled
@@ -465,7 +527,7 @@ def _weigh(row, limit, nearest, temperature, weights):
 
 
 @compiled
-def _add_up_visits(weights, sizes, values_at, values_of_lists, target):
+def _add_up_lists(weights, sizes, values_at, values_of_lists, target):
     """Sums of all weights, and of those of the target's value, see `votes_of_visits`."""
     total = of_hits = np.float32(0)
     begin = 0
@@ -683,15 +745,29 @@ def distances_of_pairs(pairs, bits, first, k, rows, keys, queries, squared, dist
         distances[place] = distance
 
 
-@summing
-def add_up(weights, hits):
-    """Sums of the weights, fp32 or fp64 `[Q, k]`, of each row, and of those of hits, bool `[Q, k]`;
-    `[Q]` each."""
-    totals, of_hits = np.zeros_like(weights[:, 0]), np.zeros_like(weights[:, 0])
-    for i in range(len(weights)):
-        total = of_hit = weights.dtype.type(0)
-        for j in range(weights.shape[1]):
-            total += weights[i, j]
-            of_hit += weights[i, j] * hits[i, j]
-        totals[i], of_hits[i] = total, of_hit
-    return totals, of_hits
+@compiled
+def out_of_order(distances, rows, similar):
+    """The first query whose neighbours are not in order, nearest first and the missing last; -1
+    where there is none.
+
+    Args:
+        distances: fp32 `[Q, k]`.
+        rows: int64 `[Q, k]`, -1 where missing; looked at only where the last is missing.
+        similar: whether large is near.
+    """
+    k = distances.shape[1]
+    for i in range(len(distances)):
+        row = distances[i]
+        wrong = np.int32(0)
+        if similar:
+            for j in range(1, k):
+                wrong += np.int32(row[j - 1] < row[j])
+        else:
+            for j in range(1, k):
+                wrong += np.int32(row[j - 1] > row[j])
+        if k > 0 and rows[i, k - 1] < 0:
+            for j in range(1, k):
+                wrong += np.int32(rows[i, j - 1] < 0 and rows[i, j] >= 0)
+        if wrong:
+            return i
+    return -1

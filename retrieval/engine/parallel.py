@@ -4,21 +4,18 @@ OpenMP's threads wait for one another at the end of every loop, spinning; loops 
 beside a model that computes at the same time they would wait longer than they work.
 """
 
-import ctypes
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
-from threadpoolctl import ThreadpoolController
 
-from neighborlm.common.interrupts import interrupts_held
+from neighborlm.common.interrupts import thread_pool
+from neighborlm.retrieval.engine.processor import take_one_core
 
 
 def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
@@ -42,20 +39,9 @@ def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
     return results
 
 
-def pool(threads: int, initializer: Callable | None = None) -> ThreadPoolExecutor:
-    """Threads, the first of which runs: where an interrupt comes while that one starts, nobody
-    would ever end it, and the process would wait for it for good. (It tells later ones to end.)"""
-    workers = ThreadPoolExecutor(threads, initializer=initializer)
-    with interrupts_held() as held:
-        workers.submit(int).result()
-    if held:
-        signal.raise_signal(held[0])  # for whoever holds interrupts, if anybody does
-    return workers
-
-
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return pool(os.cpu_count(), _take_one_core)
+    return thread_pool(os.cpu_count(), take_one_core)
 
 
 _memory = threading.local()
@@ -84,14 +70,3 @@ def product(left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None) 
         return torch.mm(left, right).numpy()
     torch.mm(left, right, out=torch.from_numpy(out))
     return out
-
-
-def _take_one_core() -> None:
-    torch.get_num_threads()  # from its first call in a thread on it leaves the number alone
-    ThreadpoolController().select(user_api="openmp").limit(limits=1)
-    # MKL, by which torch multiplies on x86, has a number of its own for each thread.
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if library.is_file():
-        set_threads = getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", None)
-        if set_threads is not None:
-            set_threads(1)

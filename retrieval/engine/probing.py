@@ -1,25 +1,19 @@
 """Which inverted lists of an index a query visits."""
 
 from functools import cached_property
-from typing import Literal
 
 import faiss
 import numpy as np
 
+from neighborlm.common.contracts import NProbe
 from neighborlm.retrieval.engine.loops import choose_lists
 from neighborlm.retrieval.engine.parallel import in_parallel, product
 
-NProbe = int | Literal["auto"]
-"""How many lists, or `auto`: those that are not much farther than the nearest one."""
 FEWEST, MOST = 8, 32
 """Lists that `auto` visits."""
 SLACK = 1.25
 """How much farther than the nearest one a list may be for `auto`, in mean squared distances between
 a centroid and the nearest other one; docs/index.md has what others cost."""
-SAMPLE = 1024
-"""Centroids whose distance to the nearest other one is looked up."""
-BLOCK = 1 << 18
-"""Distances to centroids that are looked at together: they stay in the cache."""
 NEIGHBORHOOD = 8
 """Lists whose order among themselves does not matter."""
 
@@ -35,6 +29,8 @@ class Probing:
     Args:
         ivf: a trained index; its nprobe is set.
         nprobe: see `NProbe`.
+        sample: centroids whose distance to the nearest other one is looked up.
+        block: distances to centroids that are looked at together: they stay in the cache.
 
     Attributes:
         most: lists that a query visits at most.
@@ -46,8 +42,11 @@ class Probing:
             such as those of a datastore's shards, have the same.
     """
 
-    def __init__(self, ivf: faiss.IndexIVF, nprobe: NProbe) -> None:
+    def __init__(
+        self, ivf: faiss.IndexIVF, nprobe: NProbe, sample: int = 1024, block: int = 1 << 18
+    ) -> None:
         self.ivf = ivf
+        self.block = block
         self.most = min(MOST if nprobe == "auto" else nprobe, ivf.nlist)
         self.slack = np.inf
         self.similar = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
@@ -59,8 +58,8 @@ class Probing:
             self.centroids -= self.middle
         self.compares_all = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat)
         if nprobe == "auto" and self.most > FEWEST:
-            sample = np.ascontiguousarray(self.centroids[:: -(-ivf.nlist // SAMPLE)])
-            self.slack = SLACK * faiss.knn(sample, self.centroids, 2)[0][:, 1].mean()
+            some = np.ascontiguousarray(self.centroids[:: -(-ivf.nlist // sample)])
+            self.slack = SLACK * faiss.knn(some, self.centroids, 2)[0][:, 1].mean()
             if self.similar:
                 self.slack /= 2
 
@@ -82,7 +81,7 @@ class Probing:
         if not finite.all():
             queries = np.where(finite[:, None], queries, np.float32(0))
         if self.compares_all:
-            rows = max(BLOCK // self.ivf.nlist, 1)
+            rows = max(self.block // self.ivf.nlist, 1)
             blocks = [queries[first : first + rows] for first in range(0, len(queries), rows)]
             found = in_parallel(self._of_all, blocks or [queries], threads)
             distances, lists = map(np.concatenate, zip(*found, strict=True))

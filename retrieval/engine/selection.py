@@ -1,8 +1,9 @@
-"""Selects and sorts the smallest numbers of rows, much faster than by their indices."""
+"""Selects and sorts the smallest numbers of rows, much faster than by their indices; and tells
+whether neighbours are in order."""
 
 import numpy as np
 
-from neighborlm.retrieval.engine.loops import ascending, choose_of_rows
+from neighborlm.retrieval.engine.loops import ascending, choose_of_rows, out_of_order
 
 
 def k_smallest(values: np.ndarray, k: int) -> np.ndarray:
@@ -43,3 +44,15 @@ def sort_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     packed.view(np.int64).sort(axis=1)
     places = packed[..., 0] + (width * np.arange(n))[:, None]
     return ascending(packed[..., 1]).view(np.float32), places
+
+
+def first_out_of_order(distances: np.ndarray, rows: np.ndarray, similar: bool) -> int:
+    """The first query whose neighbours are not in order, nearest first and the missing last; -1
+    where there is none.
+
+    Args:
+        distances: fp32 `[Q, k]`.
+        rows: int64 `[Q, k]`, -1 where missing.
+        similar: whether large is near.
+    """
+    return out_of_order(np.ascontiguousarray(distances), np.ascontiguousarray(rows), similar)

@@ -22,35 +22,12 @@ from neighborlm.retrieval.engine.loops import (
     sort_by_query,
 )
 from neighborlm.retrieval.engine.parallel import scratch
+from neighborlm.retrieval.engine.processor import multiply_bytes
 from neighborlm.retrieval.engine.selection import sort_rows
-from neighborlm.retrieval.engine.visit import GROUP, Visit
-from neighborlm.retrieval.search.retriever import Take
+from neighborlm.retrieval.engine.visit import Take, Visit
 
-ROWS, COLUMNS = 512, 1024
-"""Queries and vectors whose distances are looked at together: they stay in the cache."""
-TOO_MANY = 8
-"""How many times more than there are may seem to be below the bound by products of bytes, for these
-to be worth while."""
 ROOM = 3 << 19
 """Distances that one piece of memory holds; at least those of a block."""
-
-
-@cache
-def bytes_are_exact() -> bool:
-    """Whether torch multiplies bytes without losing any bit. On processors that lack instructions
-    for it sums of pairs are cut off at 16 bits."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm")):
-        return False
-    one = torch.full((33, 260), 127, dtype=torch.int8)
-    one[1::3], one[2::3, ::2] = -127, -127
-    found = torch._int_mm(one.repeat(8, 1), one.T)
-    return torch.equal(found.double(), one.repeat(8, 1).double() @ one.T.double())
-
-
-@cache
-def bytes_pay() -> bool:
-    """Whether products of bytes are likely to be worth while here."""
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and bytes_are_exact()
 
 
 class Kept:
@@ -166,7 +143,7 @@ class Bytes(Numbers):
     the product q x differs from Q X by no more than |e_Q| |X| + |q| |e_X| (Cauchy-Schwarz).
     """
 
-    multiply = staticmethod(getattr(torch, "_int_mm", None))
+    multiply = staticmethod(multiply_bytes)
     type = np.int32
 
     @staticmethod
@@ -233,10 +210,10 @@ class Sieve:
             sort_by_query(*kept, free, places, distances)
 
         self.search.map(bring_together, range(len(pieces)))
-        enough = np.flatnonzero(counts >= self.k)
+        enough, step = np.flatnonzero(counts >= self.k), self.search.limits.group
 
         def select(first: int) -> None:
-            group = enough[first : first + GROUP]
+            group = enough[first : first + step]
             found = np.empty((len(group), self.k), dtype=np.float32)
             ids = np.empty((len(group), self.k), dtype=np.int64)
             kept = (distances, places, rows[group], counts[group])
@@ -246,15 +223,15 @@ class Sieve:
                 ids = np.take(ids, nearest)
             take(part[group], -found if self.search.similar else found, ids)
 
-        self.search.map(select, range(0, len(enough), GROUP))
+        self.search.map(select, range(0, len(enough), step))
         return counts < self.k
 
     def _kept(self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray) -> list[Kept]:
         """What is nearer than the bounds fp32 `[n]`, of ascending ranges of lists."""
-        search = self.search
+        search, limits = self.search, self.search.limits
         visitors, bounds_of_lists, _, _ = lay_out(lists, search.sizes)
         visits = np.diff(bounds_of_lists)
-        by_bytes = bytes_pay() and search.ivf.d > 1  # torch multiplies columns of one byte wrongly
+        by_bytes = limits.by_bytes and search.ivf.d > 1  # see `multiply_bytes`
         first = (Bytes if by_bytes else Numbers)(search.similar, queries, bounds)
         work = np.cumsum(visits * search.sizes)
         shares = work[-1] * np.arange(1, search.threads) // search.threads
@@ -271,7 +248,7 @@ class Sieve:
                 who = visitors[bounds_of_lists[number] : bounds_of_lists[number + 1]]
                 computed, kept = self._sift_list(number, who, by, pieces)
                 seemed, below = seemed + computed, below + kept
-                if by is first and seemed > TOO_MANY * (below + ROWS):
+                if by is first and seemed > limits.too_many * (below + limits.sieve_queries):
                     by = exactly()
             return pieces.all[: pieces.used]
 
@@ -292,13 +269,14 @@ class Sieve:
             how many distances were computed, and how many are kept.
         """
         search, computed, kept = self.search, 0, 0
+        step, width = search.limits.sieve_queries, search.limits.sieve_vectors
         left, of_queries = by.left[torch.from_numpy(who)], by.of_queries[who]
-        for column in range(0, int(search.sizes[number]), COLUMNS):
-            vectors, squares, _ = search.vectors([number], slice(column, column + COLUMNS))
+        for column in range(0, int(search.sizes[number]), width):
+            vectors, squares, _ = search.vectors([number], slice(column, column + width))
             right, of_vectors = by.of(vectors, squares)
             place = int(search.ids_at[number]) + column
-            for row in range(0, len(who), ROWS):
-                rows = slice(row, row + ROWS)
+            for row in range(0, len(who), step):
+                rows = slice(row, row + step)
                 products = scratch("products", len(who[rows]) * len(vectors), by.type)
                 piece = pieces.last(len(products))
                 products, before = products.reshape(-1, len(vectors)), piece.n

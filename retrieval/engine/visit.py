@@ -18,13 +18,11 @@ from neighborlm.retrieval.engine.loops import (
 )
 from neighborlm.retrieval.engine.parallel import product, scratch
 from neighborlm.retrieval.engine.selection import sort_rows
-from neighborlm.retrieval.memories.knn import Votes
-from neighborlm.retrieval.search.retriever import Take
+from neighborlm.retrieval.engine.votes import Ballot, no_votes
 
-BUFFER_BYTES = 64 << 20
-"""What the distances of the queries that are worked on at a time may take."""
-GROUP = 128
-"""Queries whose nearest are selected at a time: their distances stay in the cache."""
+Take = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Takes numbers of queries int64 `[n]`, with the distances and ids of their nearest vectors, fp32
+and int64 `[n, k]`, for some queries at a time and from several threads."""
 
 
 class Visit:
@@ -39,7 +37,7 @@ class Visit:
         lists: int64 `[Q, probes]`.
         k: neighbours to select.
         ordered: nearest first.
-        stride: of each list look at every so-manieth vector only; then `farthest` alone is right.
+        stride: visits only every `stride`-th vector of a list; then `farthest` alone is right.
     """
 
     def __init__(
@@ -63,23 +61,20 @@ class Visit:
         self.lengths = np.zeros(len(queries), dtype=np.float32)
         if not search.similar:
             np.vecdot(self.queries, self.queries, out=self.lengths)
-        self.buffer = scratch("distances", int(self.sizes.sum()), room=BUFFER_BYTES // 4)
+        room = search.limits.visit_bytes // 4
+        self.buffer = scratch("distances", int(self.sizes.sum()), room=room)
 
     def hand_over(self, take: Take, which: np.ndarray) -> None:
-        """Gives what is found of the queries, whose numbers are these, to `take`."""
+        """Gives the nearest of the queries, whose numbers are these, to `take`."""
         self._measure()
 
-        def select(first: int) -> None:
-            take(which[first : first + GROUP], *self._select(slice(first, first + GROUP)))
+        def select(group: slice) -> None:
+            take(which[group], *self._select(group))
 
-        self.search.map(select, range(0, len(which), GROUP))
+        self._by_groups(select)
 
-    def vote(self, votes: Votes, which: np.ndarray, values_of: Callable[..., np.ndarray]) -> None:
-        """Counts the votes of what is found of the queries, whose numbers are these.
-
-        Args:
-            values_of: gives the values, of the shape of the ids.
-        """
+    def vote(self, ballot: Ballot, which: np.ndarray) -> None:
+        """Counts the votes of the nearest of the queries, whose numbers are these."""
         search = self.search
         self._measure()
         visits = np.diff(self.bounds)
@@ -90,22 +85,21 @@ class Visit:
 
         def look_up(numbers: list[int]) -> None:
             ids = [search.ids_of(number) for number in numbers]
-            values[at[numbers[0]] : ends[numbers[-1]]] = values_of(np.concatenate(ids))
+            values[at[numbers[0]] : ends[numbers[-1]]] = ballot.values[np.concatenate(ids)]
 
         search.map(look_up, search.together(visits))
-        targets = votes.targets[which].astype(np.int32)
+        targets = ballot.targets[which]
         least = np.float32(-np.inf if search.similar else 0)
 
-        def count(first: int) -> None:
-            group = slice(first, first + GROUP)
+        def count(group: slice) -> None:
             lists, lengths = self.lists[group], self.lengths[group]
-            said = np.empty((3, len(lists)), dtype=np.float32)
+            votes = no_votes(len(lists))
             of_lists = (self.rows[group], self.sizes[group], at[lists], values)
-            asked = (lengths, least, targets[group], self.k, np.float32(votes.temperature))
-            votes_of_visits(self.buffer, *of_lists, *asked, said)
-            votes.said[:, which[group]] = said
+            asked = (lengths, least, targets[group], self.k, ballot.temperature)
+            votes_of_visits(self.buffer, *of_lists, *asked, *votes)
+            ballot.write(which[group], votes)
 
-        search.map(count, range(0, len(which), GROUP))
+        self._by_groups(count)
 
     def farthest(self) -> np.ndarray:
         """The distance of the k-th nearest of each query, fp32 `[Q]`; infinite where there are
@@ -113,14 +107,18 @@ class Visit:
         self._measure()
         result = np.empty(len(self.rows), dtype=np.float32)
 
-        def find(first: int) -> None:
-            group = slice(first, first + GROUP)
-            farthest_of_visits(
-                self.buffer, self.rows[group], self.sizes[group], self.k, result[group]
-            )
+        def find(group: slice) -> None:
+            of_lists = (self.rows[group], self.sizes[group])
+            farthest_of_visits(self.buffer, *of_lists, self.k, result[group])
 
-        self.search.map(find, range(0, len(self.rows), GROUP))
+        self._by_groups(find)
         return result + self.lengths
+
+    def _by_groups(self, work: Callable[[slice], None]) -> None:
+        """Has something done for some queries at a time."""
+        step = self.search.limits.group
+        firsts = range(0, len(self.rows), step)
+        self.search.map(work, [slice(first, first + step) for first in firsts])
 
     def _measure(self) -> None:
         """Fills the buffer, list by list."""

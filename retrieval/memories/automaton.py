@@ -38,7 +38,7 @@ from neighborlm.common.contracts import (
 )
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
-from neighborlm.retrieval.memories.knn import knn_log_prob, neighbor_scores
+from neighborlm.retrieval.memories.knn import knn_log_prob, knn_weights, neighbor_scores
 from neighborlm.retrieval.memories.pointers import (
     Stretches,
     count_states,
@@ -300,8 +300,7 @@ class AutomatonMemory(Memory):
             width = entries.rows.shape[1]
             scores = torch.from_numpy(entries.scores).double()  # see `say`
             ids[which, :width] = torch.from_numpy(entries.values.astype(np.int64))
-            weights = (scores / self.temperature).softmax(dim=1).nan_to_num(0.0)
-            probs[which, :width] = weights.float()
+            probs[which, :width] = knn_weights(scores, self.temperature).float()
         return ids.masked_fill_(probs == 0, 0), probs
 
     def observe(self, tokens: Tensor) -> None:
@@ -391,7 +390,7 @@ class AutomatonMemory(Memory):
         distances = np.zeros((len(queries), columns), dtype=np.float32)
         if columns:
             with self._timed("search"):
-                found = Neighbors(*self.retriever.search(queries[searched], self.k))
+                found = self.retriever.search(queries[searched], self.k, ordered=self.as_program)
             rows[searched], distances[searched] = found.rows, found.distances
         return Neighbors(distances, rows)
 

@@ -39,6 +39,15 @@ def mixture(log_probs: Sequence[Tensor], weights: Sequence[Tensor | float]) -> T
     return reduce(torch.logaddexp, weighted)
 
 
+def features_of(opinions: Mapping[str, Opinion]) -> dict[str, Tensor]:
+    """The features of all memories, by `<memory>.<feature>`."""
+    return {
+        f"{name}.{feature}": column
+        for name, opinion in opinions.items()
+        for feature, column in opinion.features.items()
+    }
+
+
 class ConstantMixer(Mixer):
     """The same weights for every token.
 

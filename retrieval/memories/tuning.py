@@ -1,9 +1,8 @@
 """Perplexity for many k, temperatures and lmbdas at once, from what one pass of retrieval found;
 and the search for the best pair.
 
-Neighbours come nearest first, so those of a smaller k are the first of a larger: their weights are
-computed once for each temperature and added up to every k (eq. 2 and 3 of Khandelwal et al., ICLR
-2020; see retrieval/knn.py).
+Neighbours come nearest first, so those of a smaller k are the first of a larger (see
+`knn.knn_log_probs`).
 """
 
 import math
@@ -14,13 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neighborlm.retrieval.engine.loops import LIGHTEST
 from neighborlm.retrieval.memories.cache import Retrieved
-from neighborlm.retrieval.memories.knn import interpolate
-
-PART = 1 << 19
-"""Numbers that are weighed at a time: they stay in the processor's cache."""
-
+from neighborlm.retrieval.memories.knn import PART, knn_log_probs
+from neighborlm.retrieval.memories.mixers import mixture
 
 # -- the grid ------------------------------------------------------------------------------------
 
@@ -64,43 +59,9 @@ def total_losses(
         for lm, scores, hits in zip(*(column.split(rows) for column in columns), strict=True):
             of_knn = knn_log_probs(scores, hits, ks, temperatures)
             for i in range(len(temperatures)):
-                mixed = interpolate(lm[:, None, None], of_knn[:, :, i, None], weights)
+                mixed = mixture([lm[:, None, None], of_knn[:, :, i, None]], [1 - weights, weights])
                 total[:, i] -= mixed.sum(0, dtype=torch.float64)
     return total, count
-
-
-def knn_log_probs(
-    scores: Tensor, hits: Tensor, ks: Sequence[int], temperatures: Sequence[float]
-) -> Tensor:
-    """`knn.knn_log_prob` for every k and temperature.
-
-    Args:
-        scores: fp32 `[Q, k]`, nearest first unless the only one of `ks` is k; -inf where missing.
-        hits: bool `[Q, k]`, none of them missing.
-        ks: ascending, the last of them k.
-        temperatures: divide the scores.
-
-    Returns:
-        fp32 `[Q, ks, temperatures]`, -inf where no neighbour carries the target.
-    """
-    # Relative to the best neighbour, and hits to the best hit, each sum has a term that is 1: every
-    # k that takes in a hit takes in the best one.
-    of_hits = scores.masked_fill(~hits, -torch.inf)
-    best, best_hit = (x.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0) for x in (scores, of_hits))
-    below_best, below_hit = scores - best, of_hits - best_hit
-    widths = np.diff(ks, prepend=0).tolist()
-
-    def sums(below: Tensor, temperature: float) -> Tensor:
-        weights = (below / temperature).clamp_(min=LIGHTEST).exp_()
-        return torch.stack([part.sum(1) for part in weights.split(widths, dim=1)], 1).cumsum(1)
-
-    result = scores.new_empty(len(scores), len(ks), len(temperatures))
-    for i, temperature in enumerate(temperatures):
-        of_target = sums(below_hit, temperature)
-        share = of_target / sums(below_best, temperature)
-        log_prob = (best_hit - best) / temperature + share.log()
-        result[:, :, i] = log_prob.masked_fill(of_target < 0.5, -torch.inf)
-    return result
 
 
 def spread(blocks: Iterable[Retrieved]) -> tuple[Tensor, int]:

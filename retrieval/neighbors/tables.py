@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from neighborlm.common.contracts import Metric, NProbe, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import Lock, digest_of
 from neighborlm.common.progress import Report
-from neighborlm.retrieval.engine.probing import NProbe
-from neighborlm.retrieval.search.index import NOT_BUILT
-from neighborlm.retrieval.search.retriever import Metric, Retriever
+from neighborlm.retrieval.search.index import EXHAUSTIVE
 from neighborlm.retrieval.store.arrays import Layout, open_array, open_raw
 from neighborlm.retrieval.store.artifact import Artifact, Format, as_read, refuse_mismatch
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
@@ -165,7 +164,7 @@ def _layouts(path: Path, fields: Mapping[str, Any]) -> dict[str, Layout]:
 
 def _identity(queries: Datastore, memory: Datastore, settings: TableSettings) -> dict[str, Any]:
     """What determines a table; but for k and whether distances are kept, all its rows too."""
-    reads_all = settings.index in NOT_BUILT
+    reads_all = settings.index in EXHAUSTIVE
     return {
         "k": settings.k,
         "rows": len(queries),
@@ -328,7 +327,7 @@ class NeighborSearch:
         has fewer than k though there are more to fetch."""
         n_keys, k = self.memory.n_keys_of_whole, self.settings.k
         count = min(count, n_keys)
-        distances, rows = self.retriever.search(queries, count)
+        distances, rows, _ = self.retriever.search(queries, count)
         kept = outside_window(rows, positions, self.settings.exclude_window)
         lacking = (kept.sum(axis=1) < k) & (rows[:, -1] >= 0)
         return (

@@ -33,7 +33,8 @@ from neighborlm.retrieval.search.index import (
     read_index,
 )
 from neighborlm.retrieval.search.index_recall import RecallSample
-from neighborlm.retrieval.search.retriever import Metric, faiss_reason, normalized
+from neighborlm.common.contracts import Metric
+from neighborlm.retrieval.search.retriever import faiss_reason, normalized
 from neighborlm.retrieval.store.artifact import Artifact, Format, Job
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
 

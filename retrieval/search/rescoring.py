@@ -1,21 +1,23 @@
 """Distances to the stored keys of neighbours that an index found by its codes of them."""
 
+from functools import partial
+
 import faiss
 import numpy as np
 
-from neighborlm.retrieval.engine.loops import distances_of_pairs
-from neighborlm.retrieval.engine.parallel import in_parallel
-from neighborlm.retrieval.search.retriever import Metric, normalized
+from neighborlm.common.contracts import Metric
+from neighborlm.retrieval.engine import distances_of_pairs, in_parallel
+from neighborlm.retrieval.search.retriever import normalized
 from neighborlm.retrieval.store.datastore import Datastore
-
-PLACE_BITS = 20
-"""Of this many bits are the places of neighbours that are sorted by their rows at a time."""
-KEY_BYTES = 1 << 20
-"""What the keys that are compared at a time may take."""
 
 
 def exact_distances(
-    queries: np.ndarray, rows: np.ndarray, datastore: Datastore, metric: Metric
+    queries: np.ndarray,
+    rows: np.ndarray,
+    datastore: Datastore,
+    metric: Metric,
+    place_bits: int = 20,
+    key_bytes: int = 1 << 20,
 ) -> np.ndarray:
     """Distances to the stored keys of neighbours that an index found.
 
@@ -25,6 +27,8 @@ def exact_distances(
     Args:
         queries: fp32 `[Q, d]`.
         rows: int64 `[Q, k]`, -1 where missing.
+        place_bits: of the places of neighbours that are sorted by their rows at a time.
+        key_bytes: of the keys that are compared at a time.
 
     Returns:
         fp32 `[Q, k]`; what stands at missing neighbours has no meaning.
@@ -37,31 +41,33 @@ def exact_distances(
     queries = normalized(queries, metric)
     threads = faiss.omp_get_max_threads()
     flat = rows.reshape(-1)
-    size = 1 << PLACE_BITS
+    size = 1 << place_bits
     parts = [flat[first : first + size] for first in range(0, max(flat.size, 1), size)]
-    sorted_pairs = in_parallel(_sorted_pairs, parts, threads)
-    distinct = np.sort(np.concatenate(in_parallel(_rows_of, sorted_pairs, threads)))
+    sorted_pairs = in_parallel(partial(_sorted_pairs, bits=place_bits), parts, threads)
+    distinct = np.sort(
+        np.concatenate(in_parallel(partial(_rows_of, bits=place_bits), sorted_pairs, threads))
+    )
     distinct = distinct[_firsts(distinct)]
     result = np.zeros(flat.shape, dtype=np.float32)
 
     def measure(block: np.ndarray) -> None:
         keys = normalized(datastore.read(block), metric)
-        bounds = np.array([block[0], block[-1] + 1]) << PLACE_BITS
+        bounds = np.array([block[0], block[-1] + 1]) << place_bits
         for number, pairs in enumerate(sorted_pairs):
             begin, end = np.searchsorted(pairs, bounds)
-            which = (pairs[begin:end], PLACE_BITS, number * size, rows.shape[1], block)
+            which = (pairs[begin:end], place_bits, number * size, rows.shape[1], block)
             part = result[number * size : (number + 1) * size]
             distances_of_pairs(*which, keys, queries, metric == "l2", part)
 
-    step = max(KEY_BYTES // (4 * datastore.dim), 1)
+    step = max(key_bytes // (4 * datastore.dim), 1)
     in_parallel(measure, [distinct[i : i + step] for i in range(0, len(distinct), step)], threads)
     return result.reshape(rows.shape)
 
 
-def _sorted_pairs(rows: np.ndarray) -> np.ndarray:
+def _sorted_pairs(rows: np.ndarray, bits: int) -> np.ndarray:
     """Row and place `[n]` of neighbours in one integer each, in ascending order, without missing
     ones: numpy sorts integers much faster than it argsorts them."""
-    pairs = rows << PLACE_BITS
+    pairs = rows << bits
     pairs |= np.arange(len(rows))
     pairs.sort()
     return pairs[np.searchsorted(pairs, 0) :]
@@ -74,7 +80,7 @@ def _firsts(ascending: np.ndarray) -> np.ndarray:
     return np.flatnonzero(new)
 
 
-def _rows_of(pairs: np.ndarray) -> np.ndarray:
+def _rows_of(pairs: np.ndarray, bits: int) -> np.ndarray:
     """The distinct rows."""
-    rows = pairs >> PLACE_BITS
+    rows = pairs >> bits
     return rows[_firsts(rows)]

@@ -1,84 +1,119 @@
-"""What everything that searches looks like, and the exact search."""
+"""What retrievers share, and the exact search by faiss.
+
+A retriever of one's own derives from `BaseRetriever` and gives `search`; `search.index` has the
+registry that it is entered into.
+"""
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import faiss
 import numpy as np
 
-from neighborlm.retrieval.engine.parallel import in_parallel
+from neighborlm.common.contracts import Metric, Neighbors, Retriever, Votes
+from neighborlm.retrieval.engine import count_votes, first_out_of_order, in_parallel
 from neighborlm.retrieval.store.datastore import Datastore
 
-if TYPE_CHECKING:
-    from neighborlm.retrieval.memories.knn import Votes
-
-Metric = Literal["l2", "ip", "cosine"]
 FAISS_METRICS = {
     "l2": faiss.METRIC_L2,
     "ip": faiss.METRIC_INNER_PRODUCT,
     "cosine": faiss.METRIC_INNER_PRODUCT,
 }
+AT_ONCE = 128
+"""Queries whose neighbours are worked on at a time: they stay in the cache."""
 
 
-Take = Callable[..., None]
-"""Takes numbers of queries, a slice or int64 `[n]`, with arrays of what was found of them."""
-TAKEN_AT_ONCE = 128
-"""Queries whose neighbours are handed over at a time: they stay in the cache."""
-
-
-class Retriever(Protocol):
-    """Finds the nearest keys of a datastore.
+class BaseRetriever(Retriever):
+    """All of a retriever but its search: votes are those of what it finds, and there are no others
+    that it searches together with.
 
     Attributes:
-        metric: `l2` gives squared Euclidean distances (small is near), `ip` inner products and
-            `cosine` cosines (large is near).
+        datastore: what is searched.
+        metric: what keys are compared by.
         exact: whether its distances are those to the stored keys, not to codes of them.
+        name: of the index, for messages.
+        communication: see `contracts.Retriever`.
     """
 
+    datastore: Datastore
     metric: Metric
-    exact: bool
+    exact: bool = False
+    name: str = "index"
+    communication: Mapping[str, float] = MappingProxyType({})
 
-    def search(
-        self, queries: np.ndarray, k: int, ordered: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest keys.
+    @abstractmethod
+    def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
+        """The k nearest keys of queries fp32 `[Q, d]`; see `contracts.Retriever`."""
 
-        Args:
-            queries: fp32 `[Q, d]`.
-            k: how many.
-            ordered: nearest first, the missing last; otherwise in any order, which may be faster.
-
-        Returns:
-            distances fp32 `[Q, k]` and datastore rows int64 `[Q, k]`, -1 where missing.
-        """
-        ...
+    def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
+        """What the k nearest keys of queries fp32 `[Q, d]` say of targets int64 `[Q]`."""
+        found = with_values(self.search(queries, k, ordered=False), self.datastore)
+        return votes_of(found, targets, temperature, self.metric)
 
     def prepare(self) -> None:
         """Loads what a first search would wait for."""
+        one = np.zeros((1, 1), dtype=np.float32), *2 * (np.zeros((1, 1), dtype=np.int64),)
+        votes_of(Neighbors(*one), np.zeros(1, dtype=np.int64), 1.0, self.metric)
+        self.checked(Neighbors(*one))
 
-    def vote(self, queries: np.ndarray, k: int, votes: "Votes") -> None:
-        """Counts the votes of the k nearest keys for the targets of some queries; as `search` and
-        `Votes.take`, but the neighbours need not be put together.
+    def begin_pass(self) -> None:
+        """There are no others to wait for."""
 
-        Args:
-            queries: fp32 `[Q, d]`.
-            k: how many.
-            votes: whose targets are those of the queries.
+    def end_pass(self) -> None:
+        """There are no others to search for."""
+
+    def checked(self, found: Neighbors) -> Neighbors:
+        """What was found, which is to be in order; looking at it takes next to no time.
+
+        Raises:
+            RuntimeError: it is not in order.
         """
-        hand_over(votes.take, *self.search(queries, k, ordered=False))
+        query = first_out_of_order(found.distances, found.rows, self.metric != "l2")
+        if query >= 0:
+            raise RuntimeError(
+                f"{self.name}: the neighbours of query {query} are out of order; expected the "
+                "nearest first and the missing last"
+            )
+        return found
 
 
-def hand_over(take: Take, *found: np.ndarray) -> None:
-    """Gives arrays `[Q, k]` to `take`, some rows at a time, by as many threads as faiss would take
+def votes_of(
+    neighbors: Neighbors, targets: np.ndarray, temperature: float, metric: Metric
+) -> Votes:
+    """What neighbours whose values are known say of targets; by as many threads as faiss would take
+    here.
+
+    Args:
+        neighbors: in any order.
+        targets: int64 `[Q]`.
+        temperature: divides the scores.
+        metric: of the distances.
+    """
+    threads = faiss.omp_get_max_threads()
+    return count_votes(neighbors, targets, temperature, metric != "l2", threads)
+
+
+def with_values(found: Neighbors, datastore: Datastore) -> Neighbors:
+    """Neighbours with their values, looked up where they are not known yet; by as many threads as
+    faiss would take here."""
+    if found.values is not None:
+        return found
+    values = np.empty(found.rows.shape, dtype=datastore.values.dtype)
+
+    def look_up(part: slice) -> None:
+        values[part] = datastore.values_of(found.rows[part])
+
+    in_parts(look_up, len(values))
+    return found._replace(values=values)
+
+
+def in_parts(work: Callable[[slice], None], n: int) -> None:
+    """Has something done for n queries, some at a time, by as many threads as faiss would take
     here."""
-    firsts = range(0, len(found[0]), TAKEN_AT_ONCE)
-    parts = [slice(first, first + TAKEN_AT_ONCE) for first in firsts]
-
-    def give(part: slice) -> None:
-        take(part, *(array[part] for array in found))
-
-    in_parallel(give, parts, faiss.omp_get_max_threads())
+    parts = [slice(first, first + AT_ONCE) for first in range(0, n, AT_ONCE)]
+    in_parallel(work, parts, faiss.omp_get_max_threads())
 
 
 def normalized(vectors: np.ndarray, metric: Metric) -> np.ndarray:
@@ -90,18 +125,25 @@ def normalized(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
+def missing_distance(metric: Metric) -> np.float32:
+    """The distance of missing neighbours: no other one is farther."""
+    return np.finfo(np.float32).max if metric == "l2" else np.finfo(np.float32).min
+
+
 def faiss_reason(error: RuntimeError) -> str:
     """What a faiss error says, without where in faiss it arose."""
     return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
 
 
-class FlatRetriever(Retriever):
+class FlatRetriever(BaseRetriever):
     """Exact search by reading all keys, block by block: no index file, no copy of the keys.
 
     Args:
         datastore: where to search.
-        metric: see `Retriever`.
+        metric: what keys are compared by.
     """
+
+    name = "flat"
 
     def __init__(self, datastore: Datastore, metric: Metric) -> None:
         self.datastore = datastore
@@ -109,10 +151,8 @@ class FlatRetriever(Retriever):
         # By |q|^2 - 2 q.k + |k|^2, whose large terms cancel: a near key loses its last digits.
         self.exact = metric != "l2"
 
-    def search(
-        self, queries: np.ndarray, k: int, ordered: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Retriever.search`."""
+    def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
+        """See `contracts.Retriever.search`; in any case ordered."""
         queries = normalized(queries, self.metric)
         best = faiss.ResultHeap(len(queries), k, keep_max=self.metric != "l2")
         first = 0
@@ -126,4 +166,4 @@ class FlatRetriever(Retriever):
             best.add_result(distances, ids + first)
             first += len(block)
         best.finalize()
-        return best.D, self.datastore.rows_of(best.I)
+        return self.checked(Neighbors(best.D, self.datastore.rows_of(best.I)))

@@ -4,36 +4,41 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from neighborlm.retrieval.engine.selection import k_smallest, sort_rows
-from neighborlm.retrieval.search.retriever import Metric, Retriever
+from neighborlm.common.contracts import Metric, Neighbors, Retriever
+from neighborlm.retrieval.engine import k_smallest, sort_rows
+from neighborlm.retrieval.search.retriever import BaseRetriever, missing_distance
+from neighborlm.retrieval.store.datastore import Datastore
 
 
-class ShardedRetriever(Retriever):
-    """See `Retriever`.
+class ShardedRetriever(BaseRetriever):
+    """Several retrievers as one.
 
     Args:
+        datastore: the whole, or the one shard of it that is searched.
         retrievers: one a shard; the rows they find are those of the whole.
         metric: what they compare by.
         trained: fingerprint of the trained index that those of the shards began with, if any.
     """
 
     def __init__(
-        self, retrievers: Sequence[Retriever], metric: Metric, trained: str | None = None
+        self,
+        datastore: Datastore,
+        retrievers: Sequence[Retriever],
+        metric: Metric,
+        trained: str | None = None,
     ) -> None:
+        self.datastore = datastore
         self.retrievers = retrievers
         self.metric = metric
         self.trained = trained
         self.exact = all(retriever.exact for retriever in retrievers)
 
-    def search(
-        self, queries: np.ndarray, k: int, ordered: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Retriever.search`."""
-        distances, rows = self.retrievers[0].search(queries, k)
+    def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
+        """See `contracts.Retriever.search`; in any case ordered."""
+        found = self.retrievers[0].search(queries, k)[:2]
         for retriever in self.retrievers[1:]:
-            found = [(distances, rows), retriever.search(queries, k)]
-            distances, rows = nearest_of(found, k, self.metric)
-        return distances, rows
+            found = nearest_of([found, retriever.search(queries, k)[:2]], k, self.metric)
+        return Neighbors(*found)
 
 
 def nearest_of(
@@ -51,8 +56,7 @@ def nearest_of(
         the same of the nearest, `[Q, k]`.
     """
     distances, rows, *others = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
-    sign = np.float32(1 if metric == "l2" else -1)
-    farthest = np.finfo(np.float32).max
+    sign, farthest = np.float32(1 if metric == "l2" else -1), missing_distance("l2")
     values = np.minimum(sign * distances, farthest)
     values[(rows < 0) | np.isnan(values)] = farthest
     n, width = values.shape

@@ -7,6 +7,7 @@ nearest so far is kept. No array grows with the number of keys, unless they stay
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
 
@@ -15,25 +16,37 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from neighborlm.retrieval.engine.parallel import pool
-from neighborlm.retrieval.engine.selection import k_smallest, sort_rows
-from neighborlm.retrieval.search.retriever import Metric, Retriever, normalized
+from neighborlm.common.contracts import Metric, Neighbors
+from neighborlm.common.interrupts import thread_pool
+from neighborlm.retrieval.engine import k_smallest, sort_rows
+from neighborlm.retrieval.search.retriever import BaseRetriever, missing_distance, normalized
 from neighborlm.retrieval.store.datastore import BLOCK_BYTES, Datastore
 
-BUFFER_BYTES = 256 << 20
-"""What the distances of a block may take."""
-BLOCK_KEYS = 8192
-"""Keys in a block, at least; on a CPU exactly, for distances to stay in its caches."""
-GROUP = 128
-"""Queries that a thread of the CPU works on at a time, at most."""
 MARGIN_BYTES = 4 << 30
 """Memory of a GPU that keys leave free: for the model, and for what a search takes beside them."""
 SAMPLE = 1024
 """Keys whose mean stands for that of all."""
 
 
-class TorchRetriever(Retriever):
-    """Exact search on one device; see `Retriever`.
+@dataclass(frozen=True)
+class BlockSizes:
+    """How much is worked on at a time.
+
+    Attributes:
+        buffer_bytes: of the distances of a block.
+        keys: in a block, at least; on a CPU exactly, for distances to stay in its caches.
+        key_bytes: of a block's keys as fp32, at most.
+        group: queries that a thread of the CPU works on at a time, at most.
+    """
+
+    buffer_bytes: int = 256 << 20
+    keys: int = 8192
+    key_bytes: int = BLOCK_BYTES
+    group: int = 128
+
+
+class TorchRetriever(BaseRetriever):
+    """Exact search on one device.
 
     Squared distances are |q|^2 - 2 q.k + |k|^2, from queries and keys from which the mean of some
     keys was taken: what the terms lose to one another is then a matter of how far the keys lie
@@ -42,13 +55,16 @@ class TorchRetriever(Retriever):
 
     Args:
         datastore: where to search.
-        metric: see `Retriever`.
+        metric: what keys are compared by.
         device: where to compute; `cuda` is the calling thread's current GPU.
         resident_bytes: keys that take no more than this, in the datastore's own type, stay on the
             device from the first search on, and others are copied there block by block in each.
             By default what a GPU has free at the first search, less a margin; nothing elsewhere:
             keys in memory are the page cache's.
+        sizes: how much is worked on at a time.
     """
+
+    name = "torch"
 
     def __init__(
         self,
@@ -56,31 +72,30 @@ class TorchRetriever(Retriever):
         metric: Metric,
         device: str | torch.device = "cpu",
         resident_bytes: int | None = None,
+        sizes: BlockSizes | None = None,
     ) -> None:
         self.datastore = datastore
         self.metric = metric
         self.exact = True
         self.device = torch.device(device)
+        self.sizes = sizes or BlockSizes()
         self.keys = DeviceKeys(datastore, self.device, resident_bytes)
         self.blas = ThreadpoolController().select(user_api="blas")
 
     @torch.inference_mode()
-    def search(
-        self, queries: np.ndarray, k: int, ordered: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Retriever.search`; queries that are not finite find nothing."""
+    def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
+        """See `contracts.Retriever.search`; in any case ordered. Queries that are not finite find
+        nothing."""
         queries = normalized(queries, self.metric)
-        limits = np.finfo(np.float32)
-        farthest = limits.max if self.metric == "l2" else limits.min
-        distances = np.full((len(queries), k), farthest, dtype=np.float32)
+        distances = np.full((len(queries), k), missing_distance(self.metric), dtype=np.float32)
         numbers = np.full((len(queries), k), -1, dtype=np.int64)
         found = min(k, self.datastore.n_keys)
         finite = np.flatnonzero(np.isfinite(queries).all(axis=1))
-        step = max(BUFFER_BYTES // (4 * max(BLOCK_KEYS, 4 * found)), 1)
+        step = max(self.sizes.buffer_bytes // (4 * max(self.sizes.keys, 4 * found)), 1)
         for first in range(0, len(finite) if found else 0, step):
             part = finite[first : first + step]
             distances[part, :found], numbers[part, :found] = self._nearest(queries[part], found)
-        return distances, self.datastore.rows_of(numbers)
+        return self.checked(Neighbors(distances, self.datastore.rows_of(numbers)))
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Distances fp32 and numbers of the keys int64 `[Q, k]`, nearest first."""
@@ -88,11 +103,12 @@ class TorchRetriever(Retriever):
         if self.metric == "l2":
             moved = moved - self.keys.center
         scaled = moved * (-2 if self.metric == "l2" else -1)
+        sizes = self.sizes
         if self.device.type == "cpu":
-            nearest, block_keys = CPUNearest(scaled, k), BLOCK_KEYS
+            nearest, block_keys = CPUNearest(scaled, k, sizes.group), sizes.keys
         else:
-            nearest, block_keys = DeviceNearest(scaled, k), BUFFER_BYTES // (4 * len(queries))
-        block_keys = max(min(block_keys, BLOCK_BYTES // (4 * self.datastore.dim)), 1)
+            nearest, block_keys = DeviceNearest(scaled, k), sizes.buffer_bytes // (4 * len(queries))
+        block_keys = max(min(block_keys, sizes.key_bytes // (4 * self.datastore.dim)), 1)
         with self.blas.limit(limits=1):
             for first, keys in self.keys.blocks(block_keys):
                 terms = torch.zeros(len(keys), device=self.device)
@@ -289,13 +305,14 @@ class CPUNearest:
     Args:
         queries: fp32 `[Q, d]`.
         k: no more than there are keys in all blocks.
+        at_once: queries that a thread works on at a time, at most.
     """
 
-    def __init__(self, queries: Tensor, k: int) -> None:
+    def __init__(self, queries: Tensor, k: int, at_once: int) -> None:
         threads = torch.get_num_threads()
-        group = min(-(-len(queries) // threads), GROUP)
+        group = min(-(-len(queries) // threads), at_once)
         self.groups = [GroupNearest(part.numpy(), k) for part in queries.split(group)]
-        self.pool = pool(threads)
+        self.pool = thread_pool(threads)
 
     def add(self, keys: Tensor, terms: Tensor, first: int) -> None:
         """See `DeviceNearest.add`."""

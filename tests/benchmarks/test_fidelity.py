@@ -74,7 +74,7 @@ def fixture(tmp_path):
         for start in range(0, len(tokens), 16):  # blocks of 16 behind up to 8 tokens of context
             begin = max(start - 8, 0)
             row, block = inputs[None, begin : start + 16], tokens[start : start + 16]
-            hidden, features = model(row, ("last_ffn_input",))
+            hidden, features = model.hidden(row, ("last_ffn_input",))
             full = model.softmax.log_prob(hidden[0, start - begin :])
             log_probs.append(full.gather(1, block[:, None])[:, 0])
             queries.append(features["last_ffn_input"][0, start - begin :])

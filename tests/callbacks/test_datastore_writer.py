@@ -1,5 +1,7 @@
 """The dump through a real trainer: every token's own key, the same bytes after an interruption."""
 
+import itertools
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -10,7 +12,9 @@ from neighborlm.callbacks.datastore_writer import DatastoreWriter
 from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.scorer import Scorer
 from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.sharded_builder import new_datastore
 
@@ -42,28 +46,35 @@ def parts(tmp_path):
         cache_dir=str(tmp_path / "cache"),
     )
     torch.manual_seed(0)
-    model = TransformerLM(data.vocab_size, 16, 32, 2, 2, dropout=0.0)
-    model.key_type = "layer:0:ffn_input"
-    return data, model
+    return data, TransformerLM(data.vocab_size, 16, 32, 2, 2, dropout=0.0)
 
 
 def dump(
-    data, model, path, min_context=0, callbacks=(), dtype="fp32", sync_seconds=0.0, **sharding
+    data,
+    model,
+    path,
+    key_type="layer:0:ffn_input",
+    min_context=0,
+    callbacks=(),
+    dtype="fp32",
+    sync_seconds=0.0,
+    **sharding,
 ):
     rows, n_tokens = data.rows("train", data.context_window), len(data.stream("train").tokens)
     masked = rows.behind_less_context(min_context), rows.dropped(n_tokens)
     masked = np.sort(np.concatenate(masked))
     builder = new_datastore(path, n_tokens, 16, dtype, data.vocab_size, {}, masked, **sharding)
+    writer = DatastoreWriter(builder, key_type, sync_seconds)
     trainer = pl.Trainer(
         accelerator="cpu",
-        callbacks=[DatastoreWriter(builder, sync_seconds), *callbacks],
+        callbacks=[writer, *callbacks],
         logger=False,
         enable_progress_bar=False,
         use_distributed_sampler=False,
     )
     wanted = builder.is_wanted() if "only" in sharding else None
     loader = data.evaluation_dataloader("train", builder.is_written, wanted)
-    trainer.predict(model, loader, return_predictions=False)
+    trainer.predict(Scorer(model, writer.want), loader, return_predictions=False)
     return len(loader)
 
 
@@ -73,12 +84,13 @@ def test_every_token_has_its_own_key(parts, tmp_path):
     keys, values = np.load(tmp_path / "s/keys.npy"), np.load(tmp_path / "s/values.npy")
     tokens = data.stream("train").tokens.astype(np.int64)
     model.eval()
+    key_type = "layer:0:ffn_input"
     for start in range(0, len(tokens), 8):
         begin = max(start - 8, 0)
         row = np.append(2, tokens[:-1])[begin : start + 8]
         with torch.no_grad():
-            _, features = model(torch.from_numpy(row)[None], (model.key_type,))
-        expected = features[model.key_type][0, start - begin :].numpy()
+            _, features = model.hidden(torch.from_numpy(row)[None], (key_type,))
+        expected = features[key_type][0, start - begin :].numpy()
         if start == 0:
             expected[:5] = 0  # less left context than asked for
         np.testing.assert_allclose(keys[start : start + 8], expected, atol=1e-5)
@@ -101,7 +113,6 @@ def test_stored_is_what_enters_the_last_feed_forward_block(parts, tmp_path):
     """Caught on its way into the layer, batch by batch; whole lines this time, sorted by length."""
     data, model = parts
     data.break_mode = "complete"
-    model.key_type = "last_ffn_input"
     caught, expected = [], {}
     model.decoder.layers[-1].fc1.register_forward_pre_hook(lambda _, x: caught.append(x[0]))
 
@@ -113,7 +124,7 @@ def test_stored_is_what_enters_the_last_feed_forward_block(parts, tmp_path):
                 assert position not in expected  # every token once
                 expected[position] = keys[tuple(at)]
 
-    dump(data, model, tmp_path / "s", callbacks=[Watch()], dtype="fp16")
+    dump(data, model, tmp_path / "s", "last_ffn_input", callbacks=[Watch()], dtype="fp16")
     store = Datastore.open(tmp_path / "s")
     assert sorted(expected) == list(range(len(store)))
     by_row = np.stack([expected[row] for row in range(len(store))])
@@ -146,7 +157,7 @@ def test_an_interruption_keeps_what_was_not_synced_yet(parts, tmp_path):
 
 def test_index_follows_the_datastore_in_the_same_run(parts, tmp_path):
     data, model = parts
-    index = IndexBuilder(tmp_path / "s", "IVF4,SQ8", "l2")
+    index = IndexBuilder(tmp_path / "s", Search("IVF4,SQ8", "l2"))
     dump(data, model, tmp_path / "s", callbacks=[index])
     assert (tmp_path / "s" / "IVF4_SQ8-l2.faiss").is_file()
     assert index.seconds["add"] > 0
@@ -156,13 +167,14 @@ def test_index_follows_the_datastore_in_the_same_run(parts, tmp_path):
 def overflowing(parts):
     """The same, but from the fourth batch on keys are beyond half precision."""
     data, model = parts
-    sound = model.predict_step
+    sound, batches = model.score, itertools.count()
 
-    def predict_step(batch, batch_idx):
-        scores = sound(batch, batch_idx)
-        return scores._replace(keys=scores.keys * (1e6 if batch_idx >= 3 else 1))
+    def score(batch, want):
+        scored = sound(batch, want)
+        factor = 1e6 if next(batches) >= 3 else 1
+        return scored._replace(keys={name: keys * factor for name, keys in scored.keys.items()})
 
-    model.predict_step = predict_step
+    model.score = score
     return data, model
 
 

@@ -7,6 +7,7 @@ from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.neighbors.tables import NeighborSearch
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 
@@ -24,8 +25,8 @@ def queries(filled) -> DatastoreBuilder:
 
 @pytest.mark.parametrize("index", ["auto", "IVF4,SQ8"])
 def test_made_after_prediction_and_not_twice(memory, queries, index):
-    IndexBuilder(memory.path, index, "l2").build()
-    callback = NeighborTableWriter(queries.path, memory.path, index, "l2", nprobe=4, k=16)
+    IndexBuilder(memory.path, Search(index, "l2")).build()
+    callback = NeighborTableWriter(queries.path, memory.path, Search(index, "l2", nprobe=4), k=16)
     with pytest.raises(InputError, match="unfinished"):
         callback.on_predict_end(None, None)
     queries.finish()
@@ -36,17 +37,17 @@ def test_made_after_prediction_and_not_twice(memory, queries, index):
     assert table.manifest["index"] == {"auto": "flat"}.get(index, index)
     made = {p: p.stat().st_mtime_ns for p in queries.path.glob("neighbors*.[nj]*")}
     assert len(made) == 2
-    smaller = NeighborTableWriter(queries.path, memory.path, index, "l2", nprobe=4, k=8)
+    smaller = NeighborTableWriter(queries.path, memory.path, Search(index, "l2", nprobe=4), k=8)
     assert smaller.build().path == table.path
     assert smaller.seconds == 0
     assert {p: p.stat().st_mtime_ns for p in queries.path.glob("neighbors*.[nj]*")} == made
 
 
 def test_window_distances_and_a_named_index_file(memory):
-    IndexBuilder(memory.path, "IVF4,SQ8", "l2").build()
+    IndexBuilder(memory.path, Search("IVF4,SQ8", "l2")).build()
     path = str(memory.path / "IVF4_SQ8-l2.faiss")
     writer = NeighborTableWriter(
-        memory.path, memory.path, path, "l2", 4, 8, exclude_window=3, keep_distances=True
+        memory.path, memory.path, Search(path, "l2", 4), 8, exclude_window=3, keep_distances=True
     )
     table = writer.build()
     assert (np.abs(table.rows - np.arange(120)[:, None]) >= 3).all()
@@ -57,10 +58,10 @@ def test_window_distances_and_a_named_index_file(memory):
 def test_without_its_index_it_is_refused(memory, queries):
     queries.finish()
     with pytest.raises(InputError, match="no such index"):
-        NeighborTableWriter(queries.path, memory.path, "IVF4,SQ8", "l2", 4, 8).build()
+        NeighborTableWriter(queries.path, memory.path, Search("IVF4,SQ8", "l2", 4), 8).build()
 
 
 def test_of_several_ranks_one_searches(memory, queries, check_one_works):
     queries.finish()
-    writer = NeighborTableWriter(queries.path, memory.path, "flat", "l2", 1, 8)
+    writer = NeighborTableWriter(queries.path, memory.path, Search("flat", "l2", 1), 8)
     check_one_works(NeighborSearch, writer.build)

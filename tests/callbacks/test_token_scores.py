@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from neighborlm.callbacks import token_scores
-from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores, sum_over_ranks
-from neighborlm.models.language_model import TokenScores
+from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
+from neighborlm.common.contracts import Scored
 
 
 def table_of(positions: np.ndarray, batch: int = 3, **columns: np.ndarray) -> ScoreTable:
@@ -59,16 +59,12 @@ def test_ranks_are_put_together_and_one_writes(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["rank0.npz"]
 
 
-def test_sum_over_one_rank_is_the_tensor():
-    assert sum_over_ranks(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
-
-
 def test_lm_scores_take_every_batch():
     callback = LMScores()
     log_probs = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.bfloat16)
     for part in ([2, 0], [], [1]):
         chosen = torch.tensor(part, dtype=torch.int64)
-        outputs = TokenScores(chosen, chosen + 10, log_probs[chosen], None)
+        outputs = Scored(chosen, chosen + 10, log_probs[chosen])
         callback.on_test_batch_end(None, SimpleNamespace(), outputs, None, 0)
     table = callback.table.gathered()
     assert table["target"].tolist() == [10, 11, 12]

@@ -1,6 +1,9 @@
 """Binarisation against a loop over the lines of the text, at every level and chunk size."""
 
+import errno
 import io
+import os
+import resource
 from collections import Counter
 
 import numpy as np
@@ -10,12 +13,14 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules import binarize as module
 from neighborlm.datamodules.binarize import (
     LEVELS,
+    NpyWriter,
     TokenStream,
     binarize,
     count_symbols,
     smallest_unsigned,
 )
 from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary
+from neighborlm.datamodules.publishing import DiskFull
 
 TEXT = (
     "the cat sat\n"
@@ -27,7 +32,7 @@ TEXT = (
     "line\u2028separator and next\x85line ▁ ▁literal\n"
     "é naïve 猫 😀 cat the the\n"
 )
-DICTIONARY = Dictionary(
+SYMBOLS = (
     [
         "the",
         "cat",
@@ -51,6 +56,7 @@ DICTIONARY = Dictionary(
     ],
     range(19, 0, -1),
 )
+DICTIONARY = Dictionary(*SYMBOLS)
 
 
 def naive(data: bytes, level: str) -> list[list[str]]:
@@ -101,7 +107,7 @@ def test_equals_a_loop_over_lines(tmp_path, monkeypatch, data, level, chunk_byte
     lines = naive(data, level)
     ids, starts = naive_ids(lines, DICTIONARY.symbols)
 
-    binarize(path, DICTIONARY, level, tmp_path, workers=1)
+    binarize(path, Dictionary(*SYMBOLS, level), tmp_path, workers=1)
     stream = TokenStream.open(tmp_path)
     np.testing.assert_array_equal(stream.tokens, ids)
     np.testing.assert_array_equal(stream.line_starts, starts)
@@ -116,7 +122,7 @@ def test_equals_a_loop_over_lines(tmp_path, monkeypatch, data, level, chunk_byte
 
 def test_a_literal_end_of_sentence_ends_no_line(tmp_path):
     (tmp_path / "text.txt").write_text("a </s> b\n</s>\n")
-    binarize(tmp_path / "text.txt", Dictionary(["a", "b"], [1, 1]), "word", tmp_path, workers=1)
+    binarize(tmp_path / "text.txt", Dictionary(["a", "b"], [1, 1]), tmp_path, workers=1)
     stream = TokenStream.open(tmp_path)
     np.testing.assert_array_equal(stream.tokens, [4, EOS, 5, EOS, EOS, EOS])
     np.testing.assert_array_equal(stream.line_starts, [0, 4, 6])
@@ -126,7 +132,8 @@ def test_a_literal_end_of_sentence_ends_no_line(tmp_path):
 def test_as_many_tokens_as_characters(tmp_path, level, length):
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     counts = count_symbols(tmp_path / "text.txt", level, workers=1)
-    binarize(tmp_path / "text.txt", Dictionary.from_counts(counts), level, tmp_path, workers=1)
+    dictionary = Dictionary.from_counts(counts, level=level)
+    binarize(tmp_path / "text.txt", dictionary, tmp_path, workers=1)
     tokens = TokenStream.open(tmp_path).tokens
     assert len(tokens) == length
     assert UNK not in tokens
@@ -147,7 +154,7 @@ def test_several_processes(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text(TEXT * 8)
     ids, starts = naive_ids(naive(path.read_bytes(), "word"), DICTIONARY.symbols)
-    binarize(path, DICTIONARY, "word", tmp_path, workers=2)
+    binarize(path, DICTIONARY, tmp_path, workers=2)
     assert pools == [2]
     np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), ids)
     np.testing.assert_array_equal(np.load(tmp_path / "line_starts.npy"), starts)
@@ -164,7 +171,7 @@ def test_smallest_type_that_holds_the_vocabulary(tmp_path, symbols, dtype):
     assert smallest_unsigned(symbols) == dtype
     words = [f"w{i}" for i in range(symbols - 4)]
     (tmp_path / "text.txt").write_text(f"{words[-1]} {words[0]}\n")
-    binarize(tmp_path / "text.txt", Dictionary(words, range(len(words))), "word", tmp_path, 1)
+    binarize(tmp_path / "text.txt", Dictionary(words, range(len(words))), tmp_path, 1)
     tokens = TokenStream.open(tmp_path).tokens
     assert tokens.dtype == dtype
     assert tokens.tolist() == [symbols - 1, 4, EOS]
@@ -178,11 +185,11 @@ def test_not_utf8(tmp_path, monkeypatch, level, chunk_bytes):
     path.write_bytes(b"fine fine\nfine\nna\xefve\n")
     for work in (
         lambda: count_symbols(path, level, 1),
-        lambda: binarize(path, DICTIONARY, level, tmp_path, 1),
+        lambda: binarize(path, Dictionary(*SYMBOLS, level), tmp_path, 1),
     ):
         with pytest.raises(InputError, match=r"text\.txt: byte 17 is not UTF-8"):
             work()
-    binarize(path, DICTIONARY, "byte", tmp_path, workers=1)  # bytes are any
+    binarize(path, Dictionary(*SYMBOLS, "byte"), tmp_path, workers=1)  # bytes are any
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -190,4 +197,52 @@ def test_empty(tmp_path, level):
     path = tmp_path / "text.txt"
     path.touch()
     with pytest.raises(InputError, match=r"text\.txt: has no tokens"):
-        binarize(path, DICTIONARY, level, tmp_path, workers=1)
+        binarize(path, Dictionary(*SYMBOLS, level), tmp_path, workers=1)
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
+@pytest.mark.parametrize("parts", [[], [0], [1, 0, 9], [100_000, 1]])
+def test_a_growing_file_is_what_numpy_would_write(tmp_path, dtype, parts):
+    arrays = [np.arange(n) for n in parts]
+    with NpyWriter(tmp_path / "a.npy", dtype) as writer:
+        for array in arrays:
+            writer.append(array, 0)
+    np.save(tmp_path / "b.npy", np.concatenate([np.empty(0), *arrays]).astype(dtype))
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def test_a_full_disk_tells_about_how_much_is_needed(tmp_path, monkeypatch):
+    """A file that may not grow ends in a sentence, where a memory map ended in a bus error."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
+    path = tmp_path / "text.txt"
+    path.write_text("the cat\n" * 10_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(DiskFull) as error:
+            binarize(path, DICTIONARY, tmp_path, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert error.value.needed == pytest.approx(30_000, rel=0.1)  # three tokens a line, a byte each
+
+
+def end_process(*args, **kwargs) -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_ends_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(module, "_count_chunk", end_process)
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    with pytest.raises(InputError, match="a process that was counting it has ended, for want of"):
+        count_symbols(tmp_path / "text.txt", "word", workers=2)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    for path in (tmp_path, tmp_path / "none.txt"):
+        with pytest.raises(InputError, match="expected a file that can be read"):
+            count_symbols(path, "word", workers=1)

@@ -97,10 +97,47 @@ def test_a_missing_split_is_named(tmp_path):
     folder = fill(tmp_path / "corpus", "wiki.{}.tokens")
     (folder / "wiki.valid.tokens").unlink()
     message = refusal(folder, tmp_path)
-    assert message.startswith(f"{folder} has no wiki.valid.tokens; expected wiki.train.tokens")
+    assert message.startswith(f"{folder} has no file wiki.valid.tokens; expected wiki.train.tokens")
 
 
-@pytest.mark.parametrize("text", ["", " \n\t\n"])
+def test_a_folder_in_the_place_of_a_text_is_named(tmp_path):
+    folder = fill(tmp_path / "corpus")
+    (folder / "valid.txt").unlink()
+    (folder / "valid.txt").mkdir()
+    assert "has no file valid.txt (valid.txt is a folder); expected" in refusal(folder, tmp_path)
+
+
+def test_the_validation_split_may_be_called_val(tmp_path):
+    folder = fill(tmp_path / "corpus")
+    (folder / "val.txt").write_text("other\n")
+    assert resolve_corpus(str(folder), tmp_path).valid == folder / "valid.txt"
+    (folder / "valid.txt").unlink()
+    assert resolve_corpus(str(folder), tmp_path).valid == folder / "val.txt"
+
+
+@pytest.mark.parametrize("name", ["", "\0", "x" * 5000])
+def test_names_that_no_folder_has(tmp_path, name):
+    assert "--data.corpus " in refusal(name, tmp_path)
+
+
+def test_a_cache_that_is_a_file(wikitext, tmp_path):
+    (tmp_path / "cache").write_text("")
+    assert "or another one named as --data.cache_dir" in refusal("wikitext-2", tmp_path / "cache")
+
+
+def test_a_full_disk_ends_a_download_which_then_goes_on(wikitext, tmp_path, monkeypatch):
+    def full(url, part):
+        part.write_bytes(wikitext.body[:60])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "_stream", full)
+        assert f"{tmp_path}: has no more room (" in refusal("wikitext-2", tmp_path)
+    assert_wikitext(tmp_path)
+    assert wikitext.requests[-1]["Range"] == "bytes=60-"
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\n", "\ufeff\n"])
 def test_an_empty_split_is_named(tmp_path, text):
     folder = fill(tmp_path / "corpus", test=text)
     assert refusal(folder, tmp_path).startswith(f"{folder / 'test.txt'} is empty; expected")

@@ -1,7 +1,6 @@
 """The data module on a small text: what batches hold, how they are shuffled, dealt and gone on
-with, and when the text is binarised again."""
+with, and whose text they hold."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules import lm
+from neighborlm.datamodules.binarize import TokenStream
 from neighborlm.datamodules.blocks import make_batches
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.dictionary import EOS, PAD, UNK, Dictionary
@@ -61,7 +61,7 @@ def naive_stream(module: LMDataModule, split: str) -> list[int]:
     """The ids of a split, from its text, word by word."""
     symbols = module.dictionary.symbols
     ids = []
-    for line in module.files.split(split).read_text().splitlines():
+    for line in module.corpus.files.split(split).read_text().splitlines():
         ids += [symbols.index(w) if w in symbols else UNK for w in line.split()]
         ids.append(EOS)
     return ids
@@ -313,97 +313,7 @@ def test_skip_leaves_out_what_is_wholly_done(make):
         assert all(torch.equal(a, b) for a, b in zip(batch[:4], same[:4], strict=True))
 
 
-# -- the binarised corpus -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def own(tmp_path):
-    """Makes data modules of a corpus that a test may change."""
-    write_corpus(tmp_path / "words")
-    return lambda **settings: LMDataModule(
-        str(tmp_path / "words"), cache_dir=str(tmp_path / "cache"), **settings
-    )
-
-
-def refuse(*args, **kwargs):
-    raise AssertionError("must not be called")
-
-
-def test_binarised_once(own, monkeypatch):
-    folder = own().folder
-    monkeypatch.setattr(lm, "binarize", refuse)
-    again = own(tokens_per_sample=7, break_mode="eos", seed=3, max_tokens=11)
-    assert again.folder == folder
-    assert list(again.stream("test").tokens) == naive_stream(again, "test")
-
-
-@pytest.mark.parametrize("change", ["train", "valid", "test", "level", "threshold", "dictionary"])
-def test_what_changes_the_ids_gets_a_folder_of_its_own(own, tmp_path, change):
-    before = own()
-    kept = before.folder, before.fingerprint("test")
-    settings = {}
-    if change in SPLITS:
-        with open(tmp_path / "words" / f"{change}.txt", "a") as file:
-            file.write("w1\n")
-    elif change == "dictionary":
-        Dictionary(["w3", "w1"], [2, 1]).save(tmp_path / "dict.txt")
-        settings = {"dictionary": str(tmp_path / "dict.txt")}
-    else:
-        settings = {"level": "char"} if change == "level" else {"threshold": 25}
-    after = own(**settings)
-    assert after.folder != kept[0]
-    assert after.folder.name.startswith("words-")
-    assert before.fingerprint("test") == kept[1]
-    if change != "level":
-        for split in SPLITS:
-            assert list(after.stream(split).tokens) == naive_stream(after, split)
-    if change in ("valid", "test"):
-        assert (after.fingerprint("test") == kept[1]) == (change == "valid")
-
-
-def test_a_killed_binarisation_is_done_again(own, monkeypatch, tmp_path):
-    binarize = lm.binarize
-
-    def killed(path, dictionary, level, folder, workers):
-        if path.name == "valid.txt":
-            (folder / "tokens.raw").write_bytes(b"half")
-            raise KeyboardInterrupt
-        binarize(path, dictionary, level, folder, workers)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lm, "binarize", killed)
-        with pytest.raises(KeyboardInterrupt):
-            own().folder  # noqa: B018
-    left = list((tmp_path / "cache").glob("*.making"))
-    assert len(left) == 1
-    module = own()
-    for split in SPLITS:
-        assert list(module.stream(split).tokens) == naive_stream(module, split)
-    assert not left[0].exists()
-    assert {p.name for p in (module.folder / "train").iterdir()} == {
-        "tokens.npy",
-        "line_starts.npy",
-    }
-
-
-def test_a_folder_without_its_mark_is_made_again(own):
-    module = own()
-    os.remove(module.folder / "meta.json")
-    shutil.rmtree(module.folder / "test")
-    again = own()
-    assert list(again.stream("test").tokens) == naive_stream(again, "test")
-
-
-def test_a_given_dictionary_is_used_as_it_is(own, tmp_path):
-    path = tmp_path / "dict.txt"
-    path.write_text("w7 1\nnowhere 5\nw2 3\n")
-    module = own(dictionary=str(path), threshold=4)
-    assert (module.folder / "dict.txt").read_bytes() == path.read_bytes()
-    assert module.vocab_size == 7
-    stream = module.stream("train").tokens
-    assert stream.dtype == np.uint8
-    words = module.files.train.read_text().replace("\n", " </s> ").split()
-    assert stream.tolist() == [{"w7": 4, "w2": 6, "</s>": EOS}.get(w, UNK) for w in words]
+# -- settings and corpora -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -421,8 +331,56 @@ def test_settings_that_contradict_one_another(settings, words):
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "words/train.txt"])
-def test_a_dictionary_that_is_none(own, tmp_path, name):
-    with pytest.raises(InputError, match=name):
-        own(dictionary=str(tmp_path / name)).folder  # noqa: B018
-    assert not list((tmp_path / "cache").glob("*.making"))
+def test_lines_that_are_all_dropped_are_one_sentence(make):
+    module = make(break_mode="eos", tokens_per_sample=12, drop_long_lines=True)
+    assert 0 < len(module.rows("train", 0)) < 60
+    shortest = np.diff(module.stream("train").line_starts).min()
+    module.max_target_positions = module.tokens_per_sample = shortest - 1
+    with pytest.raises(InputError) as error:
+        module.train_dataloader()
+    assert str(error.value).startswith("--data.drop_long_lines leaves nothing of the train split")
+    assert f"longer than the {shortest - 1} tokens" in str(error.value)
+
+
+class Counting:
+    """A corpus of no file: numbers in order, a line a hundred."""
+
+    name = "counting"
+    dictionary = Dictionary(map(str, range(96)), [1] * 96)
+
+    def __init__(self, settings) -> None:
+        self.settings = settings
+
+    def has(self, split: str) -> bool:
+        return split == "train"
+
+    def stream(self, split: str) -> TokenStream:
+        return TokenStream(np.arange(1000) % 96 + 4, np.arange(0, 1001, 100))
+
+    def fingerprint(self, split: str) -> str:
+        return "one"
+
+
+def test_any_reader_of_a_corpus_can_be_handed_in():
+    class CountingData(LMDataModule):
+        open_corpus = Counting
+
+    module = CountingData("numbers", tokens_per_sample=50)
+    assert module.corpus.settings.corpus == "numbers"
+    assert module.vocab_size == 100
+    assert module.fingerprints == {"dictionary": Counting.dictionary.fingerprint, "train": "one"}
+    targets = torch.cat([batch.targets.ravel() for batch in module.evaluation_dataloader("train")])
+    assert targets.tolist() == (np.arange(1000) % 96 + 4).tolist()
+
+
+def test_fingerprints_tell_that_a_text_has_changed_in_its_place(place, make, tmp_path):
+    before = make().fingerprints
+    shutil.copytree(place / "words", tmp_path / "moved" / "words")
+    elsewhere = LMDataModule(
+        f"{tmp_path}/moved/words/", cache_dir=str(tmp_path / "cache"), tokens_per_sample=7
+    )
+    assert elsewhere.fingerprints == before
+    with open(tmp_path / "moved" / "words" / "valid.txt", "a") as file:
+        file.write("w1\n")
+    again = LMDataModule(str(tmp_path / "moved" / "words"), cache_dir=str(tmp_path / "cache"))
+    assert {k for k, v in again.fingerprints.items() if v != before[k]} == {"valid"}

@@ -90,7 +90,9 @@ def test_states_of_earlier_batches_serve_later_ones(monkeypatch, layers, slots):
     features = np.random.default_rng(0).standard_normal((ROWS, WIDTH))
     table = random_neighbors(60, 4, 3)
     memory = NeighborMemory(table, features, 2, 1, layers)
-    known = NeighborStates(max(layers - 1, 1), max_bytes=slots * 8 * 2 * WIDTH * max(layers - 1, 1))
+    computed = NeighborStates(
+        max(layers - 1, 1), max_bytes=slots * 8 * 2 * WIDTH * max(layers - 1, 1)
+    )
     read = []
 
     def rows_of(numbers):
@@ -101,12 +103,12 @@ def test_states_of_earlier_batches_serve_later_ones(monkeypatch, layers, slots):
         for first in range(0, 60, 12):
             hood = memory.neighborhood(np.arange(first, first + 12).reshape(2, 6))
             x = torch.randn(2, 6, WIDTH, dtype=torch.float64)
-            found = network.fast(x, rows_of, hood, known=known)
+            found = network.fast(x, rows_of, hood, computed=computed)
             torch.testing.assert_close(found, network.fast(x, hood.features, hood))
     if layers > 1 and slots > 2:
         assert read[-1] < len(hood.features)  # not all were needed again
         centres = hood.identities[-1][hood.centres[-1]]
-        assert known.find(layers - 1, centres)[0].all()
+        assert computed.find(layers - 1, centres)[0].all()
 
 
 def test_layer_is_the_formula():

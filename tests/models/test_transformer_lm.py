@@ -1,5 +1,6 @@
 """The language model as a whole: what its steps return, what it learns, what it refuses."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from neighborlm.common.contracts import Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.dictionary import PAD
 from neighborlm.datamodules.lm import LMBatch
+from neighborlm.models import distributions
+from neighborlm.models.adaptive import PlainSoftmax
 from neighborlm.models.transformer_lm import TransformerLM
 
 VOCAB = 30
@@ -66,9 +70,8 @@ def cells(batch: LMBatch):
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_scores_are_those_of_each_scored_token(batch, settings):
     model = make(**settings).eval()
-    model.key_type = "layer:0:output"
-    hidden, features = model(batch.tokens, ["layer:0:output"])
-    scores = model.score(batch)
+    hidden, features = model.hidden(batch.tokens, ["layer:0:output"])
+    scores = model.score(batch, Want(("layer:0:output",)))
     assert len(scores.log_probs) == len(cells(batch)) == 10
     for i, (b, t) in enumerate(cells(batch)):
         assert scores.positions[i] == batch.positions[b, t]
@@ -77,17 +80,17 @@ def test_scores_are_those_of_each_scored_token(batch, settings):
         assert expected.shape == (VOCAB,)
         torch.testing.assert_close(expected.exp().sum(), torch.tensor(1.0))
         torch.testing.assert_close(scores.log_probs[i], expected[batch.targets[b, t]])
-        assert torch.equal(scores.keys[i], features["layer:0:output"][b, t])
+        assert torch.equal(scores.keys["layer:0:output"][i], features["layer:0:output"][b, t])
     # Padding and what else is in the batch change nothing.
     alone = LMBatch(*(tensor[2:, :2] for tensor in batch[:4]))
-    torch.testing.assert_close(model.score(alone).log_probs, scores.log_probs[-1:])
+    torch.testing.assert_close(model.score(alone, Want()).log_probs, scores.log_probs[-1:])
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_gradient_reaches_every_parameter(batch, settings):
     model = make(**settings)
     everything = batch._replace(scored=batch.positions >= 0)
-    loss = -model.score(everything).log_probs.mean()
+    loss = -model.score(everything, Want()).log_probs.mean()
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -102,7 +105,7 @@ def test_a_step_of_training_lowers_the_loss(batch):
     losses = []
     for _ in range(3):
         loss = model.training_step(batch, 0)
-        expected = -sum(model.score(batch).log_probs.tolist()) / 10
+        expected = -sum(model.score(batch, Want()).log_probs.tolist()) / 10
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         optimizer.zero_grad()
         loss.backward()
@@ -111,38 +114,75 @@ def test_a_step_of_training_lowers_the_loss(batch):
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_what_test_and_predict_steps_return(batch):
-    model = make(**BANDS).eval()
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_keys_of_every_type_come_in_one_pass(batch, settings):
+    model = make(**settings).eval()
+    types = ("last_ffn_input", "layer:0:ffn_input", "last_hidden")
+    together = model.score(batch, Want(types, log_probs=False))
+    assert together.log_probs is together.entropy is together.top_ids is None
+    assert tuple(together.keys) == types
+    for key_type in types:
+        alone = model.score(batch, Want((key_type,)))
+        assert list(alone.keys) == [key_type]
+        assert torch.equal(alone.keys[key_type], together.keys[key_type])
+        assert alone.keys[key_type].shape == (10, model.key_width(key_type))
+
+
+def distribution(model: TransformerLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Probabilities float64 `[n, VOCAB]`, all at once, by the definition of the softmax."""
+    softmax = model.softmax
+    if isinstance(softmax, PlainSoftmax):
+        return (hidden @ softmax.weight.T).softmax(dim=1)
+    head = (hidden @ torch.cat([softmax.words[0], softmax.classes]).T).softmax(dim=1)
+    first = len(softmax.words[0])
+    parts = [head[:, :first]]
+    for band, (down, words) in enumerate(zip(softmax.down, softmax.words[1:], strict=True)):
+        tail = (hidden @ down @ words.T).softmax(dim=1)
+        parts.append(tail * head[:, first + band, None])
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 3 * VOCAB, 1 << 25])
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_entropy_and_the_most_probable_tokens(batch, settings, logits_at_once, monkeypatch):
+    """Whatever rows are computed at a time."""
+    monkeypatch.setattr(distributions, "LOGITS_AT_ONCE", logits_at_once)
+    model = make(**settings).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    scored = model.score(batch, Want(entropy=True, top=4))
+    exact = copy.deepcopy(model).double()
     with torch.no_grad():
-        plain = model.test_step(batch, 0)
-        assert plain.keys is None
-        model.key_type = "last_ffn_input"
-        tested, predicted = model.test_step(batch, 1), model.predict_step(batch, 0)
-    assert predicted.log_probs is None
-    assert torch.equal(predicted.keys, tested.keys)
-    assert torch.equal(predicted.positions, tested.positions)
-    assert torch.equal(predicted.targets, tested.targets)
-    assert torch.equal(plain.log_probs, tested.log_probs)
-    assert tested.keys.shape == (10, model.key_width("last_ffn_input"))
-    result = model.test_loss.compute()
-    assert result["tokens"] == 20
-    assert result["loss"].item() == pytest.approx(-plain.log_probs.double().mean().item())
-    model.on_test_epoch_start()
-    model.test_step(batch, 0)
-    assert model.test_loss.compute()["tokens"] == 10
+        hidden, _ = exact.hidden(batch.tokens)
+        p = distribution(exact, hidden[batch.scored])
+    assert p.dtype == torch.float64
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(10, dtype=torch.float64))
+    expected = torch.special.entr(p).sum(dim=1)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(scored.entropy.double(), expected, rtol=1e-5, atol=1e-5)
+    best = p.sort(dim=1, descending=True)
+    assert torch.equal(scored.top_ids, best.indices[:, :4])
+    found = scored.top_log_probs.double()
+    torch.testing.assert_close(found, best.values[:, :4].log(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(scored.log_probs, model.score(batch, Want()).log_probs)
+    assert scored.entropy.dtype == scored.top_log_probs.dtype == torch.float32
+
+
+def test_no_more_tokens_than_there_are(batch):
+    scored = make().eval().score(batch, Want(top=VOCAB + 5))
+    assert scored.top_ids.sort(dim=1).values.tolist() == [list(range(VOCAB))] * 10
 
 
 @pytest.mark.parametrize("settings", [BANDS, {}], ids=["adaptive", "plain"])
 def test_a_batch_that_scores_nothing(settings):
     """What a rank gets that has run out of batches."""
     model = make(**settings).eval()
-    model.key_type = "last_hidden"
     nothing = LMBatch(
         *(torch.full((1, 1), value) for value in (PAD, PAD, -1)), torch.zeros(1, 1, dtype=bool)
     )
-    scores = model.test_step(nothing, 0)
-    assert [tuple(part.shape) for part in scores[:4]] == [(0,), (0,), (0,), (0, 8)]
-    assert model.test_loss.compute()["tokens"] == 0
+    scored = model.score(nothing, Want(("last_hidden",), entropy=True, top=2))
+    columns = (*scored[:3], scored.keys["last_hidden"], scored.entropy, scored.top_ids)
+    assert [tuple(column.shape) for column in columns] == [*[(0,)] * 3, (0, 8), (0,), (0, 2)]
 
 
 def test_validation_logs_the_perplexity_of_all_tokens(batch):
@@ -159,7 +199,7 @@ def test_validation_logs_the_perplexity_of_all_tokens(batch):
     for batches in ([batch, other], [other]):
         logged = trainer.validate(model, DataLoader(batches, batch_size=None), verbose=False)[0]
         with torch.no_grad():
-            log_probs = torch.cat([model.eval().score(b).log_probs for b in batches])
+            log_probs = torch.cat([model.eval().score(b, Want()).log_probs for b in batches])
         loss = -log_probs.double().mean().item()
         assert logged == pytest.approx({"val/loss": loss, "val/ppl": math.exp(loss)})
 
@@ -226,8 +266,7 @@ def test_settings_reach_their_places():
     adam = model.configure_optimizers()["optimizer"]
     assert isinstance(adam, torch.optim.AdamW)
     assert (adam.defaults["betas"], adam.defaults["weight_decay"]) == ((0.6, 0.8), 0.03)
-    model.hparams.optimizer = "nag"
-    nag = model.configure_optimizers()["optimizer"]
+    nag = make(optimizer="nag", momentum=0.7, weight_decay=0.03).configure_optimizers()["optimizer"]
     assert (nag.defaults["momentum"], nag.defaults["weight_decay"]) == (0.7, 0.03)
     assert nag.defaults["nesterov"]
 

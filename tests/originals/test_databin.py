@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neighborlm.common.contracts import Corpus
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.binarize import TokenStream, binarize
+from neighborlm.datamodules.binarized import CorpusSettings, fingerprint_of_tokens
 from neighborlm.datamodules.dictionary import Dictionary
 from neighborlm.originals.databin import (
     HEADER,
     MAGIC,
+    DataBin,
     check_ids,
     is_databin,
     open_databin,
@@ -22,7 +25,7 @@ ORIGINAL = Path(__file__).parents[2] / ".." / "shared" / "parity" / "knnlm"
 needs_original = pytest.mark.skipif(
     not ORIGINAL.is_dir(), reason="the original's outputs are not beside the checkout"
 )
-INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16"]
+INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def written(stream, tmp_path):
 @pytest.mark.parametrize("split", ["valid", "valid1", "test1"])
 def test_same_ids_as_fairseqs_own_binarisation(split, tmp_path):
     dictionary = Dictionary.load(ORIGINAL / "data-bin" / "dict.txt")
-    binarize(ORIGINAL / "text" / f"wiki.{split}.tokens", dictionary, "word", tmp_path, workers=1)
+    binarize(ORIGINAL / "text" / f"wiki.{split}.tokens", dictionary, tmp_path, workers=1)
     ours, theirs = TokenStream.open(tmp_path), open_databin(ORIGINAL / "data-bin" / split)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     np.testing.assert_array_equal(ours.line_starts, theirs.line_starts)
@@ -86,11 +89,70 @@ def test_the_type_is_the_one_that_fairseq_takes(stream, tmp_path, vocab_size, dt
     assert open_databin(tmp_path / "train").tokens.dtype == dtype
 
 
-def test_a_databin_has_a_dictionary(written):
-    assert not is_databin(written.parent)
-    Dictionary(["a"], [1]).save(written.parent / "dict.txt")
+def corpus(folder: Path, **settings) -> DataBin:
+    """The data-bin as a corpus."""
+    return DataBin(CorpusSettings(str(folder), **settings))
+
+
+@pytest.fixture
+def symbols() -> Dictionary:
+    """A dictionary of the data-bin's size."""
+    return Dictionary([f"w{i}" for i in range(76)], [1] * 76)
+
+
+def test_what_a_databin_is(written, symbols, tmp_path):
     assert is_databin(written.parent)
     assert is_databin(str(written.parent))
+    Path(f"{written}.bin").unlink()
+    assert not is_databin(written.parent)  # some other .idx
+    symbols.save(written.parent / "dict.txt")
+    assert is_databin(written.parent)
+    assert not is_databin(tmp_path / "nowhere")
+
+
+def test_a_databin_is_a_corpus(written, stream, symbols):
+    symbols.save(written.parent / "dict.txt")
+    write_databin(
+        TokenStream(stream.tokens[:3], stream.line_starts[:2]), written.parent / "odd", 80
+    )
+    found: Corpus = corpus(written.parent)
+    assert found.name == written.parent.name
+    assert found.dictionary.symbols == symbols.symbols
+    assert [found.has(split) for split in ("train", "odd", "valid")] == [True, True, False]
+    np.testing.assert_array_equal(found.stream("train").tokens, stream.tokens)
+    assert found.fingerprint("train") == fingerprint_of_tokens(stream) != found.fingerprint("odd")
+    with pytest.raises(InputError, match=r"valid\.idx: no such file"):
+        found.stream("valid")
+
+
+def test_a_databin_without_a_dictionary_needs_one(written, stream, symbols, tmp_path):
+    with pytest.raises(InputError, match=r"without dict\.txt; pass .* as --data\.dictionary"):
+        corpus(written.parent).stream("train")
+    symbols.save(tmp_path / "other.txt")
+    found = corpus(written.parent, dictionary=str(tmp_path / "other.txt"))
+    np.testing.assert_array_equal(found.stream("train").tokens, stream.tokens)
+    Dictionary(["a"], [1]).save(tmp_path / "small.txt")
+    with pytest.raises(InputError, match=r"train\.bin: has token id 9; expected 0 to 4|id 77"):
+        corpus(written.parent, dictionary=str(tmp_path / "small.txt")).stream("train")
+
+
+def test_a_databin_has_its_own_dictionary(written, symbols, tmp_path):
+    symbols.save(written.parent / "dict.txt")
+    symbols.save(tmp_path / "same.txt")
+    assert len(corpus(written.parent, dictionary=str(tmp_path / "same.txt")).dictionary) == 80
+    Dictionary(["a"], [1]).save(tmp_path / "other.txt")
+    with pytest.raises(InputError, match=r"other\.txt is another one than that of the data-bin"):
+        corpus(written.parent, dictionary=str(tmp_path / "other.txt")).stream("train")
+
+
+def test_large_ids_of_newer_versions(tmp_path):
+    """fairseq 0.10 writes uint32 from 65,500 words on."""
+    large = TokenStream(np.array([4, 70_000, 2], np.uint32), np.array([0, 3]))
+    write_databin(large, tmp_path / "train", 70_001, "uint32")
+    assert Path(f"{tmp_path}/train.idx").read_bytes()[17] == 9
+    assert open_databin(tmp_path / "train").tokens.tolist() == [4, 70_000, 2]
+    with pytest.raises(InputError, match="has token id 70000; expected 0 to 69999"):
+        check_ids(open_databin(tmp_path / "train"), 70_000, "train")
 
 
 def change(path, offset, new):

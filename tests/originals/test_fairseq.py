@@ -21,13 +21,13 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.blocks import make_batches, make_rows
 from neighborlm.datamodules.dictionary import EOS, PAD
 from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.originals.conversion import load_fairseq_checkpoint
 from neighborlm.originals.databin import open_databin
 from neighborlm.originals.fairseq import (
     DEFAULTS,
     export_args,
     export_state_dict,
     is_fairseq_checkpoint,
-    load_fairseq_checkpoint,
 )
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.tools.convert import main
@@ -42,9 +42,7 @@ needs_original = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def original():
-    model = load_fairseq_checkpoint(ORIGINAL / "checkpoint.pt").eval()
-    model.key_type = "last_ffn_input"
-    return model
+    return load_fairseq_checkpoint(ORIGINAL / "checkpoint.pt").eval()
 
 
 @torch.inference_mode()
@@ -61,7 +59,7 @@ def score(model, split, break_mode, context_window, max_target_positions):
         positions = torch.from_numpy(begin + np.arange((end - begin).max()))
         inside = positions < torch.from_numpy(end)
         read = torch.where(inside, inputs[positions.clamp(max=len(tokens) - 1)], PAD)
-        hidden, features = model(read, ["last_ffn_input"])
+        hidden, features = model.hidden(read, ["last_ffn_input"])
         scored = inside & (positions >= torch.from_numpy(rows.starts[batch, None]))
         at = positions[scored]
         log_probs[at] = model.softmax.target_log_prob(hidden[scored], tokens[at])
@@ -127,7 +125,7 @@ def test_sampled_keys_of_the_whole_training_text_are_the_originals(original):
     blocks, row = np.unique(blocks, return_inverse=True)
     read = torch.from_numpy(np.stack([tokens[(b - 1) * 128 : (b + 1) * 128] for b in blocks]))
     with torch.inference_mode():
-        keys = original(read, ["last_ffn_input"])[1]["last_ffn_input"].numpy()
+        keys = original.hidden(read, ["last_ffn_input"])[1]["last_ffn_input"].numpy()
     np.testing.assert_allclose(keys[row, 128 + column], stored["keys"][::12], rtol=0, atol=2e-5)
 
 
@@ -280,7 +278,7 @@ def read(path):
 def compare_with_forward(model, args, state, atol):
     tokens = torch.randint(0, VOCAB, (LONGEST,), generator=torch.Generator().manual_seed(1))
     expected, expected_key = forward(args, state, tokens)
-    hidden, features = model.eval()(tokens[None], ["last_ffn_input"])
+    hidden, features = model.eval().hidden(tokens[None], ["last_ffn_input"])
     torch.testing.assert_close(model.softmax.log_prob(hidden[0]), expected, rtol=0, atol=atol)
     torch.testing.assert_close(features["last_ffn_input"][0], expected_key, rtol=0, atol=atol)
 

@@ -25,8 +25,9 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.graphs import NeighborMemory
 from neighborlm.models.gnn_lm import GNNLM, mix
 from neighborlm.models.transformer_lm import TransformerLM
-from neighborlm.originals.fairseq import load_fairseq_checkpoint
-from neighborlm.programs.checkpoints import load_model, model_fingerprint
+from neighborlm.originals.conversion import load_fairseq_checkpoint
+from neighborlm.programs.architectures import make_gnn_lm
+from neighborlm.programs.checkpoints import load_model
 from neighborlm.tools.convert import main
 
 ORIGINAL = Path(__file__).parents[2] / ".." / "shared" / "parity" / "gnnlm"
@@ -109,10 +110,10 @@ def test_converted_it_gives_them_too(original, world, tmp_path, capsys):
     model, expected = load_model(tmp_path / "gnn.ckpt"), load_model(original)
     assert (model.lm_fingerprint, model.neighbors, model.code_decoder) == (None, None, None)
     assert dict(model.hparams) == dict(expected.hparams)
-    assert model_fingerprint(model) == model_fingerprint(expected)
+    assert model.fingerprint == expected.fingerprint
     model.code_decoder = expected.code_decoder  # as whoever has the codes gives it
     check_numbers(model, world)
-    started = GNNLM(VOCAB, start_from=str(original))
+    started = make_gnn_lm(VOCAB, start_from=str(original))
     assert (started.hparams.heads, started.hparams.lm_ratio) == (HEADS, 0.3)
     assert torch.equal(
         started.network.layers[2].prior["inter"], model.network.layers[2].prior["inter"]

@@ -30,7 +30,7 @@ def test_in_place_with_zero_rows_masked(raw, tmp_path):
     np.testing.assert_array_equal(store.values, values)
     assert store.masked.tolist() == [37, 38, 39]
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) < 2000  # nothing copied
-    _, rows = FlatRetriever(store, "l2").search(np.zeros((1, 8), np.float32), 40)
+    _, rows, _ = FlatRetriever(store, "l2").search(np.zeros((1, 8), np.float32), 40)
     assert sorted(rows[0]) == [-1, -1, -1, *range(37)]
 
 

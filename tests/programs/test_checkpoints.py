@@ -6,10 +6,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from neighborlm.common.contracts import Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.transformer_lm import TransformerLM
-from neighborlm.programs.checkpoints import load_model, model_fingerprint
+from neighborlm.programs.checkpoints import load_model
 
 SMALL = {
     **{"width": 8, "ffn_width": 12, "layers": 2, "heads": 2, "dropout": 0.3},
@@ -59,9 +61,11 @@ def test_saved_by_lightning(tmp_path):
     assert dict(loaded.hparams) == dict(model.hparams)
     assert loaded.hparams.adaptive_input_cutoffs == [4, 7]
     assert loaded.softmax.words[1] is loaded.decoder.embedding.embeddings[1].weight
-    assert model_fingerprint(loaded) == model_fingerprint(model)
+    assert loaded.fingerprint == model.fingerprint
     batch = next(iter(data.val_dataloader()))
-    assert torch.equal(loaded.score(batch).log_probs, model.eval().score(batch).log_probs)
+    assert torch.equal(
+        loaded.score(batch, Want()).log_probs, model.eval().score(batch, Want()).log_probs
+    )
 
 
 def test_a_compiled_model_is_loaded_uncompiled(saved):
@@ -140,16 +144,27 @@ def test_nothing_in_a_checkpoint_is_executed(saved, tmp_path):
 
 
 def test_fingerprint_is_of_the_weights_and_nothing_else(saved, tmp_path):
-    model = make()
-    fingerprint = model_fingerprint(model)
-    assert model_fingerprint(load_model(saved)) == fingerprint
-    torch.save({**contents(model), "global_step": 7, "loops": {}}, tmp_path / "other.ckpt")
-    assert model_fingerprint(load_model(tmp_path / "other.ckpt")) == fingerprint
-    assert model_fingerprint(make(seed=1)) != fingerprint
-    assert model_fingerprint(make().double()) != fingerprint
-    for parameter in model.parameters():
-        value = parameter.data.view(-1)[-1].clone()
-        parameter.data.view(-1)[-1] = torch.nextafter(value, value + 1)
-        assert model_fingerprint(model) != fingerprint
-        parameter.data.view(-1)[-1] = value
-    assert model_fingerprint(model) == fingerprint
+    fingerprint = make().fingerprint
+    assert load_model(saved).fingerprint == fingerprint
+    torch.save({**contents(make()), "global_step": 7, "loops": {}}, tmp_path / "other.ckpt")
+    assert load_model(tmp_path / "other.ckpt").fingerprint == fingerprint
+    assert make(seed=1).fingerprint != fingerprint
+
+
+def test_a_gnn_lm_of_before_its_lm_was_given_to_it(tmp_path):
+    """Its hyper-parameters name the files that it was made from."""
+    model = GNNLM(make(), heads=2, layers=2)
+    before = {**model.hparams, "lm_checkpoint": "runs/words/best.ckpt", "start_from": None}
+    described = {**contents(model), "hyper_parameters": before}
+    torch.save({**described, "lm_fingerprint": "01", "neighbors": None}, tmp_path / "gnn.ckpt")
+    loaded = load_model(tmp_path / "gnn.ckpt")
+    assert (loaded.fingerprint, loaded.lm_fingerprint) == (model.fingerprint, "01")
+    assert loaded.lm.fingerprint == model.lm.fingerprint == make().fingerprint
+    assert dict(loaded.hparams) == dict(model.hparams)
+    assert set(before) == {
+        *("vocab_size", "lm_checkpoint", "start_from", "lm", "layers", "width", "heads"),
+        *("intra_context", "residual", "values", "lm_ratio", "output_bias", "dropout"),
+        *("attention_dropout", "lm_path_probability", "unfreeze", "optimizer", "lr", "schedule"),
+        *("warmup_updates", "warmup_init_lr", "min_lr", "lr_period_updates", "t_mult"),
+        *("lr_shrink", "momentum", "adam_betas", "weight_decay"),
+    }

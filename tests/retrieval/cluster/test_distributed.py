@@ -16,8 +16,10 @@ from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.common.errors import InputError, LostRank
 from neighborlm.retrieval.cluster.distributed import DistributedRetriever, local_k, open_distributed
 from neighborlm.retrieval.cluster.ranks import HEADER_BYTES
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import FaissRetriever, open_retriever, open_shards
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index import open_retriever, open_shards
 from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.search.retriever import FlatRetriever
 from neighborlm.retrieval.search.sharded_retriever import ShardedRetriever
@@ -54,13 +56,15 @@ def batches(rank: int) -> list[np.ndarray]:
 
 def search(rank: int, path, metric: str, k: int, tolerance: float, index: str = "flat"):
     """What a rank finds in two passes, and what that took."""
-    retriever = open_distributed(Datastore.open(path), index, metric, nprobe=3, rescore=True)
+    retriever = open_distributed(
+        Datastore.open(path), Search(index, metric, nprobe=3), rescore=True
+    )
     retriever.tolerance = tolerance
     passes = []
     for _ in range(2):
-        retriever.connect()
-        found = [retriever.search(queries, k) for queries in batches(rank)]
-        retriever.serve()
+        retriever.begin_pass()
+        found = [retriever.search(queries, k)[:2] for queries in batches(rank)]
+        retriever.end_pass()
         passes.append((found, retriever.communication))
     return passes
 
@@ -70,7 +74,7 @@ def recall(store: Datastore, found: list) -> float:
     share = []
     for rank, passes in enumerate(found):
         for queries, (_, rows) in zip(batches(rank), passes[0][0], strict=True):
-            _, nearest = FlatRetriever(store, "l2").search(queries, K)
+            _, nearest, _ = FlatRetriever(store, "l2").search(queries, K)
             share += [np.isin(a, b).mean() for a, b in zip(nearest, rows, strict=True)]
     return float(np.mean(share))
 
@@ -95,7 +99,7 @@ def test_equals_search_of_the_whole(make_sharded, tmp_path, ranks, shards, kind,
         for answers, _ in passes:
             assert len(answers) == rank
             for queries, (distances, rows) in zip(batches(rank), answers, strict=True):
-                expected, nearest = whole.search(queries, k)
+                expected, nearest, _ = whole.search(queries, k)
                 assert (distances.dtype, rows.dtype) == (np.float32, np.int64)
                 np.testing.assert_array_equal(rows, nearest)
                 there = rows >= 0
@@ -108,12 +112,12 @@ def test_equals_search_of_the_whole(make_sharded, tmp_path, ranks, shards, kind,
 def test_alone(make_sharded, index):
     """Without other ranks it is the search of all shards."""
     store = make_sharded(3, "contiguous")
-    retriever = open_distributed(store, index, "l2", nprobe=1, rescore=True)
-    retriever.connect()
-    distances, rows = retriever.search(QUERIES, K)
-    retriever.serve()
+    retriever = open_distributed(store, Search(index, "l2", nprobe=1), rescore=True)
+    retriever.begin_pass()
+    distances, rows, _ = retriever.search(QUERIES, K)
+    retriever.end_pass()
     assert retriever.communication == {}
-    expected, nearest = FlatRetriever(store, "l2").search(QUERIES, K)
+    expected, nearest, _ = FlatRetriever(store, "l2").search(QUERIES, K)
     np.testing.assert_array_equal(rows, nearest)
     np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-5)
 
@@ -122,7 +126,7 @@ def test_an_index_finds_what_it_finds_in_one_piece(make_sharded, tmp_path):
     """Its quantiser is trained on keys of all shards, and what travels are exact distances."""
     store = make_sharded(3, "round_robin", 16)
     IndexBuilding(store, "IVF7,SQ8", "l2").run()
-    whole = open_retriever(store, "IVF7,SQ8", "l2", nprobe=3)
+    whole = open_retriever(store, Search("IVF7,SQ8", "l2", nprobe=3))
     assert isinstance(whole, FaissRetriever)
     expected = [whole.search(queries, K) for queries in batches(3)]
     for file in store.path.glob("*.faiss*"):
@@ -130,7 +134,7 @@ def test_an_index_finds_what_it_finds_in_one_piece(make_sharded, tmp_path):
     trained = IndexBuilding(store, "IVF7,SQ8", "l2").train()
     for number in range(3):
         IndexBuilding(store.shard(number), "IVF7,SQ8", "l2", trained=trained).run()
-    of_shards = open_retriever(store, "IVF7,SQ8", "l2", nprobe=3)
+    of_shards = open_retriever(store, Search("IVF7,SQ8", "l2", nprobe=3))
     assert isinstance(of_shards, ShardedRetriever)
     for queries, theirs in zip(batches(3), expected, strict=True):
         ours = of_shards.search(queries, K)
@@ -188,10 +192,10 @@ def search_own_shard(rank: int, folder, index: str):
     """On a host that has the manifest of the whole and one shard; ranks 2 and 3 share one."""
     number = min(rank, 2)
     store = Datastore.open(folder / f"host{number}", shard=number)
-    retriever = open_distributed(store, index, "l2", nprobe=3, rescore=True)
-    retriever.connect()
-    found = [retriever.find(queries, K) for queries in batches(rank)]
-    retriever.serve()
+    retriever = open_distributed(store, Search(index, "l2", nprobe=3), rescore=True)
+    retriever.begin_pass()
+    found = [retriever.search(queries, K) for queries in batches(rank)]
+    retriever.end_pass()
     return found
 
 
@@ -212,15 +216,15 @@ def test_hosts_that_share_no_files_find_what_one_finds(hosts, tmp_path, index):
     for number in range(3):
         for file in (tmp_path / "host0").glob("*.trained*") if number else ():
             shutil.copy(file, tmp_path / f"host{number}")
-        IndexBuilder(tmp_path / f"host{number}", index, "l2", shard=number).build()
+        IndexBuilder(tmp_path / f"host{number}", Search(index, "l2"), shard=number).build()
     for file in (tmp_path / "host0").glob("*.trained*"):
         shutil.copy(file, hosts.path)
-    IndexBuilder(hosts.path, index, "l2").build()
-    whole = open_retriever(hosts, index, "l2", nprobe=3)
+    IndexBuilder(hosts.path, Search(index, "l2")).build()
+    whole = open_retriever(hosts, Search(index, "l2", nprobe=3))
     found = run(4, tmp_path / "ranks", search_own_shard, tmp_path, index)
     for rank, answers in enumerate(found):
         for queries, (distances, rows, values) in zip(batches(rank), answers, strict=True):
-            _, nearest = whole.search(queries, K)
+            _, nearest, _ = whole.search(queries, K)
             np.testing.assert_array_equal(rows, nearest)
             np.testing.assert_array_equal(distances, exact_distances(queries, rows, hosts, "l2"))
             np.testing.assert_array_equal(values[rows >= 0], hosts.values[rows[rows >= 0]])
@@ -231,7 +235,7 @@ def test_shards_that_do_not_fit_together_are_refused(hosts, tmp_path):
         run(2, tmp_path / "two", search_own_shard, tmp_path, "flat")
     for number in range(3):
         seed = 2 if number == 1 else 1
-        IndexBuilder(tmp_path / f"host{number}", "IVF7,SQ8", "l2", seed, number).build()
+        IndexBuilder(tmp_path / f"host{number}", Search("IVF7,SQ8", "l2"), seed, number).build()
     with pytest.raises(InputError, match=r"its index began with .* but those of other ranks"):
         run(3, tmp_path / "three", search_own_shard, tmp_path, "IVF7,SQ8")
 
@@ -289,13 +293,13 @@ def search_and_die(rank: int, path, how: str, timeout: float):
     store = Datastore.open(path)
 
     def opening(numbers):
-        return Dies(rank, how, open_shards(store, numbers, "flat", "l2", 1))
+        return Dies(rank, how, open_shards(store, numbers, Search("flat", "l2", 1)))
 
     retriever = DistributedRetriever(store, opening, "l2", True, timeout)
-    retriever.connect()
+    retriever.begin_pass()
     for first in range(rank, 100, 10):
         retriever.search(QUERIES[first : first + 5], 9)
-    retriever.serve()
+    retriever.end_pass()
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,19 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import faiss
 import numpy as np
 import pytest
 import torch
 
-from neighborlm.retrieval.engine import list_search, sieve, visit
-from neighborlm.retrieval.engine.list_search import ListSearch
-from neighborlm.retrieval.memories.knn import Votes
+from neighborlm.common.contracts import Votes
+from neighborlm.retrieval.engine import Limits, ListSearch, sieve, visit
+from neighborlm.retrieval.engine.processor import bytes_are_exact
 from neighborlm.retrieval.search.index import make_index, read_index
 
 N, DIM = 3000, 16
-
-
-@pytest.fixture(autouse=True)
-def sieve_of_few(monkeypatch):
-    """Where these tests visit few vectors."""
-    monkeypatch.setattr(list_search, "MANY", 12)
-    monkeypatch.setattr(list_search, "AT_LEAST", 0)
+FEW = Limits(sieve_from=12, sieve_from_in_all=0)
+"""So that there are sieves where few vectors are visited, as in these tests."""
 
 
 def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
@@ -32,12 +28,16 @@ def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
     return index
 
 
+def searching(index, **limits):
+    return ListSearch(index, limits=replace(FEW, **limits))
+
+
 def queries(n=200, shift=0.0):
     return np.random.default_rng(1).standard_normal((n, DIM), dtype=np.float32) + shift
 
 
 def assert_same(found, expected):
-    (distances, ids), (expected_distances, expected_ids) = found, expected
+    (distances, ids, *_), (expected_distances, expected_ids, *_) = found, expected
     assert np.allclose(distances, expected_distances, rtol=1e-4, atol=1e-4)
     assert (ids == expected_ids).mean() > 0.99  # nearly equal distances may change places
     assert np.array_equal(np.sort(ids < 0), np.sort(expected_ids < 0))
@@ -49,13 +49,10 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(("k", "by_bytes"), [(70, False), (20, False), (20, True), (3, True)])
 def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threads, k, by_bytes):
     """With a sieve where k is small, and in several parts."""
-    if by_bytes and not sieve.bytes_are_exact():
+    if by_bytes and not bytes_are_exact():
         pytest.skip("this processor's products of bytes lose bits")
-    monkeypatch.setattr(sieve, "bytes_pay", lambda: by_bytes)
-    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 18)
-    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 18)
-    monkeypatch.setattr(sieve, "ROWS", 17)
-    monkeypatch.setattr(sieve, "COLUMNS", 50)
+    limits = {"by_bytes": by_bytes, "visit_bytes": 1 << 18, "sieve_bytes": 1 << 18}
+    limits |= {"sieve_queries": 17, "sieve_vectors": 50}
     left, real = [], sieve.Sieve.hand_over
     monkeypatch.setattr(sieve.Sieve, "hand_over", lambda *a: left.append(real(*a)) or left[-1])
     index = opened(tmp_path, factory, metric)
@@ -64,7 +61,7 @@ def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threa
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
-        assert_same(ListSearch(index).search(queries(), k), expected)
+        assert_same(searching(index, **limits).search(queries(), k), expected)
     finally:
         faiss.omp_set_num_threads(before)
     assert (len(left) > 1) == (k < 70)
@@ -72,7 +69,7 @@ def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threa
 
 
 needs_exact_bytes = pytest.mark.skipif(
-    not sieve.bytes_are_exact(), reason="this processor's products of bytes lose bits"
+    not bytes_are_exact(), reason="this processor's products of bytes lose bits"
 )
 
 
@@ -87,7 +84,7 @@ def test_products_of_bytes_lose_nothing_below_the_bound(tmp_path, metric, outlie
     scale[3] = outlier
     keys = scale * rng.standard_normal((N, DIM), dtype=np.float32) + np.float32(shift)
     looking = scale * queries(40) + np.float32(shift)
-    lists = ListSearch(opened(tmp_path, "IVF20,Flat", metric, keys=keys))
+    lists = searching(opened(tmp_path, "IVF20,Flat", metric, keys=keys))
     vectors, squares, _ = lists.vectors([7])
     relative = looking - lists.middle
     if metric == faiss.METRIC_L2:
@@ -127,27 +124,25 @@ def test_where_bytes_tell_too_little_numbers_do(tmp_path, monkeypatch):
     asked[:, 0] = 5000
     index = opened(tmp_path, "IVF2,Flat", faiss.METRIC_INNER_PRODUCT, keys=keys)
     index.nprobe = 2
-    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
-    monkeypatch.setattr(sieve, "ROWS", 20)
-    monkeypatch.setattr(sieve, "COLUMNS", 50)
+    limits = {"by_bytes": True, "sieve_queries": 20, "sieve_vectors": 50}
     used, real = [], sieve.Numbers.rounded
     monkeypatch.setattr(
         sieve.Numbers, "rounded", staticmethod(lambda *a: used.append(1) or real(*a))
     )
-    distances, _ = ListSearch(index).search(asked, 3)
+    distances, _, _ = searching(index, **limits).search(asked, 3)
     assert np.allclose(distances, index.search(asked, 3)[0], rtol=1e-6)
     assert used
 
 
-def said_by(distances, ids, values, targets, temperature, sign):
-    """As `Votes.said`, in float64, of what faiss finds."""
+def votes_by_brute_force(distances, ids, values, targets, temperature, sign):
+    """In float64, of what faiss finds."""
     scores = np.where(ids < 0, -np.inf, -sign * distances.astype(np.float64))
     hits = values[ids] == targets[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_weights = (scores - scores.max(1, keepdims=True)) / temperature
         of_hits = np.logaddexp.reduce(np.where(hits, log_weights, -np.inf), axis=1)
-        said = of_hits - np.logaddexp.reduce(log_weights, axis=1)
-    return np.stack([said, scores.max(1), np.where(ids < 0, np.inf, scores).min(1)])
+        log_probs = of_hits - np.logaddexp.reduce(log_weights, axis=1)
+    return Votes(log_probs, scores.max(1), np.where(ids < 0, np.inf, scores).min(1))
 
 
 @pytest.mark.parametrize("k", [1, 20, 70, 900])
@@ -159,63 +154,46 @@ def test_votes_are_those_of_what_faiss_finds(tmp_path, metric, temperature, k):
     index = opened(tmp_path, "IVF20,Flat", metric)
     rng = np.random.default_rng(3)
     values, targets = rng.integers(0, 40, N), rng.integers(0, 42, 200)
-    sign = 1 if metric == faiss.METRIC_L2 else -1
-    votes = Votes(targets, temperature, "l2" if sign > 0 else "ip", lambda rows: values[rows])
-    ListSearch(index).vote(queries(), k, votes, lambda ids: values[ids])
+    votes = searching(index).vote(queries(), k, values, targets, temperature)
     found = index.search(queries(), k)
-    expected = said_by(*found, values, targets, temperature, sign)
-    close = np.isclose(votes.said, expected, rtol=2e-5, atol=2e-4 / temperature)
+    sign = 1 if metric == faiss.METRIC_L2 else -1
+    expected = votes_by_brute_force(*found, values, targets, temperature, sign)
+    close = np.isclose(votes, expected, rtol=2e-5, atol=2e-4 / temperature)
     assert close[0].mean() > 0.99  # nearly equal distances may change places at the k-th
     assert close[1:].all()
-    assert np.isneginf(votes.said[0]).any()
+    assert np.isneginf(votes.log_probs).any()
     assert (found[1] < 0).any() == (k == 900)
 
 
 def test_of_equal_keys_at_the_last_place_just_k_vote(tmp_path):
     keys = np.repeat(np.eye(DIM, dtype=np.float32), 40, axis=0)
-    search = ListSearch(opened(tmp_path, "IVF4,Flat", keys=keys))
+    search = searching(opened(tmp_path, "IVF4,Flat", keys=keys))
     asked, targets = np.eye(DIM, dtype=np.float32)[:8].repeat(25, axis=0), np.zeros(200, int)
-    _, ids = search.search(asked, 30)
+    _, ids, _ = search.search(asked, 30)
     values = np.zeros(len(keys), dtype=np.int64)
     values[::3] = 7
-    votes = Votes(targets, 1.0, "l2", lambda rows: values[rows])
-    search.vote(asked, 30, votes, lambda ids: values[ids])
+    votes = search.vote(asked, 30, values, targets, 1.0)
     share = (values[ids] == 0).mean(1)
-    assert np.allclose(np.exp(votes.said[0]), share, atol=1e-6)
-    assert np.allclose(votes.said[1:], 0, atol=1e-5)
+    assert np.allclose(np.exp(votes.log_probs), share, atol=1e-6)
+    assert np.allclose(votes.nearest, 0, atol=1e-5)
+    assert np.allclose(votes.farthest, 0, atol=1e-5)
 
 
 def test_queries_that_find_nothing_hear_no_votes(tmp_path):
-    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+    search = searching(opened(tmp_path, "IVF20,Flat"))
     asked = queries()
     asked[5], asked[9, 3] = np.nan, np.inf
-    votes = Votes(np.zeros(200, int), 1.0, "l2", np.zeros_like)
-    search.vote(asked, 70, votes, np.zeros_like)
-    for column in (5, 9):
-        assert votes.said[:, column].tolist() == [-np.inf, -np.inf, np.inf]
-    assert np.allclose(np.delete(votes.said[0], [5, 9]), 0, atol=1e-6)
+    votes = search.vote(asked, 70, np.zeros(N, int), np.zeros(200, int), 1.0)
+    for number in (5, 9):
+        assert [column[number] for column in votes] == [-np.inf, -np.inf, np.inf]
+    assert np.allclose(np.delete(votes.log_probs, [5, 9]), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [70, 3])
-def test_parts_are_the_whole(tmp_path, k):
-    index = opened(tmp_path, "IVF20,SQfp16")
-    expected, _ = index.search(queries(), k)
-    seen = np.zeros(200, dtype=int)
-
-    def take(which, distances, ids):
-        seen[which] += 1
-        assert np.allclose(distances, expected[which], rtol=1e-4)
-
-    ListSearch(index).search_in_parts(queries(), k, take, ordered=True)
-    assert (seen == 1).all()
-
-
-def test_parts_with_one_query_that_fills_more_than_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 12)
-    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 12)
+def test_parts_with_one_query_that_fills_more_than_one(tmp_path):
     index = opened(tmp_path, "IVF20,Flat")
     index.nprobe = 20
-    assert_same(ListSearch(index).search(queries(8), 1000), index.search(queries(8), 1000))
+    search = searching(index, visit_bytes=1 << 12, sieve_bytes=1 << 12)
+    assert_same(search.search(queries(8), 1000), index.search(queries(8), 1000))
 
 
 def in_a_new_thread(function, *args):
@@ -226,28 +204,26 @@ def in_a_new_thread(function, *args):
 
 @pytest.mark.parametrize("k", [70, 3])
 def test_only_queries_that_are_not_finite(tmp_path, k):
-    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+    search = searching(opened(tmp_path, "IVF20,Flat"))
     asked = np.full((200, DIM), np.nan, dtype=np.float32)
-    _, ids = in_a_new_thread(search.search, asked, k)
+    _, ids, _ = in_a_new_thread(search.search, asked, k)
     assert (ids == -1).all()
 
 
-def test_a_part_of_which_no_query_is_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr(list_search, "BUFFER_BYTES", 1 << 16)
-    monkeypatch.setattr(list_search, "KEPT_BYTES", 1 << 16)
+def test_a_part_of_which_no_query_is_finite(tmp_path):
     index = opened(tmp_path, "IVF20,Flat")
     asked = queries(400)
     asked[100:] = np.inf
-    distances, ids = ListSearch(index).search(asked, 3)
+    search = searching(index, visit_bytes=1 << 16, sieve_bytes=1 << 16)
+    distances, ids, _ = search.search(asked, 3)
     assert (ids[100:] == -1).all()
     assert_same((distances[:100], ids[:100]), index.search(asked[:100], 3))
 
 
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
-def test_vectors_of_one_number(tmp_path, monkeypatch, metric, equal):
+def test_vectors_of_one_number(tmp_path, metric, equal):
     """Where they are equal, nothing is nearer than the bound."""
-    monkeypatch.setattr(sieve, "TOO_MANY", 1000)
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((N, 1), dtype=np.float32)
     keys = np.sign(keys) if equal else keys
@@ -258,7 +234,8 @@ def test_vectors_of_one_number(tmp_path, monkeypatch, metric, equal):
     index = read_index(tmp_path / "x.faiss")
     index.nprobe = 2
     asked = rng.standard_normal((200, 1), dtype=np.float32)
-    distances, _ = in_a_new_thread(ListSearch(index).search, asked, 20)
+    search = searching(index, too_many=1000)
+    distances, _, _ = in_a_new_thread(search.search, asked, 20)
     assert np.allclose(distances, index.search(asked, 20)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -266,9 +243,8 @@ def test_vectors_of_one_number(tmp_path, monkeypatch, metric, equal):
 @pytest.mark.parametrize(
     ("of_queries", "of_keys"), [(1.0, 1e20), (1.0, 2e38), (1e20, 1.0), (1e-18, 1e-18)]
 )
-def test_numbers_that_are_very_large_or_small(tmp_path, monkeypatch, of_queries, of_keys):
+def test_numbers_that_are_very_large_or_small(tmp_path, of_queries, of_keys):
     """Where errors, or their bounds, are infinite or vanish, nothing is lost."""
-    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
     keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
     keys[8] = 1
     keys[slice(8, 9) if of_keys > 1 else slice(None)] *= np.float32(of_keys)
@@ -280,7 +256,7 @@ def test_numbers_that_are_very_large_or_small(tmp_path, monkeypatch, of_queries,
     index = read_index(tmp_path / "x.faiss")
     index.nprobe = 4
     asked = np.eye(DIM, dtype=np.float32)[np.arange(200) % DIM] * np.float32(of_queries)
-    distances, _ = ListSearch(index).search(asked, 20)
+    distances, _, _ = searching(index, by_bytes=True).search(asked, 20)
     expected = np.sort(asked.astype(np.float64) @ keys.T.astype(np.float64))[:, ::-1][:, :20]
     assert np.allclose(distances / expected, 1, rtol=1e-5)
 
@@ -288,22 +264,20 @@ def test_numbers_that_are_very_large_or_small(tmp_path, monkeypatch, of_queries,
 @pytest.mark.parametrize("by_bytes", [False, pytest.param(True, marks=needs_exact_bytes)])
 @pytest.mark.parametrize("k", [70, 3])
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
-def test_queries_that_are_not_finite_find_nothing(tmp_path, monkeypatch, metric, k, by_bytes):
+def test_queries_that_are_not_finite_find_nothing(tmp_path, metric, k, by_bytes):
     """And spoil no other query."""
-    monkeypatch.setattr(sieve, "bytes_pay", lambda: by_bytes)
     index = opened(tmp_path, "IVF20,Flat", metric)
     asked = queries()
     asked[3, 2], asked[150] = np.nan, np.inf
-    distances, ids = ListSearch(index).search(asked, k)
+    distances, ids, _ = searching(index, by_bytes=by_bytes).search(asked, k)
     finite = np.isfinite(asked).all(axis=1)
     assert (ids[~finite] == -1).all()
     assert_same((distances[finite], ids[finite]), index.search(asked[finite], k))
 
 
 @needs_exact_bytes
-def test_a_key_that_is_not_finite_hides_no_other(tmp_path, monkeypatch):
+def test_a_key_that_is_not_finite_hides_no_other(tmp_path):
     """faiss keeps one in an index of inner products."""
-    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
     keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
     index = make_index(DIM, "IVF4,Flat", "ip")
     index.train(keys)
@@ -314,16 +288,16 @@ def test_a_key_that_is_not_finite_hides_no_other(tmp_path, monkeypatch):
     index.nprobe = 4
     asked = queries()
     asked[:, 3] = -np.abs(asked[:, 3])  # far from that key
-    assert_same(ListSearch(index).search(asked, 10), index.search(asked, 10))
+    search = searching(index, by_bytes=True)
+    assert_same(search.search(asked, 10), index.search(asked, 10))
 
 
 @needs_exact_bytes
-def test_one_large_query_changes_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(sieve, "bytes_pay", lambda: True)
-    search = ListSearch(opened(tmp_path, "IVF20,Flat"))
+def test_one_large_query_changes_no_other(tmp_path):
+    search = searching(opened(tmp_path, "IVF20,Flat"), by_bytes=True)
     large = np.vstack([queries(), np.full((1, DIM), 1e3, np.float32)])
-    distances, ids = search.search(queries(), 3)
-    with_it, ids_with_it = search.search(large, 3)
+    distances, ids, _ = search.search(queries(), 3)
+    with_it, ids_with_it, _ = search.search(large, 3)
     assert np.array_equal(ids, ids_with_it[:-1])
     assert np.array_equal(distances, with_it[:-1])
 
@@ -340,16 +314,16 @@ def test_a_bound_that_is_too_near_loses_nothing(tmp_path, monkeypatch, metric):
         return bounds
 
     monkeypatch.setattr(visit.Visit, "farthest", too_near)
-    assert_same(ListSearch(index).search(queries(), 30), index.search(queries(), 30))
+    assert_same(searching(index).search(queries(), 30), index.search(queries(), 30))
 
 
 def test_order_and_threads_of_a_sieve_change_no_figure(tmp_path):
     """A token's neighbours come in the same order whatever else is searched for with it."""
-    search = ListSearch(opened(tmp_path, "IVF20,SQfp16"))
-    expected, expected_ids = search.search(queries(), 20, ordered=False)
+    search = searching(opened(tmp_path, "IVF20,SQfp16"))
+    expected, expected_ids, _ = search.search(queries(), 20, ordered=False)
     faiss.omp_set_num_threads(3)
     for part in (slice(0, 200), slice(40, 90)):
-        distances, ids = search.search(queries()[part], 20, ordered=False)
+        distances, ids, _ = search.search(queries()[part], 20, ordered=False)
         assert np.array_equal(ids, expected_ids[part])
         assert np.allclose(distances, expected[part], rtol=1e-6)
 
@@ -358,7 +332,7 @@ def test_order_and_threads_of_a_sieve_change_no_figure(tmp_path):
 def test_missing_neighbours_are_as_faiss_gives_them(tmp_path, metric):
     index = opened(tmp_path, "IVF20,Flat", metric)
     index.nprobe = 1
-    distances, ids = ListSearch(index).search(queries(), 400)
+    distances, ids, _ = searching(index).search(queries(), 400)
     expected, expected_ids = index.search(queries(), 400)
     assert (ids < 0).any()
     assert_same((distances, ids), (expected, expected_ids))
@@ -367,10 +341,10 @@ def test_missing_neighbours_are_as_faiss_gives_them(tmp_path, metric):
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
 @pytest.mark.parametrize("k", [70, 900])
 def test_in_any_order_it_finds_the_same(tmp_path, metric, k):
-    search = ListSearch(opened(tmp_path, "IVF20,SQfp16", metric))
-    distances, ids = search.search(queries(), k, ordered=False)
+    search = searching(opened(tmp_path, "IVF20,SQfp16", metric))
+    distances, ids, _ = search.search(queries(), k, ordered=False)
     assert (ids < 0).any() == (k == 900)
-    expected, expected_ids = search.search(queries(), k)
+    expected, expected_ids, _ = search.search(queries(), k)
     order = np.argsort(ids, axis=1, kind="stable")
     right = np.argsort(expected_ids, axis=1, kind="stable")
     assert np.array_equal(
@@ -384,7 +358,7 @@ def test_in_any_order_it_finds_the_same(tmp_path, metric, k):
 def test_empty_lists_and_few_keys(tmp_path):
     keys = np.repeat(np.eye(DIM, dtype=np.float32), 40, axis=0)
     index = opened(tmp_path, "IVF30,Flat", keys=keys)
-    distances, _ = ListSearch(index).search(queries(), 3)
+    distances, _, _ = searching(index).search(queries(), 3)
     assert np.allclose(distances, index.search(queries(), 3)[0], atol=1e-5)
 
 
@@ -392,7 +366,7 @@ def test_distances_far_from_the_origin_keep_their_digits(tmp_path):
     shift = 1000.0
     index = opened(tmp_path, "IVF20,Flat", shift=shift)
     index.nprobe = 20
-    distances, ids = ListSearch(index).search(queries(shift=shift), 10)
+    distances, ids, _ = searching(index).search(queries(shift=shift), 10)
     keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + np.float32(shift)
     own = queries(shift=shift)[:, None].astype(np.float64)
     exact = ((own - keys[ids]) ** 2).sum(-1)

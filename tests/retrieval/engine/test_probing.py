@@ -2,9 +2,9 @@ import faiss
 import numpy as np
 import pytest
 
-from neighborlm.retrieval.engine import probing
 from neighborlm.retrieval.engine.probing import FEWEST, MOST, NEIGHBORHOOD, SLACK, Probing
-from neighborlm.retrieval.search.index import FaissRetriever, make_index, read_index
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index import make_index, read_index
 
 N, DIM, LISTS = 4000, 16, 64
 
@@ -84,7 +84,7 @@ def test_every_search_looks_at_just_these_lists(tmp_path, keys, factory, queries
     own = chain.at(0).apply(keys) if chain else keys
     lists = ivf.quantizer.assign(own, 1)[:, 0]
     expected = visited(ivf, seen)[:, lists]
-    _, rows = retriever.search(looking, N)
+    _, rows, _ = retriever.search(looking, N)
     found = np.zeros((queries, N + 1), dtype=bool)
     np.put_along_axis(found, rows, True, axis=1)
     assert (found[:, :-1] == expected).mean() > 0.999  # a key between two lists may lie in either
@@ -100,23 +100,19 @@ def test_a_number_is_how_many_are_visited(tmp_path, keys):
     assert (few.probing.nearest(keys[:9])[1] >= 0).sum() == 9 * 6
 
 
-def test_of_many_centroids_a_sample_is_compared(tmp_path, keys, monkeypatch):
+def test_of_many_centroids_a_sample_is_compared(tmp_path, keys):
     retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", "l2", "auto")
     of_all = retriever.probing.slack
-    monkeypatch.setattr(probing, "SAMPLE", 32)
-    assert Probing(retriever.probing.ivf, "auto").slack == pytest.approx(of_all, rel=0.5)
+    assert Probing(retriever.probing.ivf, "auto", sample=32).slack == pytest.approx(of_all, rel=0.5)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1000.0])
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-def test_the_lists_and_their_distances_are_those_of_faiss(
-    tmp_path, keys, metric, shift, monkeypatch
-):
+def test_the_lists_and_their_distances_are_those_of_faiss(tmp_path, keys, metric, shift):
     """Also of keys far from the origin, and where centroids are compared in several blocks."""
-    monkeypatch.setattr(probing, "BLOCK", 7 * LISTS)
     keys = keys + np.float32(shift)
     retriever = opened(tmp_path, keys, f"IVF{LISTS},Flat", metric, 9)
-    found, queries = retriever.probing, keys[:100]
+    found, queries = Probing(retriever.probing.ivf, 9, block=7 * LISTS), keys[:100]
     distances, lists = found.nearest(queries, threads=2)
     centroids = found.ivf.quantizer.reconstruct_n(0, LISTS).astype(np.float64)
     if metric == "l2":

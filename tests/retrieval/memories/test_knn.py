@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from neighborlm.common.contracts import Neighbors
 from neighborlm.retrieval.memories.knn import (
-    interpolate,
     knn_distribution,
     knn_log_prob,
     neighbor_scores,
+    votes_of_scores,
 )
-from neighborlm.retrieval.search import rescoring
+from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.search.retriever import votes_of
 from neighborlm.retrieval.store.datastore import Datastore
 
 VOCAB = 30
@@ -47,6 +49,39 @@ def test_distribution_sums_to_one_and_holds_the_target(retrieved, temperature):
     torch.testing.assert_close(of_target, distribution.gather(1, targets[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 30.0])
+def test_torch_and_the_compiled_loop_say_what_float64_says(metric, temperature):
+    """Of hits near and far, so that they weigh next to nothing, of missing neighbours in any place,
+    and of queries without any; of a few queries more than are worked on at a time."""
+    rng = np.random.default_rng(0)
+    n, k = 300, 70
+    scores = -rng.gamma(3, 40, (n, k)).astype(np.float32)
+    rows, values = rng.integers(0, 1000, (n, k)), rng.integers(0, 25, (n, k)).astype(np.uint16)
+    rows[rng.random((n, k)) < 0.2] = -1
+    rows[7], rows[8, 1:] = -1, -1
+    targets = rng.integers(0, 27, n)
+    known = np.where(rows < 0, -np.inf, scores.astype(np.float64))
+    hits = values == targets[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        best = known.max(1, keepdims=True)
+        log_weights = np.where(rows < 0, -np.inf, (known - best) / temperature)
+        of_hits = np.logaddexp.reduce(np.where(hits, log_weights, -np.inf), axis=1)
+        expected = of_hits - np.logaddexp.reduce(log_weights, axis=1)
+    expected = np.where(np.isnan(expected), -np.inf, expected)
+
+    neighbors = Neighbors(-scores if metric == "l2" else scores, rows, values)
+    compiled = votes_of(neighbors, targets, temperature, metric)
+    masked = neighbor_scores(neighbors.distances, rows, metric)
+    in_torch = votes_of_scores(masked, torch.from_numpy(hits), temperature)
+    assert (expected[np.isfinite(expected)] < -50).any() == (temperature < 1)
+    assert np.isneginf(expected).sum() > 5
+    for votes in (compiled, in_torch):
+        np.testing.assert_allclose(votes.log_probs, expected, rtol=1e-5, atol=2e-5)
+        np.testing.assert_array_equal(votes.nearest, known.max(1))
+        np.testing.assert_array_equal(votes.farthest, np.where(rows < 0, np.inf, known).min(1))
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 0.25, 0.9])
 def test_mixture_sums_to_one_over_the_vocabulary(retrieved, lmbda):
     scores, values, _ = retrieved
@@ -54,17 +89,17 @@ def test_mixture_sums_to_one_over_the_vocabulary(retrieved, lmbda):
     total = torch.zeros(40)
     for word in range(VOCAB):
         p_knn = knn_log_prob(scores, values == word)
-        total += interpolate(p_lm[:, word].log(), p_knn, lmbda).exp()
+        total += mixture([p_lm[:, word].log(), p_knn], [1 - lmbda, lmbda]).exp()
     torch.testing.assert_close(total[:-1], torch.ones(39))
     torch.testing.assert_close(total[-1], torch.tensor(1 - lmbda))
 
 
 def test_mixture_equals_its_closed_form():
     lm, knn = torch.tensor([0.2, 0.5, 1e-30]), torch.tensor([0.7, 0.0, 1.0])
-    mixed = interpolate(lm.log(), knn.log(), 0.25)
+    mixed = mixture([lm.log(), knn.log()], [0.75, 0.25])
     torch.testing.assert_close(mixed.exp(), 0.25 * knn + 0.75 * lm)
-    torch.testing.assert_close(interpolate(lm.log(), knn.log(), 0.0), lm.log())
-    torch.testing.assert_close(interpolate(lm.log(), knn.log(), 1.0), knn.log())
+    torch.testing.assert_close(mixture([lm.log(), knn.log()], [1, 0]), lm.log())
+    torch.testing.assert_close(mixture([lm.log(), knn.log()], [0, 1]), knn.log())
 
 
 def test_scores_follow_the_metric():
@@ -75,16 +110,15 @@ def test_scores_follow_the_metric():
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_exact_distances(make_store, metric, dtype, monkeypatch):
-    monkeypatch.setattr(rescoring, "KEY_BYTES", 4 * 8 * 37)  # blocks of 37 distinct rows
-    monkeypatch.setattr(rescoring, "PLACE_BITS", 7)  # parts of 128 of the 760 neighbours
+def test_exact_distances(make_store, metric, dtype):
+    """In blocks of 37 distinct rows, and parts of 128 of the 760 neighbours."""
     store, keys, _ = make_store(dtype=dtype)
     rng = np.random.default_rng(4)
     queries = rng.normal(size=(19, 8)).astype(np.float32)
     rows = rng.integers(-1, 300, (19, 40))
     rows[3] = -1
     rows[4, :10] = 17
-    found = exact_distances(queries, rows, store, metric)
+    found = exact_distances(queries, rows, store, metric, place_bits=7, key_bytes=4 * 8 * 37)
     a, b = queries.astype(np.float64), keys.astype(np.float64)
     if metric == "cosine":
         a /= np.linalg.norm(a, axis=1, keepdims=True)
@@ -109,9 +143,10 @@ def test_mixture_where_probabilities_underflow():
     lmbda = rng.uniform(0.001, 0.999, 200)
     knn = np.maximum(knn, lm - 300)
     expected = knn + np.log(lmbda + (1 - lmbda) * np.exp(lm - knn))
-    args = [torch.from_numpy(a) for a in (lm, knn, lmbda)]
-    torch.testing.assert_close(interpolate(*args), torch.from_numpy(expected))
-    found = interpolate(args[0].float(), args[1].float(), args[2])
+    lm, knn, lmbda = map(torch.from_numpy, (lm, knn, lmbda))
+    weights = [1 - lmbda, lmbda]
+    torch.testing.assert_close(mixture([lm, knn], weights), torch.from_numpy(expected))
+    found = mixture([lm.float(), knn.float()], weights)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -130,7 +165,7 @@ def test_mixture_of_nothing_is_impossible_not_undefined():
     never = torch.tensor([-torch.inf, -torch.inf, -1.0])
     other = torch.tensor([-torch.inf, -2.0, -torch.inf])
     for lmbda, expected in ((0.0, never), (1.0, other)):
-        assert torch.equal(interpolate(never, other, lmbda), expected)
+        assert torch.equal(mixture([never, other], [1 - lmbda, lmbda]), expected)
 
 
 def test_missing_neighbours_change_nothing(retrieved):
@@ -172,14 +207,13 @@ class Counting(Datastore):
         return super().read(rows)
 
 
-def test_exact_distances_read_each_row_once_in_order_and_in_blocks(make_store, monkeypatch):
-    monkeypatch.setattr(rescoring, "KEY_BYTES", 4 * 8 * 10)
-    monkeypatch.setattr(rescoring, "PLACE_BITS", 6)
+def test_exact_distances_read_each_row_once_in_order_and_in_blocks(make_store):
     store, _, _ = make_store()
     store = Counting(store.path, {}, store.keys, store.values, store.masked)
     rows = np.random.default_rng(0).integers(-1, 60, (30, 20))
     queries = np.random.default_rng(1).normal(size=(30, 8)).astype(np.float32)
-    found = exact_distances(queries, rows.T.copy().T, store, "l2")  # any memory layout
+    sizes = {"place_bits": 6, "key_bytes": 4 * 8 * 10}
+    found = exact_distances(queries, rows.T.copy().T, store, "l2", **sizes)  # any memory layout
     blocks = sorted(store.manifest["read"], key=lambda block: block[0])  # by several threads
     assert max(len(block) for block in blocks) <= 10
     np.testing.assert_array_equal(np.concatenate(blocks), np.unique(rows[rows >= 0]))

@@ -9,7 +9,8 @@ import torch
 
 from neighborlm.retrieval.memories import tuning as tuning_module
 from neighborlm.retrieval.memories.cache import Retrieved
-from neighborlm.retrieval.memories.knn import interpolate, knn_log_prob
+from neighborlm.retrieval.memories.knn import knn_log_prob
+from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.memories.tuning import sweep, tune
 
 
@@ -42,7 +43,8 @@ def test_sweep_equals_every_point_on_its_own(monkeypatch):
         for j, temperature in enumerate(temperatures):
             of_knn = knn_log_prob(scores[:, :k].double(), hits[:, :k], temperature)
             for m, lmbda in enumerate(lmbdas):
-                expected = -interpolate(lm.double(), of_knn, lmbda).mean().item()
+                mixed = mixture([lm.double(), of_knn], [1 - lmbda, lmbda])
+                expected = -mixed.mean().item()
                 assert losses[i, j, m] == pytest.approx(expected, rel=1e-6)
     assert np.isfinite(losses[3]).all()
     assert np.isinf(losses[0, :, 2]).all()

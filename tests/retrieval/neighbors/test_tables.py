@@ -19,6 +19,7 @@ from neighborlm.retrieval.neighbors.tables import (
     find_table,
     outside_window,
 )
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.search.retriever import FlatRetriever
@@ -101,7 +102,7 @@ def test_window_is_left_out_and_k_are_kept(make_split, monkeypatch, window, inde
     memory = make_split(400, "train", masked=[3, 200], memory=0.97)
     if index != "flat":
         IndexBuilding(memory, index, "l2").run()
-    retriever = open_retriever(memory, index, "l2", nprobe=4)
+    retriever = open_retriever(memory, Search(index, "l2", nprobe=4))
     fetched = []
     real = retriever.search
     monkeypatch.setattr(retriever, "search", lambda q, k: fetched.append((len(q), k)) or real(q, k))
@@ -223,7 +224,7 @@ def test_tables_of_a_sweep_lie_side_by_side(make_split, split):
     IndexBuilding(memory, "IVF8,Flat", "l2").run()
     settings = {nprobe: TableSettings("l2", "IVF8,Flat", nprobe, 12) for nprobe in (1, 2, 8)}
     for nprobe, how in settings.items():
-        retriever = open_retriever(memory, "IVF8,Flat", "l2", nprobe)
+        retriever = open_retriever(memory, Search("IVF8,Flat", "l2", nprobe))
         NeighborSearch(split, memory, retriever, how).run()
     names = sorted(path.name for path in split.path.glob("neighbors-k12*.npy"))
     assert len(names) == 3

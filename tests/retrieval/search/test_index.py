@@ -13,6 +13,7 @@ import pytest
 
 from neighborlm.common.errors import InputError
 from neighborlm.originals.raw_datastore import import_datastore
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search import building as building_module
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import auto_factory, is_path, make_index, open_retriever
@@ -47,7 +48,7 @@ def queries():
 def test_flat_equals_brute_force(make_store, queries, metric, dtype, monkeypatch):
     monkeypatch.setattr(datastore_module, "BLOCK_BYTES", 4 * 8 * 40)  # eight blocks of 40 keys
     store, keys, _ = make_store(dtype=dtype)
-    distances, rows = FlatRetriever(store, metric).search(queries, 50)
+    distances, rows, _ = FlatRetriever(store, metric).search(queries, 50)
     expected, order = brute_force(queries, keys, metric, 50)
     np.testing.assert_array_equal(rows, order)
     np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-5)
@@ -56,7 +57,7 @@ def test_flat_equals_brute_force(make_store, queries, metric, dtype, monkeypatch
 def test_flat_leaves_out_masked_rows(make_store, queries):
     masked = np.arange(0, 300, 3)
     store, keys, _ = make_store(masked=masked)
-    _, rows = FlatRetriever(store, "l2").search(queries, 250)
+    _, rows, _ = FlatRetriever(store, "l2").search(queries, 250)
     kept = np.setdiff1d(np.arange(300), masked)
     _, order = brute_force(queries, keys[kept], "l2", 200)
     np.testing.assert_array_equal(rows[:, :200], kept[order])
@@ -68,7 +69,7 @@ def test_flat_leaves_out_masked_rows(make_store, queries):
 def test_visiting_every_list_is_exact(make_store, queries, metric, masked):
     store, keys, _ = make_store(masked=masked)
     IndexBuilding(store, "IVF7,Flat", metric).run()
-    _, rows = open_retriever(store, "IVF7,Flat", metric, nprobe=99).search(queries, 20)
+    _, rows, _ = open_retriever(store, Search("IVF7,Flat", metric, nprobe=99)).search(queries, 20)
     kept = np.setdiff1d(np.arange(300), masked)
     _, order = brute_force(queries, keys[kept], metric, 20)
     np.testing.assert_array_equal(rows, kept[order])
@@ -81,7 +82,7 @@ def test_compressed_types_find_most(make_store, queries, factory):
     """Of the 50 nearest of 400; whoever finds at random finds one in eight."""
     store, keys, _ = make_store(rows=400)
     IndexBuilding(store, factory, "l2").run()
-    _, found = open_retriever(store, factory, "l2", nprobe=7).search(queries, 50)
+    _, found, _ = open_retriever(store, Search(factory, "l2", nprobe=7)).search(queries, 50)
     _, order = brute_force(queries, keys, "l2", 50)
     recall = np.mean([np.isin(a, b).mean() for a, b in zip(order, found, strict=True)])
     assert recall > 0.4
@@ -90,7 +91,7 @@ def test_compressed_types_find_most(make_store, queries, factory):
 def test_interrupted_adding_goes_on(make_store, queries, monkeypatch):
     store, _, _ = make_store()
     IndexBuilding(store, "IVF7,SQ8", "l2").run()
-    whole = open_retriever(store, "IVF7,SQ8", "l2", 7).search(queries, 20)
+    whole = open_retriever(store, Search("IVF7,SQ8", "l2", 7)).search(queries, 20)
     path = IndexBuilding(store, "IVF7,SQ8", "l2").path
     path.unlink()
 
@@ -111,7 +112,7 @@ def test_interrupted_adding_goes_on(make_store, queries, monkeypatch):
     assert stages[0] == ("adding", 100)
     assert again.is_complete()
     assert not again.partial.exists()
-    parts = open_retriever(store, "IVF7,SQ8", "l2", 7).search(queries, 20)
+    parts = open_retriever(store, Search("IVF7,SQ8", "l2", 7)).search(queries, 20)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -123,7 +124,7 @@ def test_built_in_parts_it_finds_the_same(make_store, queries, monkeypatch, fact
     last part is smaller than the others."""
     store, _, _ = make_store(rows=330)
     IndexBuilding(store, factory, "l2").run()
-    whole = open_retriever(store, factory, "l2", 7).search(queries, 20)
+    whole = open_retriever(store, Search(factory, "l2", 7)).search(queries, 20)
     IndexBuilding(store, factory, "l2").path.unlink()
 
     monkeypatch.setattr(datastore_module, "BLOCK_BYTES", 4 * 8 * 50)
@@ -140,7 +141,7 @@ def test_built_in_parts_it_finds_the_same(make_store, queries, monkeypatch, fact
             IndexBuilding(store, factory, "l2").run(stop)
     building = IndexBuilding(store, factory, "l2")
     building.run(stop if stop_at is None else lambda *_: None)
-    in_parts = open_retriever(store, factory, "l2", 7).search(queries, 20)
+    in_parts = open_retriever(store, Search(factory, "l2", 7)).search(queries, 20)
     for a, b in zip(whole, in_parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert (building.parts != []) == ("fs" not in factory)
@@ -148,7 +149,7 @@ def test_built_in_parts_it_finds_the_same(make_store, queries, monkeypatch, fact
     if building.parts:
         manifest = building.path.with_name(f"{building.path.name}.json")
         manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
-        for use in (building.is_complete, lambda: open_retriever(store, factory, "l2", 7)):
+        for use in (building.is_complete, lambda: open_retriever(store, Search(factory, "l2", 7))):
             with pytest.raises(InputError, match="merged by an earlier version"):
                 use()
 
@@ -158,17 +159,17 @@ def test_what_does_not_fit_is_refused(make_store, tmp_path):
     path = IndexBuilding(store, "IVF7,SQ8", "l2").run()
     other, _, _ = make_store(rows=200, name="other")
     with pytest.raises(InputError, match="its metric is l2, but ip is expected"):
-        open_retriever(store, str(path), "ip", 1)
+        open_retriever(store, Search(str(path), "ip", 1))
     with pytest.raises(InputError, match="its keys is 300, but 200 is expected"):
-        open_retriever(other, str(path), "l2", 1)
+        open_retriever(other, Search(str(path), "l2", 1))
     path.with_name(f"{path.name}.json").unlink()  # an index from elsewhere
     with pytest.raises(InputError, match="number of keys is 300, but 200 is expected"):
-        open_retriever(other, str(path), "l2", 1)
+        open_retriever(other, Search(str(path), "l2", 1))
     (tmp_path / "noise.faiss").write_bytes(b"noise")
     with pytest.raises(InputError, match=r"noise.faiss: cannot be read"):
-        open_retriever(store, str(tmp_path / "noise.faiss"), "l2", 1)
+        open_retriever(store, Search(str(tmp_path / "noise.faiss"), "l2", 1))
     with pytest.raises(InputError, match="no such index"):
-        open_retriever(store, "IVF9,SQ8", "l2", 1)
+        open_retriever(store, Search("IVF9,SQ8", "l2", 1))
     with pytest.raises(InputError, match="could not parse"):
         IndexBuilding(store, "IVFX", "l2").run()
     with pytest.raises(InputError, match="has 301 lists but the datastore only 300 keys"):
@@ -265,8 +266,8 @@ def test_interrupt_inside_faiss(make_store, queries, monkeypatch):
         IndexBuilding(store, "RR8,IVF7,SQ8", "l2").run()
     monkeypatch.undo()
     IndexBuilding(store, "RR8,IVF7,SQ8", "l2").run()
-    retriever = open_retriever(store, "RR8,IVF7,SQ8", "l2", 7)
-    _, rows = retriever.search(queries, 300)
+    retriever = open_retriever(store, Search("RR8,IVF7,SQ8", "l2", 7))
+    _, rows, _ = retriever.search(queries, 300)
     assert all(len(set(found)) == 300 for found in rows.tolist())
 
 
@@ -324,7 +325,7 @@ def test_damaged_partial_index_is_begun_anew(make_store):
         building.run(interrupt)
     building.partial.write_bytes(building.partial.read_bytes()[:500])
     building.run()
-    assert open_retriever(store, "IVF7,SQ8", "l2", 7).index.ntotal == 300
+    assert open_retriever(store, Search("IVF7,SQ8", "l2", 7)).index.ntotal == 300
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -337,7 +338,7 @@ def test_rows_without_a_key_are_neither_trained_on_nor_found(make_store, queries
     poisoned.flush()
     store = Datastore.open(store.path)
     IndexBuilding(store, "IVF7,Flat", metric).run()
-    _, rows = open_retriever(store, "IVF7,Flat", metric, 7).search(queries, 300)
+    _, rows, _ = open_retriever(store, Search("IVF7,Flat", metric, 7)).search(queries, 300)
     assert (rows[:, 294:] == -1).all()
     kept = np.setdiff1d(np.arange(300), masked)
     _, order = brute_force(queries, keys[kept], metric, 294)
@@ -353,7 +354,7 @@ def test_nprobe_is_how_many_lists_are_visited(make_store, queries, factory):
     sizes = [faiss.extract_index_ivf(index).get_list_size(i) for i in range(7)]
     assert sum(sizes) == 300
     for nprobe in (1, 3, 7, 99):
-        _, rows = open_retriever(store, factory, "l2", nprobe).search(queries, 300)
+        _, rows, _ = open_retriever(store, Search(factory, "l2", nprobe)).search(queries, 300)
         found = set((rows >= 0).sum(1).tolist())
         assert found <= {sum(lists) for lists in combinations(sizes, min(nprobe, 7))}
 
@@ -363,15 +364,15 @@ def test_an_index_file_from_elsewhere(make_store, queries, tmp_path):
     index = faiss.IndexFlatIP(8)
     index.add(keys)
     faiss.write_index(index, str(tmp_path / "made by hand.index"))
-    _, rows = open_retriever(store, str(tmp_path / "made by hand.index"), "ip", 1).search(
-        queries, 10
-    )
+    _, rows, _ = open_retriever(
+        store, Search(str(tmp_path / "made by hand.index"), "ip", 1)
+    ).search(queries, 10)
     np.testing.assert_array_equal(rows, brute_force(queries, keys, "ip", 10)[1])
     with pytest.raises(InputError, match=r"by hand.index: its faiss metric type is 0, but 1 is"):
-        open_retriever(store, str(tmp_path / "made by hand.index"), "l2", 1)
+        open_retriever(store, Search(str(tmp_path / "made by hand.index"), "l2", 1))
     wider, _, _ = make_store(dim=9, name="wider")
     with pytest.raises(InputError, match=r"by hand.index: its dimension is 8, but 9 is expected"):
-        open_retriever(wider, str(tmp_path / "made by hand.index"), "ip", 1)
+        open_retriever(wider, Search(str(tmp_path / "made by hand.index"), "ip", 1))
 
 
 def test_index_of_another_datastore_of_the_same_size(make_store, new_builder, tmp_path):
@@ -382,7 +383,7 @@ def test_index_of_another_datastore_of_the_same_size(make_store, new_builder, tm
     builder.sync()
     other = builder.finish()
     with pytest.raises(InputError, match="its datastore is "):
-        open_retriever(other, str(path), "l2", 1)
+        open_retriever(other, Search(str(path), "l2", 1))
     for suffix in ("", ".json"):
         shutil.copy(f"{path}{suffix}", f"{other.path / path.name}{suffix}")
     with pytest.raises(InputError, match="its datastore is "):
@@ -425,7 +426,7 @@ def test_training_sees_what_is_searched(make_store, new_builder, tmp_path, queri
     builder.sync()
     store = builder.finish()
     IndexBuilding(store, "SQ4", "cosine").run()
-    _, rows = open_retriever(store, "SQ4", "cosine", 1).search(queries, 20)
+    _, rows, _ = open_retriever(store, Search("SQ4", "cosine", 1)).search(queries, 20)
     _, order = brute_force(queries, keys, "cosine", 20)
     assert np.mean([np.isin(a, b).mean() for a, b in zip(order, rows, strict=True)]) > 0.7
 
@@ -455,7 +456,7 @@ def test_index_of_another_raw_datastore(tmp_path):
         stores.append(import_datastore(tmp_path / name, tmp_path / f"of-{name}", 300, 8))
     path = IndexBuilding(stores[0], "IVF7,SQ8", "l2").run()
     with pytest.raises(InputError, match="its datastore is "):
-        open_retriever(stores[1], str(path), "l2", 1)
+        open_retriever(stores[1], Search(str(path), "l2", 1))
 
 
 def test_types_that_number_keys_themselves_are_refused(make_store):
@@ -476,14 +477,14 @@ def test_index_file_of_the_original_gnn_lm(make_store, queries, tmp_path, monkey
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
     faiss.write_index(index, str(path))
-    distances, rows = open_retriever(store, place, "cosine", 7).search(queries, 5)
+    distances, rows, _ = open_retriever(store, Search(place, "cosine", 7)).search(queries, 5)
     expected, order = brute_force(queries, keys, "cosine", 5)
     assert (rows[:, 0] == order[:, 0]).mean() > 0.9
     np.testing.assert_allclose(distances, expected, atol=0.02)
     with pytest.raises(InputError, match=r"faiss_store\.cosine: its faiss metric type is 0, but 1"):
-        open_retriever(store, place, "l2", 7)
+        open_retriever(store, Search(place, "l2", 7))
     with pytest.raises(InputError, match=r"dir/faiss_store\.none: no such index"):
-        open_retriever(store, "dir/faiss_store.none", "cosine", 7)
+        open_retriever(store, Search("dir/faiss_store.none", "cosine", 7))
 
 
 def test_words_and_factory_strings_are_no_paths(make_store, tmp_path, monkeypatch):
@@ -495,7 +496,7 @@ def test_words_and_factory_strings_are_no_paths(make_store, tmp_path, monkeypatc
     assert not is_path("IVF1024,SQfp16")
     store, _, _ = make_store()
     for name in ("auto", "flat"):
-        assert isinstance(open_retriever(store, name, "l2", 1), FlatRetriever)
+        assert isinstance(open_retriever(store, Search(name, "l2", 1)), FlatRetriever)
 
 
 @pytest.mark.parametrize(
@@ -506,11 +507,11 @@ def test_lists_of_halves_hold_half_precision_keys_as_they_are(make_store, metric
     """Then distances of the index are exact, and keys need not be read again."""
     store, _, _ = make_store(2000, 8, dtype)
     IndexBuilding(store, "IVF8,SQfp16", metric).run()
-    retriever = open_retriever(store, "IVF8,SQfp16", metric, 8)
+    retriever = open_retriever(store, Search("IVF8,SQfp16", metric, 8))
     assert retriever.exact is exact
     queries = np.random.default_rng(1).standard_normal((20, 8)).astype(np.float32)
-    distances, rows = retriever.search(queries, 50)
+    distances, rows, _ = retriever.search(queries, 50)
     if exact:
         again = exact_distances(queries, rows, store, metric)
         np.testing.assert_allclose(distances, again, rtol=1e-5, atol=1e-5)
-    assert open_retriever(store, "flat", metric, 8).exact is (metric != "l2")
+    assert open_retriever(store, Search("flat", metric, 8)).exact is (metric != "l2")

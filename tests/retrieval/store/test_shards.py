@@ -20,6 +20,7 @@ from neighborlm.datamodules.graphs import NeighborMemory
 from neighborlm.programs.settings import KNNSettings
 from neighborlm.retrieval.neighbors.codec import build_codes, has_codes, open_codes
 from neighborlm.retrieval.neighbors.tables import TableSettings, find_table
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.search.retriever import FlatRetriever
@@ -156,7 +157,7 @@ def test_nothing_but_the_place_differs(whole, sharded):
         for store in (whole, sharded):
             if index.startswith("IVF"):
                 IndexBuilding(store, index, "l2").run()
-            found.append(open_retriever(store, index, "l2", 4).search(KEYS[:20] + 0.1, 9))
+            found.append(open_retriever(store, Search(index, "l2", 4)).search(KEYS[:20] + 0.1, 9))
         np.testing.assert_array_equal(found[0], found[1])
 
 
@@ -167,7 +168,7 @@ def test_what_a_graph_network_reads_of_it_is_the_same(whole, sharded):
     tables, features = [], []
     for store, made in zip((whole, sharded), codes, strict=True):
         settings = {"exclude_window": 3, "keep_distances": True}
-        writer = NeighborTableWriter(store.path, store.path, "flat", "l2", 1, 6, **settings)
+        writer = NeighborTableWriter(store.path, store.path, Search("flat", "l2", 1), 6, **settings)
         tables.append(writer.build())
         narrower = TableSettings("l2", "flat", 1, 4, exclude_window=3)
         assert find_table(store, store, narrower).nearest(4).shape == (300, 4)
@@ -188,7 +189,7 @@ def test_what_a_graph_network_reads_of_it_is_the_same(whole, sharded):
 
 
 def test_tables_and_codes_of_shards_that_are_there_are_kept(whole, sharded, monkeypatch):
-    writer = NeighborTableWriter(sharded.path, sharded.path, "flat", "l2", 1, 5)
+    writer = NeighborTableWriter(sharded.path, sharded.path, Search("flat", "l2", 1), 5)
     last = sharded.shards()[-1].path
     real = Datastore.read
 
@@ -249,7 +250,7 @@ def test_a_shard_is_a_datastore_and_a_part(sharded):
 
 
 def test_searching_the_shards_is_searching_the_whole(whole, sharded):
-    distances, rows = FlatRetriever(whole, "l2").search(KEYS[:20] + 0.1, 9)
+    distances, rows, _ = FlatRetriever(whole, "l2").search(KEYS[:20] + 0.1, 9)
     parts = [
         FlatRetriever(sharded.shard(number), "l2").search(KEYS[:20] + 0.1, 9)
         for number in range(sharded.n_shards)

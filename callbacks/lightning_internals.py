@@ -1,0 +1,188 @@
+"""All that depends on how Lightning works inside: its private names, the layout of its checkpoints
+and the signals it takes. A new release of Lightning is checked against this file.
+"""
+
+import signal
+import threading
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import ResumableLoader
+from neighborlm.retrieval.cluster import rank_watch
+
+COUNTS = ("ready", "started", "processed", "completed")
+"""Of batches, as Lightning keeps them."""
+
+
+class Continuation(Callback):
+    """Lets a run go on with the numbers it would have had: an interrupt waits for the end of an
+    update, a validation that was not finished is made first, and ranks that would go on from
+    different updates are refused.
+
+    Args:
+        ckpt_path: what this rank goes on from, if anything.
+        held: the interrupts that came, as `interrupts_held` gives them.
+    """
+
+    def __init__(self, ckpt_path: str | None, held: list[int]) -> None:
+        self.ckpt_path = ckpt_path
+        self.held = held
+        self.owes_validation = False
+        self.max_steps: int | None = None  # to be set again after the validation that is owed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The ranks are joined, and nothing is loaded yet."""
+        own = 0
+        if self.ckpt_path is not None and trainer.world_size > 1:
+            like = {"map_location": "cpu", "weights_only": True, "mmap": True}
+            own = torch.load(self.ckpt_path, **like)["global_step"]
+        first = trainer.strategy.broadcast(own)
+        if own != first:
+            raise InputError(
+                f"{self.ckpt_path or trainer.default_root_dir}: rank {trainer.global_rank} would "
+                f"go on from update {own}, but rank 0 from update {first}; expected the same "
+                "last.ckpt in the run directories of all hosts"
+            )
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Has a validation that is owed begin anew; Lightning would take it as had. The update is
+        over, and of the validation's batches one has begun."""
+        self.owes_validation = checkpoint["callbacks"].get(self.state_key, {}).get("owed", False)
+        if not self.owes_validation:
+            return
+        loops, nothing = checkpoint["loops"]["fit_loop"], dict.fromkeys(COUNTS, 0)
+        for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+            counts["completed"] = counts["processed"]
+        progress = loops["epoch_loop.val_loop.batch_progress"]
+        progress |= {"total": {**nothing, "ready": 1, "started": 1}, "current": nothing}
+        loop = trainer.fit_loop.epoch_loop
+        if loop.max_steps == checkpoint["global_step"]:  # it would not even begin
+            self.max_steps = loop.max_steps
+            loop.max_steps += 1
+
+    def state_dict(self) -> dict[str, bool]:
+        """Whether a validation is due that is not finished."""
+        return {"owed": self.owes_validation}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Trains no more than was asked for, where validations have been given up since."""
+        if not self._validates(trainer):
+            self._restore_max_steps(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the run if an interrupt came, all ranks at the same update: all that the last one
+        brought about is over."""
+        # Lightning counts one too many where it goes on after a validation.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        whole = batch_idx % trainer.accumulate_grad_batches == 0
+        if whole and trainer.strategy.reduce_boolean_decision(bool(self.held), all=False):
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Knows of a validation that is due before a checkpoint is saved."""
+        self.owes_validation = self._validates(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One that has begun anew counts its batches from nothing."""
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Ends the run if an interrupt came, unless gradients of an update would be lost."""
+        if self.held and not trainer.fit_loop.epoch_loop._should_accumulate():
+            raise KeyboardInterrupt
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Owes nothing more, before the best checkpoint is saved."""
+        self.owes_validation = False
+        self._restore_max_steps(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Sees to it, before the last checkpoint is saved, that a batch whose update was not made
+        comes again; Lightning would count it as had, and then validate one update too early."""
+        for checkpoint in trainer.checkpoint_callbacks:  # also where only a validation has ended
+            checkpoint._last_global_step_saved = 0
+        progress, loader = trainer.fit_loop.epoch_loop.batch_progress, trainer.train_dataloader
+        if (
+            isinstance(loader, ResumableLoader)
+            and progress.current.ready > progress.current.processed
+        ):
+            made = trainer.global_step > progress.total.processed
+            loader.consumed -= not made
+            for counts in (progress.total, progress.current):
+                counts.processed += made
+                counts.ready = counts.started = counts.completed = counts.processed
+
+    def _validates(self, trainer: Trainer) -> bool:
+        """Whether a validation is due at this update."""
+        loop = trainer.fit_loop
+        return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+    def _restore_max_steps(self, trainer: Trainer) -> None:
+        if self.max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+
+
+class WatchRanks(Callback):
+    """Has every rank stop when another is lost, from the first stage on.
+
+    Args:
+        lost_after: seconds without an answer from a host.
+    """
+
+    def __init__(self, lost_after: int) -> None:
+        self.lost_after = lost_after
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The process group has just been made."""
+        if trainer.world_size > 1:
+            environment = trainer.strategy.cluster_environment
+            address = environment.main_address if trainer.num_nodes > 1 else None
+            rank_watch.watch(
+                trainer.global_rank,
+                trainer.world_size,
+                address,
+                trainer.strategy.broadcast,
+                self.lost_after,
+            )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The others need not have met an exception: what is saved because of it is saved without
+        waiting for them. And Lightning ends its processes after an interrupt, which is no loss."""
+        trainer.strategy.barrier = lambda name=None: None
+        if isinstance(exception, KeyboardInterrupt):
+            rank_watch.leave("stop")
+
+
+class KeepSigterm(Callback):
+    """Leaves SIGTERM what it was: Lightning would exchange messages with other ranks in the middle
+    of whatever it interrupts, and go on with an evaluation."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning has not taken it yet."""
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def _keep(self, *_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_sanity_check_start = on_train_start = on_test_start = on_predict_start = _keep

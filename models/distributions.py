@@ -1,0 +1,39 @@
+"""What is asked of a model's whole distribution over the vocabulary: its entropy and its most
+probable tokens, a few rows at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from neighborlm.common.contracts import Want
+from neighborlm.models.adaptive import LOGITS_AT_ONCE
+
+
+def entropy_and_top(
+    log_prob: Callable[..., Tensor], want: Want, vocab_size: int, *vectors: Tensor
+) -> dict[str, Tensor]:
+    """The fields `entropy`, `top_ids` and `top_log_probs` of `Scored`, those that are wanted.
+
+    Args:
+        log_prob: gives natural-log probabilities of the whole vocabulary, fp32 `[m, vocab_size]`,
+            from m rows of each of `vectors`. It is called with so few that these take 128 MiB.
+        want: how many most probable tokens; all of a vocabulary that has fewer.
+        vectors: `[n, ...]` each.
+    """
+    if not want.entropy and not want.top:
+        return {}
+    top = min(want.top, vocab_size)
+    at_once = max(LOGITS_AT_ONCE // vocab_size, 1)
+    entropies, best = [], []
+    for rows in zip(*(vector.split(at_once) for vector in vectors), strict=True):
+        log_probs = log_prob(*rows)
+        if want.entropy:
+            entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+        if top:
+            best.append(log_probs.topk(top, dim=-1))
+    found = {"entropy": torch.cat(entropies)} if want.entropy else {}
+    if top:
+        found["top_ids"] = torch.cat([part.indices for part in best])
+        found["top_log_probs"] = torch.cat([part.values for part in best])
+    return found

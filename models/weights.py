@@ -1,0 +1,33 @@
+"""The weights of a model as its content: a hash of them, and a cheap way to notice that they have
+changed."""
+
+import hashlib
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def content_hash(module: nn.Module, settings: Mapping[str, Any]) -> str:
+    """A hash of all weights, whatever file they came from.
+
+    Args:
+        settings: what else decides what the module computes.
+    """
+    digest = hashlib.blake2b(repr(dict(settings)).encode(), digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def weights_version(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Another one after a parameter or a buffer was replaced, moved or changed in place.
+
+    Not so after changes that torch itself does not count: those of fused optimisers, and those that
+    are made through `.data`.
+    """
+    tensors = chain(module.parameters(), module.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)

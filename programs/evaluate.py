@@ -1,0 +1,162 @@
+"""The command line of evaluate.py: perplexity of a trained model, plain or with memories.
+
+`--save_datastore` and `--build_index` do one stage as a job of its own.
+"""
+
+from pathlib import Path
+
+from pytorch_lightning.cli import LightningArgumentParser
+
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.programs.architectures import Source
+from neighborlm.programs.cli import ProgramCLI, check_row_length
+from neighborlm.programs.corpora import CorpusDataModule
+from neighborlm.programs.evaluation import Evaluated, Subject, evaluate, make_products
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.reports import publish
+from neighborlm.programs.settings import KNNSettings
+from neighborlm.retrieval.memories import MEMORIES, MIXERS
+from neighborlm.retrieval.search.index import resolve
+
+
+class EvaluateCLI(ProgramCLI):
+    """The command line of evaluate.py; the model is the checkpoint's, whatever the config says."""
+
+    tool = "evaluate"
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sections; what the one of the model says is only carried along."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
+        parser.add_argument(
+            "--model", type=dict, default={}, help="settings of training; the checkpoint has them"
+        )
+        parser.add_lightning_class_args(CorpusDataModule, "data")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is not a section of train.py."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="trained model (default: checkpoints/best.ckpt of the run directory)",
+        )
+        parser.add_argument(
+            "--split",
+            type=str | None,
+            default=None,
+            help="what to evaluate (default: test) or to store (default: train): train, valid, "
+            "test, or any split that a data-bin has",
+        )
+        parser.add_argument(
+            "--knnlm", action="store_true", help="mix with the memories of --memories"
+        )
+        parser.add_argument(
+            "--memories",
+            type=str | None,
+            default=None,
+            help=f"what is mixed with the model, separated by commas: {', '.join(MEMORIES)} "
+            "(default: knn with --knnlm, else none)",
+        )
+        parser.add_argument(
+            "--mixer",
+            type=str,
+            default="constant",
+            help="what weighs the model and its memories, fitted on the validation split unless "
+            f"--knn.lmbda gives the weight of knn alone: {', '.join(MIXERS)}",
+        )
+        parser.add_argument(
+            "--save_datastore", action="store_true", help="only write the split's datastore"
+        )
+        parser.add_argument(
+            "--build_index", action="store_true", help="only build the datastore's index"
+        )
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help="where results are written (default: results.json in the run directory)",
+        )
+        parser.add_argument(
+            "--token_scores",
+            type=str | None,
+            default=None,
+            help="write every token's log-probabilities to this .npz file",
+        )
+        parser.add_class_arguments(KNNSettings, "knn")
+
+    @property
+    def memories(self) -> list[str]:
+        """Names of the memories to mix with; none for the model alone."""
+        if self.config.memories is None:
+            return ["knn"] if self.config.knnlm else []
+        return [name.strip() for name in self.config.memories.split(",")]
+
+    def instantiate_classes(self) -> None:
+        """Makes the settings, then the data module; the model comes from the checkpoint."""
+        self.knn = KNNSettings(**self.config.knn.as_dict())
+        self.knn.check()
+        path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
+        self.ckpt_path = Path(path)
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule: LMDataModule = self.config_init.data
+        source = Source(self.datamodule, self.ckpt_path, self.config.model)
+        self.model = self.architecture.load(source)
+        if self.memories or self.config.save_datastore or self.config.build_index:
+            for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
+                self.model.key_width(key_type)
+        check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
+        self.datamodule.max_target_positions = self.model.max_target_positions
+
+
+def subject_of(cli: EvaluateCLI) -> Subject:
+    """What the command line says is to be evaluated."""
+    subject = Subject.of(
+        cli.model, cli.datamodule, cli.make_run(), cli.neighbor_settings, cli.ckpt_path
+    )
+    if cli.config.split is not None:
+        cli.datamodule.stream(cli.config.split)
+    return subject
+
+
+def make_stages(cli: EvaluateCLI, subject: Subject) -> dict[str, float]:
+    """`--save_datastore` and `--build_index`: what they ask for and no more; how long each took."""
+    split, with_index = cli.config.split or "train", cli.config.build_index
+    products = subject.products(cli.knn)
+    if not cli.config.save_datastore and products.open_fitting_datastore(split) is None:
+        raise InputError(
+            f"{products.datastore_path(split)}: no complete datastore to index; --save_datastore "
+            "makes it"
+        )
+    datastore, seconds = make_products(subject, split, cli.knn, with_index)
+    if with_index:
+        print(f"index: {resolve(datastore, cli.knn.index)}")
+    print(f"datastore: {datastore.path}, {len(datastore)} keys of width {datastore.dim}")
+    return seconds
+
+
+def evaluate_subject(cli: EvaluateCLI, subject: Subject) -> Evaluated:
+    """The evaluation that the command line describes."""
+    scores = Path(cli.config.token_scores) if cli.config.token_scores else None
+    split = cli.config.split or "test"
+    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.knn, scores)
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Does the stages that the flags ask for."""
+    cli = EvaluateCLI(args)
+    subject = subject_of(cli)
+    if cli.config.save_datastore or cli.config.build_index:
+        make_stages(cli, subject)
+        if not cli.memories:
+            return
+    evaluated = evaluate_subject(cli, subject)
+    if evaluated.trainer.is_global_zero:
+        output = Path(cli.config.output or cli.run_dir / "results.json")
+        checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
+        made_by = {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
+        updates = getattr(cli.model, "updates", 0)
+        publish(evaluated.results | made_by, output, updates, evaluated.trainer.loggers)

@@ -1,0 +1,115 @@
+"""The command line of train.py.
+
+A run that was interrupted goes on from its last checkpoint when the same command is given again.
+"""
+
+from pathlib import Path
+
+import yaml
+from jsonargparse.typing import PositiveInt
+from pytorch_lightning.cli import LightningArgumentParser
+
+from neighborlm.common.errors import InputError
+from neighborlm.programs.architectures import ARCHITECTURES
+from neighborlm.programs.cli import ProgramCLI, check_row_length
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.training import train
+
+FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing", "shard")
+"""Settings that a continued run may have otherwise: they change no number."""
+
+
+class TrainCLI(ProgramCLI):
+    """The command line of train.py."""
+
+    tool = "train"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is not a section; the model's vocabulary is the corpus's."""
+        super().add_arguments_to_parser(parser)
+        if self.architecture.make is None:
+            trained = ", ".join(name for name, a in ARCHITECTURES.items() if a.make is not None)
+            raise InputError(f"--arch {self.arch} is not trained here; expected one of {trained}")
+        parser.link_arguments(
+            "data", "model.vocab_size", lambda data: data.vocab_size, apply_on="instantiate"
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="checkpoint to go on from (default: the run's own last.ckpt, if there is one)",
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=PositiveInt,
+            default=500,
+            help="updates after which last.ckpt is saved, as it is at the end and at an interrupt "
+            "(but for fsdp)",
+        )
+
+    def instantiate_classes(self) -> None:
+        """Makes the data module and a new model."""
+        if self.arch == "lm":  # known before the corpus is read
+            longest = self.config.model.max_target_positions
+            check_row_length(self.config.data.tokens_per_sample, longest)
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule, self.model = self.config_init.data, self.config_init.model
+        longest = self.model.max_target_positions
+        check_row_length(self.config.data.tokens_per_sample, longest)
+        self.datamodule.max_target_positions = longest
+
+
+def checkpoint_to_continue(cli: TrainCLI) -> str | None:
+    """The checkpoint that this command goes on from.
+
+    Raises:
+        InputError: the run directory holds a run with another model or other data.
+    """
+    if cli.config.ckpt_path is not None:
+        if not Path(cli.config.ckpt_path).is_file():
+            raise InputError(f"--ckpt_path {cli.config.ckpt_path}: no such file")
+        return cli.config.ckpt_path
+    last = cli.run_dir / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        return None
+    config = cli.run_dir / "config.yaml"
+    if not config.is_file():
+        raise InputError(
+            f"{config}: no such file, but {last} is there; remove it, name it as --ckpt_path, or "
+            "choose another --trainer.default_root_dir"
+        )
+    before = yaml.safe_load(config.read_text())
+    now = yaml.safe_load(resolved_config(cli))
+    for section in ("model", "data", "neighbors"):
+        for name, value in now.get(section, {}).items():
+            had = before.get(section, {}).get(name)
+            same = had == value or (name == "corpus" and Path(str(had)) == Path(value))
+            if name not in FREE_TO_CHANGE and not same:
+                raise InputError(
+                    f"{cli.run_dir}: holds a run with --{section}.{name} {had}, but this one has "
+                    f"{value}; choose another --trainer.default_root_dir"
+                )
+    print(f"continuing from {last}")
+    return str(last)
+
+
+def resolved_config(cli: TrainCLI) -> str:
+    """Every setting of this run, as YAML."""
+    return cli.parser.dump(cli.config, skip_unset=False, skip_link_targets=True)
+
+
+@exit_with_one_sentence
+def main(args: list[str] | None = None) -> None:
+    """Trains, keeping the checkpoint with the lowest validation perplexity and the last one."""
+    cli = TrainCLI(args)
+    trained = train(
+        cli.model,
+        cli.datamodule,
+        cli.make_run(),
+        ckpt_path=checkpoint_to_continue(cli),
+        checkpoint_every=cli.config.checkpoint_every,
+        neighbors=cli.neighbor_settings,
+        config=resolved_config(cli),
+    )
+    if trained.best_valid_ppl is not None:
+        print(f"lowest validation perplexity {trained.best_valid_ppl:.2f}: {trained.checkpoint}")

@@ -1,0 +1,101 @@
+"""Counts what neighbours say of targets (Khandelwal et al., ICLR 2020, eq. 2), in compiled loops;
+the same in torch is in `memories.knn`.
+
+A neighbour's score is minus its distance, or its similarity. Of neighbours with scores s_j and
+values v_j, and a temperature T:
+
+    p_kNN(w) = sum over j with v_j = w of exp(s_j / T)  /  sum over all j of exp(s_j / T)
+"""
+
+from typing import Any
+
+import numpy as np
+
+from neighborlm.common.contracts import Neighbors, Votes
+from neighborlm.retrieval.engine.loops import votes_of_neighbors
+from neighborlm.retrieval.engine.parallel import in_parallel
+
+GROUP = 128
+"""Queries whose neighbours are weighed at a time: they stay in the cache."""
+
+
+class Ballot:
+    """Votes for the targets of queries, counted for some queries at a time, by several threads.
+
+    Args:
+        values: unsigned `[N]` or like it, indexed by arrays of ids.
+        targets: int64 `[Q]`.
+        temperature: divides the scores.
+        similar: whether large is near.
+
+    Attributes:
+        votes: those that are counted so far.
+    """
+
+    def __init__(self, values: Any, targets: np.ndarray, temperature: float, similar: bool) -> None:
+        self.values = values
+        self.targets = np.asarray(targets).astype(np.int32)
+        self.temperature = np.float32(temperature)
+        self.similar = similar
+        self.votes = no_votes(len(self.targets))
+
+    def count(self, which: np.ndarray, distances: np.ndarray, ids: np.ndarray) -> None:
+        """Counts those of neighbours that have been put together.
+
+        Args:
+            which: int64 `[n]`, numbers of the queries.
+            distances, ids: fp32 and int64 `[n, k]`, none missing.
+        """
+        values = np.asarray(self.values[ids]).astype(np.int32, copy=False)
+        votes = no_votes(len(ids))
+        asked = (self.targets[which], self.temperature)
+        votes_of_neighbors(distances, ids, values, self.similar, *asked, *votes)
+        self.write(which, votes)
+
+    def write(self, which: np.ndarray, votes: Votes) -> None:
+        """Takes the votes for some targets."""
+        for column, part in zip(self.votes, votes, strict=True):
+            column[which] = part
+
+
+def count_votes(
+    neighbors: Neighbors,
+    targets: np.ndarray,
+    temperature: float,
+    similar: bool,
+    threads: int = 1,
+) -> Votes:
+    """The votes of neighbours whose values are known.
+
+    Args:
+        neighbors: in any order.
+        targets: int64 `[Q]`.
+        temperature: divides the scores.
+        similar: whether large is near.
+        threads: that may work at a time.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    distances, rows, values = neighbors
+    shapes = [array.shape for array in (distances, rows, values)]
+    if shapes != [(len(targets), rows.shape[-1])] * 3:
+        raise ValueError(f"{len(targets)} targets, and distances, rows, values of shapes {shapes}")
+    distances, rows = np.ascontiguousarray(distances, np.float32), np.ascontiguousarray(rows)
+    targets = targets.astype(np.int32)
+    votes = no_votes(len(targets))
+
+    def count(first: int) -> None:
+        part = slice(first, first + GROUP)
+        of_part = np.ascontiguousarray(values[part], np.int32)
+        written = (column[part] for column in votes)
+        asked = (targets[part], np.float32(temperature))
+        votes_of_neighbors(distances[part], rows[part], of_part, similar, *asked, *written)
+
+    in_parallel(count, range(0, len(targets), GROUP), threads)
+    return votes
+
+
+def no_votes(n: int) -> Votes:
+    """Arrays for those of n targets, to be written."""
+    return Votes(*(np.empty(n, dtype=np.float32) for _ in Votes._fields))

@@ -1,0 +1,197 @@
+"""`KNNMemory`: the nearest stored contexts vote for the tokens that followed them (Khandelwal et
+al., ICLR 2020)."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neighborlm.common.contracts import (
+    Memory,
+    Metric,
+    Neighbors,
+    Opinion,
+    Resources,
+    Retriever,
+    Scored,
+    Votes,
+    Want,
+)
+from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder, Retrieved
+from neighborlm.retrieval.memories.knn import knn_weights, neighbor_scores, votes_of_scores
+from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.search.retriever import in_parts, votes_of, with_values
+from neighborlm.retrieval.store.datastore import Datastore
+
+
+class KNNMemory(Memory):
+    """Searches with the model's keys.
+
+    Args:
+        datastore: whose values vote.
+        retriever: finds its rows.
+        k: neighbours of a token.
+        temperature: divides the scores of the neighbours.
+        key_type: of the keys; the datastore's own by default.
+        distances: `exact` computes them from the stored keys, `index` takes the retriever's.
+        similarity: what `exact` computes; by default the retriever's metric.
+        missing: `left_out`, or `last_row` to count the last row in place of missing neighbours, as
+            the original program does.
+        rescoring: datastore of the same text with keys of another type; distances are then those
+            to its keys.
+        cache: gets what is retrieved for every token.
+
+    Attributes:
+        seconds: spent on `search` and `rescore`. Votes that are counted while the search goes on
+            are part of it.
+    """
+
+    in_order = False
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        retriever: Retriever,
+        k: int,
+        temperature: float = 1.0,
+        *,
+        key_type: str | None = None,
+        distances: Literal["exact", "index"] = "exact",
+        similarity: Metric | None = None,
+        missing: Literal["left_out", "last_row"] = "left_out",
+        rescoring: Datastore | None = None,
+        cache: RetrievalCacheBuilder | None = None,
+    ) -> None:
+        self.datastore = datastore
+        self.retriever = retriever
+        self.k = k
+        self.temperature = temperature
+        self.similarity: Metric = similarity or retriever.metric
+        known = retriever.exact and self.similarity == retriever.metric
+        # Missing neighbours that the last row stands for have a distance that nobody knows yet.
+        self.rescores = distances == "exact" and not (known and missing == "left_out")
+        self.missing = missing
+        self.rescoring = rescoring
+        self.cache = cache
+        self.key_type = key_type or key_type_of(datastore)
+        self.others = self.key_type if rescoring is None else key_type_of(rescoring)
+        """Key type of what is rescored by."""
+        self.want = Want(keys=tuple(dict.fromkeys((self.key_type, self.others))))
+        self.seconds: Counter[str] = Counter()
+
+    @classmethod
+    def of(cls, resources: Resources) -> "KNNMemory":
+        """As the section `knn` of the settings has it."""
+        knn = resources.settings
+        return cls(
+            resources.datastore(),
+            resources.retriever(),
+            knn.k,
+            knn.temperature,
+            key_type=knn.key_type,
+            distances=knn.distances,
+            similarity=knn.similarity,
+            missing=knn.missing,
+            rescoring=resources.rescoring_datastore(),
+        )
+
+    def prepare(self) -> None:
+        """Loads what a first search would wait for."""
+        self.retriever.prepare()
+
+    def begin_pass(self) -> None:
+        """Connects the ranks where all search together."""
+        self.seconds.clear()
+        self.retriever.begin_pass()
+
+    def end_pass(self) -> None:
+        """Searches for the other ranks until none has any query left."""
+        self.retriever.end_pass()
+        if self.cache is not None:
+            self.cache.sync()
+
+    def say(self, asked: Scored) -> Opinion:
+        """log p_kNN of the targets (eq. 2), and as features the distances of the nearest and of the
+        k-th neighbour; of a token without neighbours there are none, infinite."""
+        return opinion_of(self._votes(asked), self.similarity)
+
+    def _votes(self, asked: Scored) -> Votes:
+        queries, targets = asked.keys[self.key_type].numpy(), asked.targets.numpy()
+        if self.neighbors_are_needed:
+            neighbors = self.neighbors(asked)
+            if self.cache is not None:
+                self._write(asked, neighbors)
+            return votes_of(neighbors, targets, self.temperature, self.similarity)
+        with self._timed("search"):
+            return self.retriever.vote(queries, self.k, targets, self.temperature)
+
+    def _write(self, asked: Scored, neighbors: Neighbors) -> None:
+        """Keeps what was retrieved."""
+
+        def write(part: slice) -> None:
+            scores = neighbor_scores(
+                neighbors.distances[part], neighbors.rows[part], self.similarity
+            )
+            columns = (asked.positions[part], asked.targets[part], asked.log_probs[part])
+            self.cache.write(*columns, scores, neighbors.values[part])
+
+        in_parts(write, len(neighbors.rows))
+
+    @property
+    def neighbors_are_needed(self) -> bool:
+        """Whether it must be known who the neighbours are: else their votes suffice."""
+        changed = self.rescores or self.rescoring is not None or self.missing == "last_row"
+        return changed or self.cache is not None
+
+    def neighbors(self, asked: Scored) -> Neighbors:
+        """The neighbours of some tokens with their values, distances being those that votes are
+        weighed by; nearest first only where the cache wants them so."""
+        queries = asked.keys[self.key_type].numpy()
+        with self._timed("search"):
+            ordered = self.cache is not None
+            distances, rows, values = self.retriever.search(queries, self.k, ordered)
+        if self.missing == "last_row":
+            rows, values = np.where(rows < 0, len(self.datastore) - 1, rows), None
+        with self._timed("rescore"):
+            if self.rescoring is not None:
+                others = asked.keys[self.others].numpy()
+                distances = exact_distances(others, rows, self.rescoring, self.similarity)
+            elif self.rescores:
+                distances = exact_distances(queries, rows, self.datastore, self.similarity)
+        return with_values(Neighbors(distances, rows, values), self.datastore)
+
+    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
+        """See `Memory.distribution`: the neighbours' values and weights."""
+        distances, rows, values = self.neighbors(asked)
+        scores = neighbor_scores(distances, rows, self.similarity)
+        ids = torch.from_numpy(values.astype(np.int64))
+        return ids, knn_weights(scores, self.temperature)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
+
+
+def opinion_of(votes: Votes, similarity: Metric) -> Opinion:
+    """Votes as an opinion, see `KNNMemory.say`."""
+    sign = -1 if similarity == "l2" else 1
+    nearest, farthest = (torch.from_numpy(sign * x) for x in (votes.nearest, votes.farthest))
+    features = {"nearest_distance": nearest, "kth_distance": farthest}
+    return Opinion(torch.from_numpy(votes.log_probs), features)
+
+
+def opinion_from_cache(block: Retrieved, temperature: float, similarity: Metric) -> Opinion:
+    """What `KNNMemory.say` said of the tokens of a cache, at any temperature."""
+    return opinion_of(votes_of_scores(block.scores, block.hits, temperature), similarity)
+
+
+def key_type_of(datastore: Datastore) -> str:
+    """The key type of a datastore; that of the papers for one that does not say."""
+    return datastore.manifest["made_from"].get("key_type", "last_ffn_input")

@@ -1,0 +1,127 @@
+"""Search of a faiss index: by the engine where many queries share inverted lists, else by faiss."""
+
+import faiss
+import numpy as np
+
+from neighborlm.common.contracts import Metric, Neighbors, NProbe, Votes
+from neighborlm.retrieval.engine import ListSearch, Probing, stores_halves
+from neighborlm.retrieval.search.retriever import BaseRetriever, missing_distance, normalized
+from neighborlm.retrieval.store.datastore import Datastore
+
+
+class FaissRetriever(BaseRetriever):
+    """A built index.
+
+    Args:
+        index: trained and filled; its ids count the datastore's keys.
+        datastore: what it was built from.
+        metric: what it was built with.
+        nprobe: inverted lists to visit, where the index has any. Where something else than
+            transformations of the queries lies before them, `auto` visits the most it would.
+        name: of the index, for messages.
+    """
+
+    def __init__(
+        self,
+        index: faiss.Index,
+        datastore: Datastore,
+        metric: Metric,
+        nprobe: NProbe,
+        name: str = "index",
+    ) -> None:
+        self.index = index
+        self.datastore = datastore
+        self.metric = metric
+        self.name = name
+        self.probing: Probing | None = None
+        self.lists: ListSearch | None = None
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is not None:
+            ivf = faiss.downcast_index(ivf)
+            probing = Probing(ivf, nprobe)
+            if isinstance(index, faiss.IndexPreTransform) or index.this == ivf.this:
+                self.probing = probing
+                if ListSearch.serves(ivf):
+                    self.lists = ListSearch(ivf, probing)
+
+        # An index of the original program counts rows, zero ones at the end included.
+        self.counts_rows = index.ntotal != datastore.n_keys
+        self.finds_masked = self.counts_rows and len(datastore.masked) > 0
+        halves = datastore.keys.dtype == np.float16 and metric != "cosine"
+        as_they_are = stores_halves(index) and halves and not index.by_residual
+        flat = isinstance(index, faiss.IndexFlat) and metric != "l2"  # see FlatRetriever
+        self.exact = as_they_are or flat or isinstance(index, faiss.IndexIVFFlat)
+
+    def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
+        """See `contracts.Retriever.search`."""
+        queries = normalized(queries, self.metric)
+        shared = self._shared(queries)
+        if shared is None:
+            distances, ids = self._by_faiss(queries, k)
+        else:
+            distances, ids, _ = self.lists.search(shared, k, ordered)
+        found = Neighbors(distances, self._rows_of(ids))
+        if not ordered:
+            return found
+        return self.checked(self._missing_last(found))
+
+    def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
+        """See `contracts.Retriever.vote`."""
+        # Masked rows count among the k, but have no vote.
+        shared = None if self.finds_masked else self._shared(normalized(queries, self.metric))
+        if shared is None:
+            return super().vote(queries, k, targets, temperature)
+        return self.lists.vote(shared, k, ValuesOfIds(self), targets, temperature)
+
+    def prepare(self) -> None:
+        """See `contracts.Retriever.prepare`."""
+        super().prepare()
+        if self.lists is not None:
+            one = np.zeros((1, self.lists.ivf.d), dtype=np.float32)
+            self.lists.search(one, 1)
+            nothing = np.broadcast_to(np.int32(0), self.index.ntotal)
+            self.lists.vote(one, 1, nothing, np.zeros(1, dtype=np.int64), 1.0)
+
+    def _shared(self, queries: np.ndarray) -> np.ndarray | None:
+        """The queries as the lists see them, if there are enough of them to share the lists."""
+        if self.lists is None or not self.lists.pays(len(queries)):
+            return None
+        return self._transformed(queries)
+
+    def _transformed(self, queries: np.ndarray) -> np.ndarray:
+        if isinstance(self.index, faiss.IndexPreTransform):
+            for number in range(self.index.chain.size()):
+                queries = self.index.chain.at(number).apply(queries)
+        return queries
+
+    def _by_faiss(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.probing is None or self.probing.slack == np.inf:
+            return self.index.search(queries, k)
+        queries = self._transformed(queries)
+        distances, lists = self.probing.nearest(queries, faiss.omp_get_max_threads())
+        return self.probing.ivf.search_preassigned(queries, k, lists, distances)
+
+    def _rows_of(self, ids: np.ndarray) -> np.ndarray:
+        if not self.counts_rows:
+            return self.datastore.rows_of(ids)
+        if self.finds_masked:
+            return np.where(np.isin(ids, self.datastore.masked), -1, ids)
+        return ids
+
+    def _missing_last(self, found: Neighbors) -> Neighbors:
+        """Moves masked rows that were found to the end."""
+        if not self.finds_masked:
+            return found
+        order = np.argsort(found.rows < 0, axis=1, kind="stable")
+        distances, rows = (np.take_along_axis(column, order, axis=1) for column in found[:2])
+        return Neighbors(np.where(rows < 0, missing_distance(self.metric), distances), rows)
+
+
+class ValuesOfIds:
+    """The values of a datastore by the ids of an index, to be indexed by arrays of these."""
+
+    def __init__(self, retriever: FaissRetriever) -> None:
+        self.retriever = retriever
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        return self.retriever.datastore.values_of(self.retriever._rows_of(ids))

@@ -1,0 +1,29 @@
+"""What the README says works when it is typed."""
+
+import re
+import shutil
+
+from small import ROOT
+
+PYTHON = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+
+
+def test_the_python_part(workplace, tmp_path, monkeypatch, capsys):
+    assert len([line for line in PYTHON.splitlines() if line]) <= 25
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workplace / "words", tmp_path / "words")
+    program = PYTHON.replace("FOLDER", "words").replace("300", "20").replace("100}", "10}")
+    names: dict = {}
+    exec(compile(program, "README.md", "exec"), names)
+    token, evaluated = names["token"], names["evaluated"]
+    words = (tmp_path / "words" / "test.txt").read_text().replace("\n", " \n ").split(" ")
+    words = [word for word in words if word]
+    assert token.target == words[100]
+    assert token.context.split() == "".join(f"{word} " for word in words[92:100]).split()
+    lmbda, p = evaluated.results["knn"]["lmbda"], token.probabilities
+    assert abs(p["mixture"] - (1 - lmbda) * p["lm"] - lmbda * p["knn"]) < 1e-6
+    assert len(token.neighbors) == 5
+    weights = [neighbor.weight for neighbor in token.neighbors]
+    assert weights == sorted(weights, reverse=True)
+    shown = capsys.readouterr().out.splitlines()
+    assert any(f"-> {token.target}" in line for line in shown)
