@@ -25,15 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from neighborlm.common.contracts import NProbe, Retriever
 from neighborlm.common.progress import progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.common.contracts import NProbe
 from neighborlm.retrieval.memories.knn import knn_log_prob, neighbor_scores
 from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import auto_factory, open_retriever
 from neighborlm.retrieval.search.rescoring import exact_distances
-from neighborlm.common.contracts import Retriever
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 FACTORIES = (

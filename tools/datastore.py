@@ -16,6 +16,7 @@ from neighborlm.common.progress import progress_bars
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.neighbors.tables import NeighborTable
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import (
     DTYPES,
@@ -229,9 +230,8 @@ def merge_entries(
     """
     opened = Datastore.open(source)
     if table is None:
-        found = NeighborTableWriter(
-            source, source, index, "l2", nprobe, k, exclude_window=1
-        ).build()
+        search = Search(index, nprobe=nprobe)
+        found = NeighborTableWriter(source, source, search, k, exclude_window=1).build()
     else:
         found = NeighborTable.open(table)
         itself = {"queries": opened.fingerprint, "memory": opened.fingerprint}

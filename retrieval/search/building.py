@@ -19,6 +19,7 @@ import faiss
 import numpy as np
 from faiss.contrib.ondisk import merge_ondisk
 
+from neighborlm.common.contracts import Metric
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.interrupts import interrupts_held
@@ -33,7 +34,6 @@ from neighborlm.retrieval.search.index import (
     read_index,
 )
 from neighborlm.retrieval.search.index_recall import RecallSample
-from neighborlm.common.contracts import Metric
 from neighborlm.retrieval.search.retriever import faiss_reason, normalized
 from neighborlm.retrieval.store.artifact import Artifact, Format, Job
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of

@@ -11,8 +11,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from neighborlm.retrieval.search.retriever import FAISS_METRICS, normalized
 from neighborlm.common.contracts import Metric
+from neighborlm.retrieval.search.retriever import FAISS_METRICS, normalized
 from neighborlm.retrieval.store.datastore import Datastore
 
 QUERIES, K, SEED = 128, 100, 1

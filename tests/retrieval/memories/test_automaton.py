@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from neighborlm.common.contracts import Neighbors, Retriever, Scored
+from neighborlm.common.contracts import Neighbors, Scored
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories.automaton import (
     AutomatonMemory,
@@ -18,6 +18,7 @@ from neighborlm.retrieval.memories.automaton import (
     coded_distances,
 )
 from neighborlm.retrieval.memories.pointers import with_members
+from neighborlm.retrieval.search import BaseRetriever
 from neighborlm.retrieval.search.clusters import Clusters, cluster_count, ensure_clusters
 from neighborlm.retrieval.store.datastore import Datastore
 
@@ -26,10 +27,10 @@ TOKENS, WALK = 150, 40
 TEMPERATURE = 0.7
 
 
-class Brute(Retriever):
+class Brute(BaseRetriever):
     """Reads all keys for every query."""
 
-    metric, exact, communication = "l2", True, {}
+    metric, exact = "l2", True
 
     def __init__(self, datastore: Datastore) -> None:
         self.rows = np.setdiff1d(np.arange(len(datastore)), datastore.masked)
