@@ -15,7 +15,7 @@ depend on which tokens are asked about together.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,6 @@ from torch import Tensor
 from neighborlm.common.contracts import (
     Memory,
     Metric,
-    Neighbors,
     Opinion,
     Resources,
     Retriever,
@@ -81,7 +80,7 @@ class AutomatonSettings:
     max_pointers: int = 1024
     clusters: int | Literal["auto"] = 0
     counting: Literal["paper", "program"] = "paper"
-    walk_length: int = 256
+    walk_length: int = 64
 
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""
@@ -103,9 +102,9 @@ class Walks(NamedTuple):
     pointers: np.ndarray
     idle: np.ndarray
 
-    def first(self, count: int) -> "Walks":
-        """The first so many of them."""
-        return Walks(self.pointers[:count], self.idle[:count])
+    def some(self, which: np.ndarray | slice) -> "Walks":
+        """Some of them."""
+        return Walks(self.pointers[which], self.idle[which])
 
 
 class Entries(NamedTuple):
@@ -115,20 +114,20 @@ class Entries(NamedTuple):
         rows: int64 `[W, n]`, -1 where there is none.
         values: `[W, n]`, the tokens that followed; any where there is none.
         scores: fp32 `[W, n]`, larger is nearer; -inf where there is none.
-        searched: bool `[W]`, whether a search was made.
         walks: where the walks were.
+        searched: whether a search was made for all of them, or for none.
     """
 
     rows: np.ndarray
     values: np.ndarray
     scores: np.ndarray
-    searched: np.ndarray
     walks: Walks
+    searched: bool
 
-    def after(self, first: int) -> "Entries":
-        """Those of all walks but the first so many."""
-        *columns, walks = self
-        return Entries(*(column[first:] for column in columns), Walks(*(x[first:] for x in walks)))
+    def some(self, which: np.ndarray | slice) -> "Entries":
+        """Those of some walks."""
+        rows, values, scores = (column[which] for column in self[:3])
+        return Entries(rows, values, scores, self.walks.some(which), self.searched)
 
     def left_aligned(self) -> "Entries":
         """The same, those of each walk without gaps."""
@@ -276,13 +275,11 @@ class AutomatonMemory(Memory):
                 nearest[which] = scores.amax(dim=1)
                 there_were = (entries.walks.pointers >= 0).sum(axis=1)
                 pointers[which] = torch.from_numpy(there_were).float()
-                searched[which] = torch.from_numpy(entries.searched).float()
-                self.counts.update(
-                    tokens=len(which),
-                    searches=int(entries.searched.sum()),
-                    pointers=int(there_were.sum()),
-                    between=int(entries.walks.idle[entries.searched].sum()),
-                )
+                self.counts.update(tokens=len(which), pointers=int(there_were.sum()))
+                if entries.searched:
+                    searched[which] = 1
+                    between = int(entries.walks.idle.sum())
+                    self.counts.update(searches=len(which), between=between)
         if self.as_program:
             log_probs.masked_fill_(log_probs.isneginf(), IMPOSSIBLE)
         sign = -1 if self.similarity == "l2" else 1
@@ -311,63 +308,72 @@ class AutomatonMemory(Memory):
             walks = self._moved_on(entries, tokens.numpy()[which])
             for number, position in enumerate((self.positions[which] + 1).tolist()):
                 if position % self.settings.walk_length:
-                    self.begun[position] = Walks(*(column[number] for column in walks))
+                    self.begun[position] = walks.some(slice(number, number + 1))
         self.last_steps = []
 
     # -- how it walks --------------------------------------------------------------------------
 
     def _steps(self, asked: Scored) -> Iterator[tuple[np.ndarray, Entries]]:
-        """Numbers int64 `[W]` of some tokens, and what votes for them, for each step that all
-        stretches of these tokens take together."""
+        """Numbers int64 `[W]` of some tokens, and what votes for them. All stretches of the tokens
+        take a step together, first those that search and then those that have enough pointers."""
         self.positions, self.last_steps = asked.positions.numpy(), []
         queries, targets = asked.keys[self.key_type].numpy(), asked.targets.numpy()
         stretches = Stretches.of(self.positions, self.settings.walk_length)
         walks = self._walks_at(self.positions[stretches.order[stretches.starts]])
         for step in range(stretches.lengths.max(initial=0)):
             active, lasting = stretches.longer_than(step), stretches.longer_than(step + 1)
-            which = stretches.order[stretches.starts[:active] + step]
-            entries = self._entries(queries[which], walks.first(active))
-            yield which, entries
-            if lasting < active:
-                self.last_steps.append((which[lasting:], entries.after(lasting)))
-            walks = self._moved_on(entries, targets[which])
+            tokens = stretches.order[stretches.starts[:active] + step]
+            walks = walks.some(slice(active))
+            searching = self._counted(walks.pointers) < self.settings.min_pointers
+            groups, moved = [], []
+            for search in (True, False):
+                group = np.flatnonzero(searching == search)
+                if not len(group):
+                    continue
+                which = tokens[group]
+                entries = self._entries(queries[which], walks.some(group), search)
+                yield which, entries
+                last = group >= lasting
+                if last.any():
+                    self.last_steps.append((which[last], entries.some(last)))
+                groups.append(group)
+                moved.append(self._moved_on(entries, targets[which]))
+            walks = together(moved, groups)
 
     def _walks_at(self, positions: np.ndarray) -> Walks:
         """The walks whose next tokens are at some positions int64 `[S]`, which all begin there of
         which the token before was not seen."""
-        nowhere = Walks(np.empty(0, dtype=np.int64), np.int64(0))
+        nowhere = Walks(np.empty((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64))
         found = [self.begun.get(position, nowhere) for position in positions.tolist()]
-        widest = max((len(walk.pointers) for walk in found), default=0)
-        pointers = np.full((len(found), widest), -1, dtype=np.int64)
-        for walk, row in zip(found, pointers, strict=True):
-            row[: len(walk.pointers)] = walk.pointers
-        return Walks(pointers, np.array([walk.idle for walk in found], dtype=np.int64))
+        return together(found, np.arange(len(found))[:, None])
 
     def _moved_on(self, entries: Entries, tokens: np.ndarray) -> Walks:
         """Where walks are once the next tokens int64 `[W]` are known."""
         pointers = moved_on(entries.rows, entries.scores, entries.carry(tokens), self.ends)
-        return Walks(pointers, np.where(entries.searched, 0, entries.walks.idle + 1))
+        idle = entries.walks.idle
+        return Walks(pointers, np.zeros_like(idle) if entries.searched else idle + 1)
 
-    def _entries(self, queries: np.ndarray, walks: Walks) -> Entries:
+    def _entries(self, queries: np.ndarray, walks: Walks, search: bool) -> Entries:
         """What votes for the next tokens of some walks.
 
         Args:
             queries: fp32 `[W, d]`.
+            search: whether neighbours are among it.
         """
-        pointers = self._with_members(walks.pointers)
-        searched = self._counted(walks.pointers) < self.settings.min_pointers
-        found = self._search(queries, searched)
-        if not self.as_program:
-            pointers = without_doubles(pointers, found.rows, len(self.datastore))
-        rows = np.concatenate([found.rows, pointers], axis=1)
+        rows = pointers = self._with_members(walks.pointers)
+        if search:
+            with self._timed("search"):
+                found = self.retriever.search(queries, self.k, ordered=self.as_program)
+            if not self.as_program:
+                pointers = without_doubles(pointers, found.rows, len(self.datastore))
+            rows = np.concatenate([found.rows, pointers], axis=1)
         with self._timed("measure"):
-            if self.rescores:
-                distances = self.measure(queries, rows)
-            else:
-                measured = self.measure(queries, pointers)
-                distances = np.concatenate([found.distances, measured], axis=1)
+            measured = rows if self.rescores else pointers
+            distances = self.measure(queries, measured)
+        if search and not self.rescores:
+            distances = np.concatenate([found.distances, distances], axis=1)
         scores = neighbor_scores(distances, rows, self.similarity).numpy()
-        return Entries(rows, self.datastore.values_of(rows), scores, searched, walks)
+        return Entries(rows, self.datastore.values_of(rows), scores, walks, search)
 
     def _counted(self, pointers: np.ndarray) -> np.ndarray:
         """What is compared with `min_pointers`, int64 `[W]`."""
@@ -382,23 +388,22 @@ class AutomatonMemory(Memory):
             return pointers[:, :most]
         return with_members(pointers, self.clusters, most, doubles=self.as_program)
 
-    def _search(self, queries: np.ndarray, searched: np.ndarray) -> Neighbors:
-        """Neighbours `[W, k]` of those queries for which there is to be a search, all missing of
-        the others; `[W, 0]` where there is to be none."""
-        columns = self.k if searched.any() else 0
-        rows = np.full((len(queries), columns), -1, dtype=np.int64)
-        distances = np.zeros((len(queries), columns), dtype=np.float32)
-        if columns:
-            with self._timed("search"):
-                found = self.retriever.search(queries[searched], self.k, ordered=self.as_program)
-            rows[searched], distances[searched] = found.rows, found.distances
-        return Neighbors(distances, rows)
-
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - start
+
+
+def together(parts: Sequence[Walks], numbers: Sequence[np.ndarray]) -> Walks:
+    """Walks by the numbers int64 `[W]` of those of each part."""
+    count = sum(map(len, numbers))
+    widest = max((part.pointers.shape[1] for part in parts), default=0)
+    walks = Walks(np.full((count, widest), -1, dtype=np.int64), np.zeros(count, dtype=np.int64))
+    for (pointers, idle), which in zip(parts, numbers, strict=True):
+        walks.pointers[which, : pointers.shape[1]] = pointers
+        walks.idle[which] = idle
+    return walks
 
 
 def check_rows(datastore: Datastore) -> None:

@@ -81,10 +81,12 @@ def moved_on(
     Returns:
         int64 `[W, m]`, the nearest first.
     """
-    goes_on = goes_on & ~are_among(rows, ends)
-    walks, _ = np.nonzero(goes_on)
-    nearest_first = np.lexsort((-scores[goes_on], walks))
-    return table_of(walks, rows[goes_on][nearest_first] + 1, len(rows))
+    walks, columns = np.nonzero(goes_on)
+    found = rows[walks, columns]
+    lasting = ~are_among(found, ends)
+    walks, columns, found = walks[lasting], columns[lasting], found[lasting]
+    nearest_first = np.lexsort((-scores[walks, columns], walks))
+    return table_of(walks, found[nearest_first] + 1, len(rows))
 
 
 def are_among(rows: np.ndarray, ascending: np.ndarray) -> np.ndarray:
@@ -103,12 +105,10 @@ def without_doubles(pointers: np.ndarray, neighbors: np.ndarray, rows: int) -> n
     walks, columns = np.nonzero(pointers >= 0)
     if len(walks) == 0:
         return pointers
-    of_walks = np.arange(len(pointers))[:, None] * rows
     ours = pointers[walks, columns] + walks * rows
-    ascending = np.sort(ours)
+    of_walks = np.arange(len(pointers))[:, None] * rows
     theirs = np.where(neighbors < 0, -1, neighbors + of_walks).ravel()
-    places = np.minimum(np.searchsorted(ascending, theirs), len(ascending) - 1)
-    doubles = np.sort(theirs[ascending[places] == theirs])
+    doubles = np.sort(theirs[are_among(theirs, np.sort(ours))])  # few, and sorted sooner than all
     left = pointers.copy()
     if len(doubles):
         double = are_among(ours, doubles)
