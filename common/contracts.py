@@ -430,11 +430,13 @@ class Resources(Protocol):
 
     Attributes:
         vocab_size: V.
-        settings: of the section `knn`, see `programs.settings.KNNSettings`.
+        settings: by section, see `programs.settings.MemorySettings`.
+        device: the model's.
     """
 
     vocab_size: int
     settings: Any
+    device: torch.device
 
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split `[N]`, unsigned, memory-mapped."""

@@ -87,7 +87,7 @@ class KNNMemory(Memory):
     @classmethod
     def of(cls, resources: Resources) -> "KNNMemory":
         """As the section `knn` of the settings has it."""
-        knn = resources.settings
+        knn = resources.settings.knn
         return cls(
             resources.datastore(),
             resources.retriever(),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neighborlm.common.contracts import Memory, Metric, Opinion, Scored, Want
+from neighborlm.common.contracts import Memory, Metric, Opinion, Resources, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories.recent_tuning import RecentTuning, parts_of, tune_recent
 from neighborlm.retrieval.memories.window import Block, Window
@@ -99,15 +99,16 @@ class RecentMemory(Memory):
         self._forget()
 
     @classmethod
-    def of(cls, settings: RecentSettings, device: torch.device | str = "cpu") -> "RecentMemory":
+    def of(cls, resources: Resources) -> "RecentMemory":
         """As the section `recent` of the settings has it."""
+        settings = resources.settings.recent
         return cls(
             None if settings.size == "auto" else settings.size,
             None if settings.temperature == "auto" else settings.temperature,
             settings.key_type,
             settings.similarity,
             settings.document_end,
-            device,
+            resources.device,
         )
 
     @property

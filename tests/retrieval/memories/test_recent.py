@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,7 +332,9 @@ def test_settings_are_checked():
     for wrong in ({"size": 0}, {"temperature": 0.0}, {"temperature": math.inf}):
         with pytest.raises(InputError, match=f"--recent.{next(iter(wrong))}"):
             RecentSettings(**wrong).check()
-    memory = RecentMemory.of(RecentSettings(size=7, key_type="last_ffn_input"))
+    settings = RecentSettings(size=7, key_type="last_ffn_input")
+    sections = SimpleNamespace(recent=settings)
+    memory = RecentMemory.of(SimpleNamespace(settings=sections, device=torch.device("cpu")))
     assert memory.want.keys == ("last_ffn_input",)
     assert memory.warm_up == 7
     assert memory.needs_tuning
