@@ -18,7 +18,7 @@ from neighborlm.retrieval.memories.window import Block, Window
 
 SIZES = (250, 500, 1000, 2000, 4000)
 LMBDAS = torch.arange(20, dtype=torch.float64) / 20
-OCTAVES = range(-6, 3)
+OCTAVES = range(-6, 1)
 """Temperatures that are tried first, in octaves above the spread of the scores; then half an octave
 below and above the best."""
 LIGHTEST = -80.0
