@@ -9,10 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from jsonargparse import auto_cli
 
+from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
+from neighborlm.common.contracts import NProbe
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.retrieval.neighbors.tables import NeighborTable
+from neighborlm.retrieval.search import Search
+from neighborlm.retrieval.store.artifact import refuse_mismatch
 from neighborlm.retrieval.store.datastore import (
     DTYPES,
     FORMAT,
@@ -28,6 +33,7 @@ from neighborlm.retrieval.store.maintenance import (
     verify_datastore,
 )
 from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind
+from neighborlm.retrieval.store.thinning import merged, random_rows, write_thinned
 
 # -- looking -------------------------------------------------------------------------------------
 
@@ -201,6 +207,61 @@ def take_over(
         print(f"{len(datastore.masked)} rows of zeros at its end are masked")
 
 
+def merge_entries(
+    source: Path,
+    output: Path,
+    k: int = 8,
+    seed: int = 1,
+    index: str = "auto",
+    nprobe: NProbe = 32,
+    table: Path | None = None,
+) -> None:
+    """Makes a smaller datastore, in which near entries of one value are one that counts for all of
+    them; repeated, it goes on where it stopped.
+
+    Args:
+        source: directory of a datastore.
+        output: directory of the new one.
+        k: nearest entries that each may take over.
+        seed: of the order in which they do.
+        index: of the source, where it is searched for its own neighbours; see --knn.index.
+        nprobe: see --knn.nprobe.
+        table: neighbour table of the source in itself, in place of one that is made.
+    """
+    opened = Datastore.open(source)
+    if table is None:
+        search = Search(index, nprobe=nprobe)
+        found = NeighborTableWriter(source, source, search, k, exclude_window=1).build()
+    else:
+        found = NeighborTable.open(table)
+        itself = {"queries": opened.fingerprint, "memory": opened.fingerprint}
+        refuse_mismatch(found.path, found.manifest, itself)
+    described = {"method": "merged", "k": k, "seed": seed, "metric": found.manifest["metric"]}
+    with progress_bars(str(output)) as report:
+        weights = merged(opened, found.nearest(k), seed, partial(report, "merging"))
+        rows = np.flatnonzero(weights)
+        told = partial(report, "copying")
+        made = write_thinned(opened, output, rows, described, weights[rows], told)
+    print(f"{line_of(made.path)}, {len(made) / opened.n_keys:.1%} of {source}")
+
+
+def thin(source: Path, output: Path, share: float, seed: int = 1) -> None:
+    """Makes a smaller datastore of random entries; repeated, it goes on where it stopped.
+
+    Args:
+        source: directory of a datastore.
+        output: directory of the new one.
+        share: of the entries that are kept.
+        seed: of which.
+    """
+    opened = Datastore.open(source)
+    rows = random_rows(opened, share, seed)
+    described = {"method": "random", "share": share, "seed": seed}
+    with progress_bars(str(output)) as report:
+        made = write_thinned(opened, output, rows, described, report=partial(report, "copying"))
+    print(f"{line_of(made.path)}, {len(made) / opened.n_keys:.1%} of {source}")
+
+
 COMMANDS = {
     "list": list_datastores,
     "show": show,
@@ -209,6 +270,8 @@ COMMANDS = {
     "merge": merge,
     "assemble": assemble,
     "import": take_over,
+    "merge-entries": merge_entries,
+    "thin": thin,
 }
 
 
@@ -224,6 +287,8 @@ def main(args: list[str] | None = None) -> None:
     neighborlm datastore merge --source DIR --output DIR
     neighborlm datastore assemble --shards '[DIR, DIR]' --output DIR
     neighborlm datastore import --source PREFIX --output DIR --size N --dim D
+    neighborlm datastore merge-entries --source DIR --output DIR --k 8
+    neighborlm datastore thin --source DIR --output DIR --share .5
     """
     auto_cli(
         COMMANDS,

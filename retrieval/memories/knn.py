@@ -152,3 +152,19 @@ def knn_distribution(
     """
     weights = knn_weights(scores, temperature)
     return weights.new_zeros(len(scores), vocab_size).scatter_add_(1, values, weights)
+
+
+def weighted_scores(scores: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:
+    """Scores of neighbours that stand for several entries each, see `store.thinning`: from
+    s exp(d / T) = exp((d + T log s) / T).
+
+    Args:
+        scores: fp32 or fp64 `[Q, k]`, -inf where missing.
+        weights: `[Q, k]`, how many entries each stands for, at least one; any where missing.
+        temperature: that divides the scores.
+
+    >>> scores = weighted_scores(torch.zeros(1, 2), torch.tensor([[3, 1]]), temperature=10.0)
+    >>> round(knn_log_prob(scores, torch.tensor([[True, False]]), 10.0).exp().item(), 4)
+    0.75
+    """
+    return scores + temperature * weights.to(scores.dtype).log()

@@ -15,7 +15,7 @@ from torch import Tensor
 from neighborlm.common.contracts import Memory, Metric, Neighbors, Opinion, Scored
 from neighborlm.retrieval.memories.cache import nearest_first
 from neighborlm.retrieval.memories.knn import neighbor_scores
-from neighborlm.retrieval.memories.tuning import knn_log_probs
+from neighborlm.retrieval.memories.knn import knn_log_probs
 
 
 class NeighborsByK(Memory):

@@ -67,10 +67,11 @@ def exact_distances(
 def _sorted_pairs(rows: np.ndarray, bits: int) -> np.ndarray:
     """Row and place `[n]` of neighbours in one integer each, in ascending order, without missing
     ones: numpy sorts integers much faster than it argsorts them."""
-    pairs = rows << bits
-    pairs |= np.arange(len(rows))
+    places = np.flatnonzero(rows >= 0)
+    pairs = rows[places] << bits
+    pairs |= places
     pairs.sort()
-    return pairs[np.searchsorted(pairs, 0) :]
+    return pairs
 
 
 def _firsts(ascending: np.ndarray) -> np.ndarray:

@@ -1,0 +1,486 @@
+"""`AutomatonMemory`: neighbours point to the entries that follow them, and while enough pointers
+come true nobody searches (RetoMaton; Alon et al., ICML 2022).
+
+Row i of a datastore is token i of its text, so row i + 1 goes on where row i ends. Of the entries
+that vote for a token, those whose value it turned out to be move on by one: these are the pointers
+of the next token. While there are at least `min_pointers` of them, they vote in place of
+neighbours, and with them the members of their clusters, if the datastore has clusters; otherwise a
+search is made, and its neighbours and the pointers vote together. All weigh by their distance to
+the current query, as in a kNN-LM.
+
+The text is cut into walks of so many positions, each of which begins with a search. All walks of a
+question take a step at a time, so their searches are made together, and what a token gets does not
+depend on which tokens are asked about together.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from neighborlm.common.contracts import (
+    Memory,
+    Metric,
+    Opinion,
+    Resources,
+    Retriever,
+    Scored,
+    Want,
+)
+from neighborlm.common.errors import InputError
+from neighborlm.common.progress import progress_bars
+from neighborlm.retrieval.memories.knn import knn_log_prob, knn_weights, neighbor_scores
+from neighborlm.retrieval.memories.pointers import (
+    Stretches,
+    count_states,
+    moved_on,
+    with_members,
+    without_doubles,
+)
+from neighborlm.retrieval.search.clusters import Clusters, cluster_count, ensure_clusters
+from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.search.retriever import normalized
+from neighborlm.retrieval.store.datastore import Datastore
+
+IMPOSSIBLE = -10000.0
+"""The original program's log p of a target that no entry carries."""
+Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From queries fp32 `[W, d]` and rows int64 `[W, n]` to distances fp32 `[W, n]`, which mean nothing
+where a row is -1."""
+
+
+@dataclass
+class AutomatonSettings:
+    """How the automaton walks.
+
+    Args:
+        min_pointers: with fewer pointers left than this a search is made; 1 saves most searches,
+            more save fewer and are nearer to searching always.
+        max_pointers: how many pointers vote at most, members of their clusters included.
+        clusters: of the keys, whose members vote with a pointer to one of them: how many, 0 for
+            none, or `auto`: one for every hundred keys.
+        counting: what is compared with `min_pointers`. `paper`: clusters that are pointed to, each
+            entry being one where there are none; nothing votes twice, and no pointer leads from
+            one document into another. `program` does as the original program: it counts pointers,
+            one that is also a neighbour or a member of its cluster votes twice, documents do not
+            count, and a token that no entry carries has log p = -10000.
+        walk_length: tokens after which a walk ends and the next one begins with a search; shorter
+            ones make more searches, and more of them at a time.
+    """
+
+    min_pointers: int = 1
+    max_pointers: int = 1024
+    clusters: int | Literal["auto"] = 0
+    counting: Literal["paper", "program"] = "paper"
+    walk_length: int = 64
+
+    def check(self) -> None:
+        """Raises InputError where a value alone cannot be right."""
+        least = {"min_pointers": 1, "max_pointers": 1, "clusters": 0, "walk_length": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value != "auto" and value < lowest:
+                raise InputError(f"--automaton.{name} is {value}; expected at least {lowest}")
+
+
+class Walks(NamedTuple):
+    """Where W walks are.
+
+    Attributes:
+        pointers: int64 `[W, m]`, rows, the nearest first and -1 after the last.
+        idle: int64 `[W]`, steps since the last search.
+    """
+
+    pointers: np.ndarray
+    idle: np.ndarray
+
+    def some(self, which: np.ndarray | slice) -> "Walks":
+        """Some of them."""
+        return Walks(self.pointers[which], self.idle[which])
+
+
+class Entries(NamedTuple):
+    """What votes in one step of W walks.
+
+    Attributes:
+        rows: int64 `[W, n]`, -1 where there is none.
+        values: `[W, n]`, the tokens that followed; any where there is none.
+        scores: fp32 `[W, n]`, larger is nearer; -inf where there is none.
+        walks: where the walks were.
+        searched: whether a search was made for all of them, or for none.
+    """
+
+    rows: np.ndarray
+    values: np.ndarray
+    scores: np.ndarray
+    walks: Walks
+    searched: bool
+
+    def some(self, which: np.ndarray | slice) -> "Entries":
+        """Those of some walks."""
+        rows, values, scores = (column[which] for column in self[:3])
+        return Entries(rows, values, scores, self.walks.some(which), self.searched)
+
+    def left_aligned(self) -> "Entries":
+        """The same, those of each walk without gaps."""
+        order = np.argsort(self.rows < 0, axis=1, kind="stable")
+        columns = (np.take_along_axis(column, order, axis=1) for column in self[:3])
+        return Entries(*columns, *self[3:])
+
+    def carry(self, tokens: np.ndarray) -> np.ndarray:
+        """Whose value is the token int64 `[W]` of its walk, bool `[W, n]`."""
+        return (self.values == tokens[:, None].astype(self.values.dtype)) & (self.rows >= 0)
+
+
+class AutomatonMemory(Memory):
+    """Walks along the text and along the datastore.
+
+    Args:
+        datastore: whose entries vote.
+        retriever: finds its rows.
+        k: neighbours of a search.
+        temperature: divides the scores.
+        settings: how it walks.
+        key_type: of the keys; the datastore's own by default.
+        distances: `exact` computes all from the stored keys, `index` takes the retriever's for
+            neighbours and those to its codes for pointers.
+        similarity: what `exact` computes; by default the retriever's metric.
+        clusters: of the datastore's keys, whose members vote.
+        document_ends: rows of the last token of each document, where they are known.
+
+    Attributes:
+        counts: `tokens` that were asked about since the pass began, `searches` made for them,
+            `pointers` that there were, and steps `between` two searches.
+        seconds: spent on `search`, on distances (`measure`) and on all of it (`walk`).
+
+    Raises:
+        InputError: the datastore is a part of a whole, or its rows do not follow one another.
+    """
+
+    in_order = True
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        retriever: Retriever,
+        k: int,
+        temperature: float = 1.0,
+        settings: AutomatonSettings | None = None,
+        *,
+        key_type: str | None = None,
+        distances: Literal["exact", "index"] = "exact",
+        similarity: Metric | None = None,
+        clusters: Clusters | None = None,
+        document_ends: np.ndarray | None = None,
+    ) -> None:
+        check_rows(datastore)
+        self.datastore = datastore
+        self.retriever = retriever
+        self.k = k
+        self.temperature = temperature
+        self.settings = settings or AutomatonSettings()
+        self.as_program = self.settings.counting == "program"
+        made_from = datastore.manifest["made_from"]
+        self.key_type = key_type or made_from.get("key_type", "last_ffn_input")
+        self.similarity: Metric = similarity or retriever.metric
+        known = retriever.exact and self.similarity == retriever.metric
+        self.rescores = distances == "exact" and not known
+        self.measure = measure_of(datastore, retriever, distances, self.similarity)
+        self.clusters = clusters
+        self.ends = ends_of(datastore, None if self.as_program else document_ends)
+        self.want = Want(keys=(self.key_type,))
+        self.counts: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self.begun: dict[int, Walks] = {}
+        """Walks that go on, each by the position of its next token."""
+        self.positions = np.empty(0, dtype=np.int64)
+        """Of the tokens that were asked about last."""
+        self.last_steps: list[tuple[np.ndarray, Entries]] = []
+        """Numbers of those tokens that were the last ones of a stretch, and what voted for them."""
+
+    @classmethod
+    def of(
+        cls, resources: Resources, settings: AutomatonSettings | None = None
+    ) -> "AutomatonMemory":
+        """As the sections `knn` and `automaton` of the settings have it; clusters that are missing
+        are made."""
+        knn, datastore = resources.settings, resources.datastore()
+        settings = settings or AutomatonSettings()
+        settings.check()
+        check_rows(datastore)
+        clusters = None
+        if settings.clusters != 0:
+            count = cluster_count(datastore, settings.clusters)
+            with progress_bars(f"{count} clusters") as report:
+                clusters = ensure_clusters(datastore, count, report=report)
+        return cls(
+            datastore,
+            resources.retriever(),
+            knn.k,
+            knn.temperature,
+            settings,
+            key_type=knn.key_type,
+            distances=knn.distances,
+            similarity=knn.similarity,
+            clusters=clusters,
+        )
+
+    def prepare(self) -> None:
+        """Loads what a first search would wait for."""
+        self.retriever.prepare()
+
+    def begin_pass(self, text: np.ndarray | None = None) -> None:
+        """Forgets all walks; connects the ranks where all search together. The text is not needed:
+        what has come of it is asked about."""
+        self.begun, self.last_steps = {}, []
+        self.counts.clear()
+        self.seconds.clear()
+        self.retriever.begin_pass()
+
+    def end_pass(self) -> None:
+        """Searches for the other ranks until none has any query left."""
+        self.retriever.end_pass()
+
+    @property
+    def searches_saved(self) -> float:
+        """Share of the tokens that no search was made for. The original program leaves out those
+        after the last search of a walk."""
+        counts = self.counts
+        if self.as_program:
+            return counts["between"] / max(counts["between"] + counts["searches"], 1)
+        return 1 - counts["searches"] / max(counts["tokens"], 1)
+
+    # -- what it is asked ----------------------------------------------------------------------
+
+    def say(self, asked: Scored) -> Opinion:
+        """log p of the targets, and as features the distance of the nearest entry, infinite where
+        there is none, the number of pointers, and whether a search was made."""
+        targets = asked.targets.numpy()
+        log_probs, nearest, pointers, searched = (torch.zeros(len(targets)) for _ in range(4))
+        with self._timed("walk"):
+            for which, entries in self._steps(asked):
+                hits = torch.from_numpy(entries.carry(targets[which]))
+                scores = torch.from_numpy(entries.scores)
+                # Sums in fp64, rounded: in fp32 they would depend on how wide the table is.
+                votes = knn_log_prob(scores.double(), hits, self.temperature)
+                log_probs[which] = votes.float()
+                nearest[which] = scores.amax(dim=1)
+                there_were = (entries.walks.pointers >= 0).sum(axis=1)
+                pointers[which] = torch.from_numpy(there_were).float()
+                self.counts.update(tokens=len(which), pointers=int(there_were.sum()))
+                if entries.searched:
+                    searched[which] = 1
+                    between = int(entries.walks.idle.sum())
+                    self.counts.update(searches=len(which), between=between)
+        if self.as_program:
+            log_probs.masked_fill_(log_probs.isneginf(), IMPOSSIBLE)
+        sign = -1 if self.similarity == "l2" else 1
+        features = {"nearest_distance": sign * nearest, "pointers": pointers, "searched": searched}
+        return Opinion(log_probs, features)
+
+    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
+        """See `Memory.distribution`: the entries' values and weights. Inside a stretch of text the
+        targets count as known; what its last one is, `observe` says."""
+        steps = [(which, entries.left_aligned()) for which, entries in self._steps(asked)]
+        widest = max((entries.rows.shape[1] for _, entries in steps), default=0)
+        ids = torch.zeros(len(asked.positions), widest, dtype=torch.int64)
+        probs = torch.zeros(len(asked.positions), widest)
+        for which, entries in steps:
+            width = entries.rows.shape[1]
+            scores = torch.from_numpy(entries.scores).double()  # see `say`
+            ids[which, :width] = torch.from_numpy(entries.values.astype(np.int64))
+            probs[which, :width] = knn_weights(scores, self.temperature).float()
+        return ids.masked_fill_(probs == 0, 0), probs
+
+    def observe(self, tokens: Tensor) -> None:
+        """Moves on by tokens int64 `[n]`, which came in place of those asked about last."""
+        for position in self.positions.tolist():
+            self.begun.pop(position, None)
+        for which, entries in self.last_steps:
+            walks = self._moved_on(entries, tokens.numpy()[which])
+            for number, position in enumerate((self.positions[which] + 1).tolist()):
+                if position % self.settings.walk_length:
+                    self.begun[position] = walks.some(slice(number, number + 1))
+        self.last_steps = []
+
+    # -- how it walks --------------------------------------------------------------------------
+
+    def _steps(self, asked: Scored) -> Iterator[tuple[np.ndarray, Entries]]:
+        """Numbers int64 `[W]` of some tokens, and what votes for them. All stretches of the tokens
+        take a step together, first those that search and then those that have enough pointers."""
+        self.positions, self.last_steps = asked.positions.numpy(), []
+        queries, targets = asked.keys[self.key_type].numpy(), asked.targets.numpy()
+        stretches = Stretches.of(self.positions, self.settings.walk_length)
+        walks = self._walks_at(self.positions[stretches.order[stretches.starts]])
+        for step in range(stretches.lengths.max(initial=0)):
+            active, lasting = stretches.longer_than(step), stretches.longer_than(step + 1)
+            tokens = stretches.order[stretches.starts[:active] + step]
+            walks = walks.some(slice(active))
+            searching = self._counted(walks.pointers) < self.settings.min_pointers
+            groups, moved = [], []
+            for search in (True, False):
+                group = np.flatnonzero(searching == search)
+                if not len(group):
+                    continue
+                which = tokens[group]
+                entries = self._entries(queries[which], walks.some(group), search)
+                yield which, entries
+                last = group >= lasting
+                if last.any():
+                    self.last_steps.append((which[last], entries.some(last)))
+                groups.append(group)
+                moved.append(self._moved_on(entries, targets[which]))
+            walks = together(moved, groups)
+
+    def _walks_at(self, positions: np.ndarray) -> Walks:
+        """The walks whose next tokens are at some positions int64 `[S]`, which all begin there of
+        which the token before was not seen."""
+        nowhere = Walks(np.empty((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64))
+        found = [self.begun.get(position, nowhere) for position in positions.tolist()]
+        return together(found, np.arange(len(found))[:, None])
+
+    def _moved_on(self, entries: Entries, tokens: np.ndarray) -> Walks:
+        """Where walks are once the next tokens int64 `[W]` are known."""
+        pointers = moved_on(entries.rows, entries.scores, entries.carry(tokens), self.ends)
+        idle = entries.walks.idle
+        return Walks(pointers, np.zeros_like(idle) if entries.searched else idle + 1)
+
+    def _entries(self, queries: np.ndarray, walks: Walks, search: bool) -> Entries:
+        """What votes for the next tokens of some walks.
+
+        Args:
+            queries: fp32 `[W, d]`.
+            search: whether neighbours are among it.
+        """
+        rows = pointers = self._with_members(walks.pointers)
+        if search:
+            with self._timed("search"):
+                found = self.retriever.search(queries, self.k, ordered=self.as_program)
+            if not self.as_program:
+                pointers = without_doubles(pointers, found.rows, len(self.datastore))
+            rows = np.concatenate([found.rows, pointers], axis=1)
+        with self._timed("measure"):
+            measured = rows if self.rescores else pointers
+            distances = self.measure(queries, measured)
+        if search and not self.rescores:
+            distances = np.concatenate([found.distances, distances], axis=1)
+        scores = neighbor_scores(distances, rows, self.similarity).numpy()
+        return Entries(rows, self.datastore.values_of(rows), scores, walks, search)
+
+    def _counted(self, pointers: np.ndarray) -> np.ndarray:
+        """What is compared with `min_pointers`, int64 `[W]`."""
+        if self.clusters is None or self.as_program:
+            return (pointers >= 0).sum(axis=1)
+        return count_states(pointers, self.clusters)
+
+    def _with_members(self, pointers: np.ndarray) -> np.ndarray:
+        """Pointers and members of their clusters that vote, int64 `[W, n]`."""
+        most = self.settings.max_pointers
+        if self.clusters is None or not pointers.size:
+            return pointers[:, :most]
+        return with_members(pointers, self.clusters, most, doubles=self.as_program)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
+
+
+def together(parts: Sequence[Walks], numbers: Sequence[np.ndarray]) -> Walks:
+    """Walks by the numbers int64 `[W]` of those of each part."""
+    count = sum(map(len, numbers))
+    widest = max((part.pointers.shape[1] for part in parts), default=0)
+    walks = Walks(np.full((count, widest), -1, dtype=np.int64), np.zeros(count, dtype=np.int64))
+    for (pointers, idle), which in zip(parts, numbers, strict=True):
+        walks.pointers[which, : pointers.shape[1]] = pointers
+        walks.idle[which] = idle
+    return walks
+
+
+def check_rows(datastore: Datastore) -> None:
+    """Refuses a datastore in which the row after an entry is not what followed it.
+
+    Raises:
+        InputError: it is a part of one, or has lost rows.
+    """
+    if datastore.part is not None:
+        raise InputError(
+            f"{datastore.path}: is one of {datastore.part.placement.shards} shards, but the "
+            "automaton walks through all rows; expected no --knn.shard"
+        )
+    if "thinned" in datastore.manifest["made_from"]:
+        raise InputError(
+            f"{datastore.path}: has only some rows of another datastore, so that the automaton "
+            "cannot tell which entry follows which; expected that one"
+        )
+
+
+def ends_of(datastore: Datastore, document_ends: np.ndarray | None = None) -> np.ndarray:
+    """Rows that nothing goes on from, int64 in ascending order: the last one, those before a row
+    without a key, and those that end a document."""
+    ends = [np.array([len(datastore) - 1]), datastore.masked - 1]
+    if document_ends is not None:
+        ends.append(np.asarray(document_ends, dtype=np.int64))
+    return np.unique(np.concatenate(ends))
+
+
+def measure_of(
+    datastore: Datastore,
+    retriever: Retriever,
+    distances: Literal["exact", "index"],
+    similarity: Metric,
+) -> Measure:
+    """What computes the distances of pointers, as good as those of neighbours.
+
+    Raises:
+        InputError: distances to the codes of an index are asked for that is in several parts.
+    """
+    index = getattr(retriever, "index", None)
+    if distances == "index" and isinstance(index, faiss.Index):
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is not None:
+            faiss.downcast_index(ivf).make_direct_map()
+        return partial(coded_distances, index=index, datastore=datastore, metric=similarity)
+    if distances == "index" and datastore.n_shards > 1:
+        raise InputError(
+            "--knn.distances index: the automaton measures pointers by the codes of one index, but "
+            f"each of the {datastore.n_shards} shards of {datastore.path} has its own; expected "
+            "exact"
+        )
+    return partial(exact_distances, datastore=datastore, metric=similarity)
+
+
+def coded_distances(
+    queries: np.ndarray, rows: np.ndarray, index: faiss.Index, datastore: Datastore, metric: Metric
+) -> np.ndarray:
+    """Distances to what an index makes of its codes of some keys.
+
+    Args:
+        queries: fp32 `[W, d]`.
+        rows: int64 `[W, n]`, -1 where there is none.
+
+    Returns:
+        fp32 `[W, n]`, 0 where there is none.
+    """
+    walks, columns = np.nonzero(rows >= 0)
+    distances = np.zeros(rows.shape, dtype=np.float32)
+    if len(walks):
+        of_pairs = normalized(queries, metric)[walks]
+        ids = rows[walks, columns]
+        if index.ntotal != len(datastore):  # it counts keys and not rows
+            ids = ids - np.searchsorted(datastore.masked, ids)
+        keys = index.reconstruct_batch(ids)
+        if metric == "l2":
+            distances[walks, columns] = np.square(of_pairs - keys).sum(axis=1)
+        else:
+            distances[walks, columns] = (of_pairs * keys).sum(axis=1)
+    return distances
