@@ -153,10 +153,12 @@ def score(
     subject.give_neighbors(split)
     throughput, scorer = Throughput(), Scorer(subject.model, want)
     trainer = subject.run.trainer([throughput, *callbacks])
-    trainer.test(scorer, subject.data.evaluation_dataloader(split), verbose=False)
+    asking = [callback for callback in callbacks if isinstance(callback, Interpolation)]
+    in_order = any(memory.in_order for callback in asking for memory in callback.memories.values())
+    loader = subject.data.evaluation_dataloader(split, in_text_order=in_order)
+    trainer.test(scorer, loader, verbose=False)
     total = scorer.test_loss.compute()
     tokens = int(total["tokens"])
-    asking = any(isinstance(callback, Interpolation) for callback in callbacks)
     seconds = throughput.model_seconds if asking else throughput.seconds
     results = {"split": split, "tokens": tokens}
     own = figures(total["loss"].item(), tokens, seconds)
@@ -404,7 +406,7 @@ def evaluate_mixture(
         tuned = tuned_knn(subject, resources)
         resources.mix_by(temperature=tuned.temperature)
     memories = {name: MEMORIES[name](resources) for name in names}
-    check_order(memories)
+    check_order(subject, memories)
     keep_scores = token_scores is not None
     mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     if mixer.needs_fitting:
@@ -412,7 +414,11 @@ def evaluate_mixture(
             raise InputError("--split valid: is what the mixer is fitted on; expected another")
         hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
         score(subject, "valid", mixing.want, [hearing])
-        mixer.fit(hearing.tally.opinions(names))
+        opinions = hearing.tally.opinions(names)
+        for name, memory in memories.items():
+            if getattr(memory, "needs_tuning", False):
+                opinions[name] = memory.tune()
+        mixer.fit(opinions)
     made = score(subject, split, mixing.want, [mixing])
     if token_scores is not None:
         save_scores(token_scores, mixing.tally.table)
@@ -422,15 +428,15 @@ def evaluate_mixture(
     return Evaluated(made.results | results, seconds, made.trainer, memories, mixer)
 
 
-def check_order(memories: Mapping[str, Memory]) -> None:
+def check_order(subject: Subject, memories: Mapping[str, Memory]) -> None:
     """Refuses several ranks where tokens must come in the order of the text."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for name, memory in memories.items():
-            if memory.in_order:
-                raise InputError(
-                    f"--memories {name}: reads tokens in the order of the text, but "
-                    f"{dist.get_world_size()} ranks share them out; expected --trainer.devices 1"
-                )
+    ranks = subject.run.trainer().world_size
+    for name, memory in memories.items():
+        if memory.in_order and ranks > 1:
+            raise InputError(
+                f"--memories {name}: reads tokens in the order of the text, but {ranks} ranks "
+                "share them out; expected --trainer.devices 1"
+            )
 
 
 def mixed_figures(tally: Tally, made: Pass) -> dict[str, Any]:

@@ -6,6 +6,8 @@ The language model is meta-k's r = 0. Its network may also choose the temperatur
 memory's, since the weights of a mixer do not change what the sources say.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,6 +36,11 @@ class NeighborsByK(Memory):
         self.ks = [2**i for i in range(knn.k.bit_length())]
         if self.ks[-1] != knn.k:
             self.ks.append(knn.k)
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """What the kNN memory spent."""
+        return self.knn.seconds
 
     def prepare(self) -> None:
         """See `Memory.prepare`."""

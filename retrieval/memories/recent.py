@@ -38,15 +38,15 @@ class RecentSettings:
         size: recent tokens that vote, or `auto`: from 250 to 4000, by the validation split.
         temperature: divides the scores, or `auto`: by the validation split.
         key_type: of the keys that are compared; see `KNNSettings`.
-        similarity: inner product as in the paper, cosine or squared Euclidean distance.
+        similarity: squared Euclidean distance, inner product as in the paper, or cosine.
         document_end: id of the token that ends a document, after which nothing before it votes; by
             default the text is one document.
     """
 
     size: int | Literal["auto"] = "auto"
     temperature: float | Literal["auto"] = "auto"
-    key_type: str = "last_hidden"
-    similarity: Metric = "ip"
+    key_type: str = "last_ffn_input"
+    similarity: Metric = "l2"
     document_end: int | None = None
 
     def check(self) -> None:
@@ -82,8 +82,8 @@ class RecentMemory(Memory):
         self,
         size: int | None,
         temperature: float | None,
-        key_type: str = "last_hidden",
-        similarity: Metric = "ip",
+        key_type: str = "last_ffn_input",
+        similarity: Metric = "l2",
         document_end: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:

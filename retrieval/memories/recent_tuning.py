@@ -17,8 +17,10 @@ from neighborlm.retrieval.memories.tuning import octave_of
 from neighborlm.retrieval.memories.window import Block, Window
 
 SIZES = (250, 500, 1000, 2000, 4000)
+NEARLY = 1e-3
+"""Nats a token by which a smaller window may be worse than the best: it takes less time."""
 LMBDAS = torch.arange(20, dtype=torch.float64) / 20
-OCTAVES = range(-6, 3)
+OCTAVES = range(-6, 1)
 """Temperatures that are tried first, in octaves above the spread of the scores; then half an octave
 below and above the best."""
 LIGHTEST = -80.0
@@ -31,8 +33,9 @@ class RecentTuning(NamedTuple):
     """What `tune_recent` found.
 
     Attributes:
-        size, temperature: the best pair.
-        lmbda: its best weight beside the language model.
+        size: the smallest that is nearly as good as the best.
+        temperature: the best for this size.
+        lmbda: the best weight beside the language model for both.
         loss: of that mixture, nats a token.
         sizes, temperatures: the grid.
         losses: float64 `[sizes, temperatures]`, each with its best weight.
@@ -56,7 +59,7 @@ def tune_recent(
     first_position: int = 0,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> RecentTuning:
-    """The best size and temperature for a text.
+    """The size and temperature for a text.
 
     Args:
         heard: the text, in its order, with keys and the language model's log-probabilities.
@@ -90,8 +93,10 @@ def tune_recent(
         try_out([best * 2**-0.5, best * 2**0.5])
     tried = sorted(losses)
     table = torch.stack([losses[temperature] for temperature in tried], dim=1)
-    row, column, weight = np.unravel_index(int(table.argmin()), table.shape)
-    found = (sizes[row], tried[column], LMBDAS[weight].item(), table.min().item())
+    by_size = table.flatten(start_dim=1).amin(dim=1)
+    row = int(torch.nonzero(by_size <= by_size.min() + NEARLY)[0])
+    column, weight = np.unravel_index(int(table[row].argmin()), table[row].shape)
+    found = (sizes[row], tried[column], LMBDAS[weight].item(), by_size[row].item())
     return RecentTuning(*found, sizes, tried, table.amin(dim=2).numpy())
 
 
