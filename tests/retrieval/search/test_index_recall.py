@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from neighborlm.callbacks.index_builder import IndexBuilder
-from neighborlm.retrieval.search import index_recall
+from neighborlm.retrieval.search import Search, index_recall
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.search.index_recall import RecallSample
@@ -48,7 +48,8 @@ def test_against_brute_force(make_store, factory):
     own = RecallSample(store, "l2").own
     exact = kept[nearest_others(keys[kept], own, 10)]
     for nprobe, found in zip(nprobes, recall["of"], strict=True):
-        _, rows = open_retriever(store, factory, "l2", nprobe or 1).search(keys[kept[own]], 11)
+        search = Search(factory, nprobe=nprobe or 1)
+        rows = open_retriever(store, search).search(keys[kept[own]], 11).rows
         others = [[row for row in of if row != kept[me]] for of, me in zip(rows, own, strict=True)]
         shares = [len({*a[:10]} & {*b}) / 10 for a, b in zip(others, exact.tolist(), strict=True)]
         assert found["recall"] == pytest.approx(np.mean(shares), abs=1e-4)
@@ -90,7 +91,7 @@ def test_of_two_keys_and_of_one(make_store):
 
 def test_each_shard_says_its_own_and_the_builder_prints_it(make_store, tmp_path, capsys):
     sharded = deal_again(make_store(rows=400)[0], tmp_path / "sharded", 2)
-    IndexBuilder(sharded.path, "IVF4,SQ4", "l2").build()
+    IndexBuilder(sharded.path, Search("IVF4,SQ4")).build()
     said = [line for line in capsys.readouterr().out.splitlines() if "finds" in line]
     for number, line in enumerate(said):
         path = sharded.shard(number).path / "IVF4_SQ4-l2.faiss.json"

@@ -13,6 +13,7 @@ from neighborlm.common.files import Lock
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
 from neighborlm.retrieval.neighbors.codec import build_codes
+from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search.index import open_retriever
 from neighborlm.retrieval.store import Datastore
 from neighborlm.retrieval.store.maintenance import deal_again
@@ -34,9 +35,9 @@ def made(make_store, tmp_path):
     def make():
         for path in (store.path, dealt.path):
             opened = Datastore.open(path)
-            IndexBuilder(path, FACTORY, "l2").build()
-            open_retriever(opened, FACTORY, "l2", 4)
-            NeighborTableWriter(path, path, FACTORY, "l2", 4, k=3).build()
+            IndexBuilder(path, Search(FACTORY)).build()
+            open_retriever(opened, Search(FACTORY, nprobe=4))
+            NeighborTableWriter(path, path, Search(FACTORY, nprobe=4), k=3).build()
             build_codes(opened, "SQ8")
         import_datastore(tmp_path / "raw", tmp_path / "imported", 300, 8, vocab_size=50)
         RetrievalCache.open(tmp_path / "cache")
@@ -76,7 +77,7 @@ def test_manifests_of_earlier_versions(made, tmp_path):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda store: IndexBuilder(store.path, FACTORY, "l2", seed=2).build(),
+        lambda store: IndexBuilder(store.path, Search(FACTORY), seed=2).build(),
         lambda store: build_codes(store, "SQ8", seed=2),
     ],
     ids=["index", "codes"],
