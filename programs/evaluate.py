@@ -130,9 +130,9 @@ def subject_of(cli: EvaluateCLI) -> Subject:
     return subject
 
 
-def make_stages(cli: EvaluateCLI, subject: Subject) -> dict[str, float]:
+def make_stages(cli: EvaluateCLI, subject: Subject, split: str) -> dict[str, float]:
     """`--save_datastore` and `--build_index`: what they ask for and no more; how long each took."""
-    split, with_index = cli.config.split or "train", cli.config.build_index
+    with_index = cli.config.build_index
     products = subject.products(cli.knn)
     if not cli.config.save_datastore and products.open_fitting_datastore(split) is None:
         raise InputError(
@@ -159,7 +159,7 @@ def main(args: list[str] | None = None) -> None:
     cli = EvaluateCLI(args)
     subject = subject_of(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        make_stages(cli, subject)
+        make_stages(cli, subject, cli.config.split or "train")
         if not cli.memories:
             return
     evaluated = evaluate_subject(cli, subject)
