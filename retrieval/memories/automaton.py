@@ -384,7 +384,7 @@ class AutomatonMemory(Memory):
     def _with_members(self, pointers: np.ndarray) -> np.ndarray:
         """Pointers and members of their clusters that vote, int64 `[W, n]`."""
         most = self.settings.max_pointers
-        if self.clusters is None or not pointers.size:
+        if self.clusters is None:
             return pointers[:, :most]
         return with_members(pointers, self.clusters, most, doubles=self.as_program)
 

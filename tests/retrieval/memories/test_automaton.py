@@ -337,6 +337,7 @@ def test_members_of_more_clusters_than_there_is_room_for(doubles):
     expected = {False: [2, 4, 1, 3, 5, 6], True: [2, 4, 1, 1, 2, 3]}[doubles]
     assert found[1].tolist() == expected
     assert found[0].tolist() == [-1] * 6
+    assert with_members(pointers[:1], clusters, 6, doubles).tolist() == [[]]
     assert found[2].tolist() == ([0, 0] if doubles else [0, -1]) + [-1] * 4
 
 
