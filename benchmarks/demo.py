@@ -59,7 +59,11 @@ def summarize(lm: dict, gnn: dict) -> dict:
     knn, seconds = results["knn"], results["stage_seconds"]
     rows = knn["datastore_rows"]
     directory = Path(knn["datastore"])
-    building = [seconds[stage] for stage in ("index_train", "index_add") if stage in seconds]
+    building = [
+        seconds[stage]
+        for stage in ("index_train", "index_add", "index_measure")
+        if stage in seconds
+    ]
     searching = gnn["training"]["stage_seconds"].get("neighbors_train")
     return {
         "perplexity": {

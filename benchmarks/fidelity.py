@@ -5,13 +5,16 @@
 DIR holds `checkpoint.pt`, `data-bin/`, raw datastores `dstore_<name>_keys.npy` and `_vals.npy`,
 indexes `knn_<name>.index`, `expected.json` (case -> the original's command line and printed
 figures) and `npz/<case>.npz` (its per-token scores). Every case's settings are read from its
-command line. A datastore that DIR has only the values of, and its index, are made as the original
-makes them. Prints a Markdown table. A directory with `world.npz` holds outputs of GNN-LM:
-`benchmarks/fidelity_gnn.py` compares those.
+command line and, as the original's are, from the arguments that its checkpoint holds. A datastore
+that DIR has only the values of, and its index, are made as the original makes them. Prints a
+Markdown table, and ends with status 1 where a difference is above the tolerance that it prints. A
+directory with `world.npz` holds outputs of GNN-LM: `benchmarks/fidelity_gnn.py` compares those.
 """
 
+import ast
 import json
 import math
+import sys
 import tempfile
 from argparse import ArgumentParser
 from dataclasses import dataclass
@@ -28,11 +31,12 @@ from torch import Tensor
 from benchmarks import fidelity_gnn
 from neighborlm.common.contracts import Retriever, Scored, Want
 from neighborlm.common.errors import InputError
-from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.scorer import Scorer
+from neighborlm.originals.fairseq import SAFE_GLOBALS
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.cli import quiet
+from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.memories import KNNMemory
 from neighborlm.retrieval.memories.mixers import mixture
@@ -43,6 +47,20 @@ from neighborlm.retrieval.store.datastore import Datastore
 
 KEY_TYPE = "last_ffn_input"
 FOUND = -5000.0  # the original's log p_kNN of a target that no neighbour carries is near -10000
+
+LM_TOLERANCE = 1e-4
+"""In nats, of the LM's log-probability of any token."""
+KNN_TOLERANCE, NEAR_TIES = 1e-3, 1 / 5000
+"""In nats, of log p_kNN and of the mixture, of all tokens but a share (or two): where keys are
+nearly tied at the k-th place, the rounding of the search decides which of them votes."""
+LOSS_TOLERANCE, OTHER_INDEX_TOLERANCE = 1e-4, 1e-2
+"""Of losses to the base 2; of those from an index that was trained here, which has other lists than
+the original's, the second."""
+TOLERANCES = (
+    f"tolerance: {LM_TOLERANCE:.0e} nats for each token of the LM; {KNN_TOLERANCE:.0e} nats of kNN "
+    f"and mixture for all but one token in {1 / NEAR_TIES:,.0f} (or two), and {LOSS_TOLERANCE:.0e} "
+    f"of the loss; {OTHER_INDEX_TOLERANCE:.0e} of the loss where the index was trained here"
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +98,9 @@ class Case:
         return cls(name, args, described["loss_base2_printed"], described["ppl_printed"])
 
     @property
-    def longest(self) -> int | None:
-        """`max_target_positions`, where the command line overrides it."""
-        return json.loads(self.args.model_overrides.replace("'", '"')).get("max_target_positions")
+    def overrides(self) -> dict[str, object]:
+        """Arguments of the model that the command line sets anew."""
+        return ast.literal_eval(self.args.model_overrides)
 
 
 class Fixtures:
@@ -98,6 +116,10 @@ class Fixtures:
         self.scratch = scratch
         self.expected = json.loads((folder / "expected.json").read_text())
         self.model = load_model(folder / "checkpoint.pt")
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        self.tokens_per_sample = checkpoint["args"].tokens_per_sample
+        """Length of rows, which eval_lm.py takes from here whatever its command line says."""
         self.score = cache(self.score)
         self.datastore = cache(self.datastore)
 
@@ -120,20 +142,33 @@ class Fixtures:
         prefix = self.folder / f"dstore_{self.datastore_name(case)}"
         return Path(f"{prefix}_keys.npy").is_file() or Path(f"{prefix}_vals.npy").is_file()
 
+    def row_lengths(self, overrides: dict[str, object]) -> tuple[int, int]:
+        """Tokens of a row and of the longest block that the original does not drop."""
+        longest = self.model.hparams.max_target_positions
+        return (
+            overrides.get("tokens_per_sample", self.tokens_per_sample),
+            overrides.get("max_target_positions") or longest,
+        )
+
     def score(
-        self, split: str, break_mode: str, context_window: int, longest: int | None, drop: bool
+        self,
+        split: str,
+        break_mode: str,
+        context_window: int,
+        row_lengths: tuple[int, int],
+        drop: bool,
     ) -> Scored:
         """Targets, log-probabilities and keys of a split, sorted by position."""
-        hparams = self.model.hparams
-        data = LMDataModule(
+        tokens_per_sample, longest = row_lengths
+        data = CorpusDataModule(
             str(self.folder / "data-bin"),
             break_mode=break_mode,
-            tokens_per_sample=hparams.max_target_positions,
+            tokens_per_sample=tokens_per_sample,
             context_window=context_window,
-            max_tokens=8 * hparams.max_target_positions,
+            max_tokens=8 * tokens_per_sample,
             drop_long_lines=drop,
         )
-        data.max_target_positions = longest or hparams.max_target_positions
+        data.max_target_positions = longest
         keep = KeepScores()
         trainer = pl.Trainer(
             callbacks=[keep],
@@ -163,6 +198,13 @@ class Fixtures:
         index = read_index(self.artifacts(name) / f"knn_{name}.index")
         return FaissRetriever(index, datastore, "l2", case.args.probe)
 
+    def has_index(self, case: Case) -> bool:
+        """Whether the index that a case searched, if any, is in the fixture, or gives the same
+        wherever it is made."""
+        if not case.args.knnlm or "flat" in case.args.indexfile:
+            return True
+        return (self.folder / f"knn_{self.datastore_name(case)}.index").is_file()
+
     def artifacts(self, name: str) -> Path:
         """The folder of a datastore's keys and index: the fixture's, or the scratch folder, where
         they are made as eval_lm.py and build_dstore.py make them."""
@@ -174,12 +216,20 @@ class Fixtures:
         dumped, built = (self.made(name, flag) for flag in ("--dstore-mmap", "--faiss_index"))
         values = np.load(self.folder / f"dstore_{name}_vals.npy").ravel()
         context = int(dumped["--context-window"])
-        scores = self.score(dumped["--gen-subset"], "none", context, None, True)
-        first = self.model.hparams.max_target_positions - context  # it loses the first block
-        rows = slice(first, first + len(values))
-        if not np.array_equal(scores.targets[rows], values):
-            raise RuntimeError(f"{name}: the original's datastore has other values than ours")
-        keys = scores.keys[KEY_TYPE][rows].numpy()
+        lengths = self.row_lengths(ast.literal_eval(dumped.get("--model-overrides", "{}")))
+        scores = self.score(dumped["--gen-subset"], "none", context, lengths, True)
+        first = lengths[0] - context  # it loses the first block
+        # And the last, if it was short and alone in its batch: the end then stays zero, which is
+        # the value of no token.
+        saved = int(np.flatnonzero(values).max(initial=-1)) + 1
+        rows = slice(first, first + saved)
+        if not np.array_equal(scores.targets[rows], values[:saved]):
+            raise InputError(
+                f"{self.folder}: the datastore {name} has other values than a row of {lengths[0]} "
+                f"tokens with {context} of context gives; expected the original's of this data-bin"
+            )
+        keys = np.zeros((len(values), self.model.key_width(KEY_TYPE)), np.float32)
+        keys[:saved] = scores.keys[KEY_TYPE][rows].numpy()
         values.astype(np.int64).tofile(self.scratch / f"dstore_{name}_vals.npy")
         lists, code_bytes = int(built["--ncentroids"]), int(built["--code_size"])
         width = keys.shape[1]
@@ -236,9 +286,8 @@ def compute(case: Case, fixtures: Fixtures, faithful: bool = True) -> dict[str, 
         `position` int64, `lm` and, for kNN cases, `knn` and `mixed`, float32, by position.
     """
     a = case.args
-    scores = fixtures.score(
-        a.gen_subset, a.sample_break_mode, a.context_window, case.longest, faithful
-    )
+    lengths = fixtures.row_lengths(case.overrides)
+    scores = fixtures.score(a.gen_subset, a.sample_break_mode, a.context_window, lengths, faithful)
     result = {"position": scores.positions.numpy(), "lm": scores.log_probs.numpy()}
     if not a.knnlm:
         return result
@@ -266,7 +315,10 @@ def compare(case: Case, fixtures: Fixtures) -> dict:
     lm_case = "lm_" + case.args.gen_subset if case.args.knnlm else case.name
     position = np.cumsum(np.load(fixtures.folder / "npz" / f"{lm_case}.npz")["position"])
     if not np.array_equal(position, ours["position"]):
-        raise RuntimeError(f"{case.name}: other tokens were scored than by the original")
+        raise InputError(
+            f"{case.name}: scores {len(ours['position'])} tokens, which are not the "
+            f"{len(position)} of {lm_case}.npz; expected the same"
+        )
     differences = {}
     if case.args.knnlm:
         found = theirs["knn_score"] > FOUND
@@ -278,14 +330,37 @@ def compare(case: Case, fixtures: Fixtures) -> dict:
         differences["lm"] = float(np.abs(ours["lm"] - theirs["score"]).max())
     final = ours.get("mixed", ours["lm"])
     loss = -final.astype(np.float64).mean()
+    gap = abs(loss + theirs["score"].astype(np.float64).mean()) / math.log(2)
+    differences["loss_base2"] = float(gap)
     return {
         "case": case.name,
         "tokens": len(final),
         "original": {"loss_base2": case.loss_base2, "ppl": case.ppl},
         "ours": {"loss_base2": f"{loss / math.log(2):.4f}", "ppl": f"{math.exp(loss):.2f}"},
         "largest_difference": differences,
+        "above_tolerance": above_tolerance(differences, len(final), fixtures.has_index(case)),
         "ours_by_default": by_default(case, fixtures),
     }
+
+
+def above_tolerance(differences: dict[str, float], tokens: int, same_index: bool) -> list[str]:
+    """Which of the differences of a case are too large.
+
+    Args:
+        tokens: how many were scored.
+        same_index: whether the search was in the original's index.
+    """
+    rare = max(2, NEAR_TIES * tokens)
+    largest = {
+        "lm": LM_TOLERANCE,
+        "loss_base2": LOSS_TOLERANCE,
+        "knn_tokens_above_1e-3": rare,
+        "mixed_tokens_above_1e-3": rare,
+    }
+    if not same_index:
+        largest = {"loss_base2": OTHER_INDEX_TOLERANCE}
+    # Not `<=`, which nan would pass.
+    return [n for n, limit in largest.items() if n in differences and not differences[n] <= limit]
 
 
 def by_default(case: Case, fixtures: Fixtures) -> dict:
@@ -305,7 +380,7 @@ def as_markdown(rows: list[dict]) -> str:
     for row in rows:
         gaps = row["largest_difference"]
         largest = ", ".join(
-            f"{name} {gap:.1e}" for name, gap in gaps.items() if "tokens" not in name
+            f"{name} {gap:.1e}" for name, gap in gaps.items() if name in ("lm", "knn", "mixed")
         )
         many = gaps.get("mixed_tokens_above_1e-3")
         original, ours, default = row["original"], row["ours"], row["ours_by_default"]
@@ -319,7 +394,8 @@ def as_markdown(rows: list[dict]) -> str:
 
 
 def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dict]:
-    """Compares the cases of a fixture directory, prints the table and writes it as JSON.
+    """Compares the cases of a fixture directory, prints the table and what is above the tolerance,
+    and writes both as JSON.
 
     Args:
         fixtures: directory of reference outputs.
@@ -331,7 +407,7 @@ def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dic
         compared = fidelity_gnn.compare(fixtures)
         output.write_text(json.dumps(compared, indent=1) + "\n")
         print(fidelity_gnn.as_markdown(compared))
-        return compared["cases"]
+        return verdict(compared["cases"], fidelity_gnn.TOLERANCES)
     if not (fixtures / "expected.json").is_file():
         raise InputError(
             f"--fixtures {fixtures}: has neither expected.json nor world.npz; expected reference "
@@ -341,15 +417,29 @@ def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dic
         opened = Fixtures(fixtures, Path(scratch))
         cases = [case for case in opened.cases() if only is None or case.name in only]
         rows = [compare(case, opened) for case in cases]
+    if not rows:
+        raise InputError(f"--fixtures {fixtures}: has no case to compare; expected one of --only")
     output.write_text(json.dumps(rows, indent=1) + "\n")
     print(as_markdown(rows))
+    return verdict(rows, TOLERANCES)
+
+
+def verdict(rows: list[dict], tolerances: str) -> list[dict]:
+    """Prints the tolerances, and which cases are above them."""
+    print(f"\n{tolerances}")
+    for row in rows:
+        if row["above_tolerance"]:
+            print(f"above the tolerance: {row['case']}: {', '.join(row['above_tolerance'])}")
+    if not any(row["above_tolerance"] for row in rows):
+        print(f"all {len(rows)} cases are within it")
     return rows
 
 
 @exit_with_one_sentence
 def main() -> None:
     """The command line."""
-    auto_cli(run, as_positional=False)
+    if any(row["above_tolerance"] for row in auto_cli(run, as_positional=False)):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

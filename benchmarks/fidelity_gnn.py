@@ -32,6 +32,12 @@ from neighborlm.models.hgt import HGT
 from neighborlm.originals.fairseq import BIAS, Piece, our_state, softmax_pieces
 from neighborlm.originals.fairseq_gnn import NETWORK, UNUSED, network_pieces, used
 
+TOLERANCE, ROUNDING = 1e-4, 1e-6
+"""Of any number that is no integer, and for large sums a share of the largest in its array."""
+TOLERANCES = (
+    f"tolerance: {TOLERANCE:.0e} and {ROUNDING:.0e} of the largest number in its array for each "
+    "number, none for integers"
+)
 THEIRS = {"token": "tgt", "neighbor": "ntgt"}
 EDGES = {
     INTRA_TOKEN: "edge_tgt_intra_tgt",
@@ -39,6 +45,16 @@ EDGES = {
     INTRA_NEIGHBOR: "edge_ntgt_intra_ntgt",
 }
 Arrays = Mapping[str, np.ndarray]
+
+
+class Difference(float):
+    """The largest absolute difference of two arrays.
+
+    Attributes:
+        too_large: whether it is above the tolerance.
+    """
+
+    too_large = False
 
 
 class Stored(Mapping):
@@ -58,7 +74,7 @@ class Stored(Mapping):
     def __len__(self) -> int:
         return len(self.arrays)
 
-    def difference(self, name: str, ours: Tensor | np.ndarray) -> float:
+    def difference(self, name: str, ours: Tensor | np.ndarray) -> Difference:
         """See `difference`."""
         self.compared.add(name)
         return difference(ours, self[name])
@@ -180,12 +196,18 @@ def softmax_settings(stored: Mapping[str, Tensor], config: dict) -> dict:
     }
 
 
-def difference(ours: Tensor | np.ndarray, theirs: np.ndarray) -> float:
+def difference(ours: Tensor | np.ndarray, theirs: np.ndarray) -> Difference:
     """The largest absolute difference; infinite for other shapes."""
     ours = ours.detach().numpy() if isinstance(ours, Tensor) else ours
-    if ours.shape != theirs.shape:
-        return float("inf")
-    return float(np.abs(ours.astype(np.float64) - theirs).max()) if theirs.size else 0.0
+    gap = np.inf if ours.shape != theirs.shape else 0.0
+    if ours.shape == theirs.shape and theirs.size:
+        gap = np.abs(ours.astype(np.float64) - theirs).max()
+    allowed = 0.0
+    if theirs.dtype.kind == "f":
+        allowed = TOLERANCE + ROUNDING * float(np.abs(theirs).max(initial=0.0))
+    found = Difference(gap)
+    found.too_large = not gap <= allowed  # nor is nan within it
+    return found
 
 
 def by_messages(
@@ -215,7 +237,7 @@ def intra_context(block: Arrays) -> int | None:
     return None if reach == len(block["tgt_offsets"]) else reach
 
 
-def compare_block(network: HGT, world: World, block: Stored) -> dict[str, float]:
+def compare_block(network: HGT, world: World, block: Stored) -> dict[str, Difference]:
     """Largest differences of the graph and of every array of one `hgt_block<b>.npz`."""
     offsets, intra = block["tgt_offsets"], intra_context(block)
     neighbors = world.neighbors(offsets)
@@ -253,12 +275,12 @@ def compare_block(network: HGT, world: World, block: Stored) -> dict[str, float]
     return found
 
 
-def compare_decoder(folder: Path, world: World) -> dict[str, dict[str, float]]:
+def compare_decoder(folder: Path, world: World) -> dict[str, dict[str, Difference]]:
     """Largest differences of log-probabilities and gradients, by block and computation."""
     stored = read_weights(folder / "decoder_state_dict.npz")
     network = our_network(stored, world.config.get("heads_dec", world.config["heads"]))
     softmax = our_softmax(stored, world.config)
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Difference]] = {}
     for b in world.config["blocks"]:
         block = world.files[f"hgt_block{b}"]
         offsets, intra = block["tgt_offsets"], intra_context(block)
@@ -281,7 +303,7 @@ def compare_decoder(folder: Path, world: World) -> dict[str, dict[str, float]]:
 
 def compare_outputs(
     softmax: OutputSoftmax, world: World, b: int, x: Tensor, out: Tensor
-) -> tuple[dict[str, float], dict[str, Tensor]]:
+) -> tuple[dict[str, Difference], dict[str, Tensor]]:
     """Largest differences of the arrays of block b in `decoder_outputs.npz`.
 
     Args:
@@ -297,9 +319,10 @@ def compare_outputs(
     block, outputs = world.files[f"hgt_block{b}"], world.files["decoder_outputs"]
     start = int(np.ravel(block["loss_start"])[0])
     targets = torch.from_numpy(world.tokens(block["tgt_offsets"][start:]))
-    features = {"lm": x[start:], "gnn": out[start:]}
+    features = {"lm": x, "gnn": out}
+    # Of targets the scored ones, of distributions all places of the block, its context included.
     whole = {name: softmax.log_prob(feature) for name, feature in features.items()}
-    target = {name: softmax.target_log_prob(f, targets) for name, f in features.items()}
+    target = {name: softmax.target_log_prob(f[start:], targets) for name, f in features.items()}
     found = {}
     for name, theirs in outputs.items():
         ours = our_output(name, b, targets, out, whole, target)
@@ -312,12 +335,12 @@ def compare_outputs(
     return found, target
 
 
-def compare_gradients(network: HGT, loss: Tensor, arrays: Stored) -> dict[str, float]:
+def compare_gradients(network: HGT, loss: Tensor, arrays: Stored) -> dict[str, Difference]:
     """Largest differences of the network's gradients and of the loss that they are of from those of
     a `decoder_grads_block<b>.npz`, which leaves out what has no effect."""
     stored = {name: torch.from_numpy(array) for name, array in arrays.items()}
     parameters, theirs = dict(network.named_parameters()), used(stored)
-    gaps = []
+    gaps: list[tuple[str, Difference]] = []
     for piece in pieces_of(network):
         if piece.theirs in theirs:
             parameter = parameters[piece.ours]
@@ -326,14 +349,14 @@ def compare_gradients(network: HGT, loss: Tensor, arrays: Stored) -> dict[str, f
     for name, gradient in stored.items():
         if UNUSED.fullmatch(name):  # has no effect, nor a place here
             gaps.append((name, difference(torch.zeros_like(gradient), gradient.numpy())))
-    found: dict[str, float] = {}
+    found: dict[str, Difference] = {}
     if "loss_sum" in arrays:
         found["loss_sum"] = arrays.difference("loss_sum", loss)
     for name, gap in gaps:
         whole = name.partition("[")[0]
         arrays.compared.add(whole)
         name = f"gradient {whole.removeprefix(f'{NETWORK}.')}"
-        found[name] = max(gap, found.get(name, 0.0))
+        found[name] = max(gap, found.get(name, gap), key=lambda g: (g.too_large, g))
     return found
 
 
@@ -369,22 +392,29 @@ def compare(folder: Path) -> dict[str, list]:
     """Every output array of a fixture directory.
 
     Returns:
-        `cases`, with the largest difference of each array, and `not_compared`, the names of those
-        that nothing was compared with, the weights left out.
+        `cases`, with the largest difference of each array and the names of those above the
+        tolerance, and `not_compared`, the names of those that nothing was compared with, the
+        weights left out.
     """
     world = World.read(folder)
     decoded = world.arrays.difference("datastore_decoded", world.features)
-    rows = [{"case": "decoded codes", "largest_difference": {"decoded": decoded}}]
+    found_by_case = {"decoded codes": {"decoded": decoded}}
     stored = read_weights(folder / "hgt_state_dict.npz", f"{NETWORK}.")
     network = our_network(stored, world.config["heads"])
     with torch.inference_mode():
         for name, block in world.files.items():
             if name.startswith("hgt_block"):
-                found = compare_block(network, world, block)
-                rows.append({"case": name, "largest_difference": found})
+                found_by_case[name] = compare_block(network, world, block)
     if "decoder_outputs" in world.files:
-        for case, found in compare_decoder(folder, world).items():
-            rows.append({"case": case, "largest_difference": found})
+        found_by_case |= compare_decoder(folder, world)
+    rows = [
+        {
+            "case": case,
+            "largest_difference": found,
+            "above_tolerance": [name for name, gap in found.items() if gap.too_large],
+        }
+        for case, found in found_by_case.items()
+    ]
     left = [name for file in world.files.values() for name in file.not_compared]
     return {"cases": rows, "not_compared": left}
 

@@ -6,13 +6,18 @@ from the stored keys.
         --sizes '[10000,200000]' --output indexes.json --plot_to indexes.png
 
 The queries are a datastore of another split, and the scores what `evaluate.py --token_scores` wrote
-of it. A size takes the first keys of the memory.
+of it; without them there are no perplexities. A size takes the first keys of the memory.
+
+A second table compares the ways of searching the same lists of the same index: the engine, which
+counts votes or gives neighbours, `faiss.Index.search`, and `faiss.contrib.big_batch_search`, which
+also takes many queries a list.
 """
 
 import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,19 +25,23 @@ from tempfile import TemporaryDirectory
 import faiss
 import numpy as np
 import torch
+from faiss.contrib.big_batch_search import big_batch_search
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from neighborlm.common.contracts import NProbe, Retriever
-from neighborlm.common.progress import progress_bars
+from neighborlm.common.contracts import Neighbors, NProbe, Retriever
+from neighborlm.common.errors import InputError
+from neighborlm.common.progress import Report, progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.retrieval.memories.knn import knn_log_prob, neighbor_scores
 from neighborlm.retrieval.memories.mixers import mixture
+from neighborlm.retrieval.search import Search, open_retriever
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import auto_factory, open_retriever
+from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index import auto_factory
 from neighborlm.retrieval.search.rescoring import exact_distances
+from neighborlm.retrieval.search.retriever import votes_of, with_values
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 FACTORIES = (
@@ -45,21 +54,27 @@ FACTORIES = (
     "RR{dim},IVF{lists},RaBitQfs4",
 )
 """Compared with `flat`; lists, dim, and parts of dim are filled in."""
-AT_ONCE = 4096
+AT_ONCE, EVALUATED_AT_ONCE = 4096, 10240
+"""Queries of a search, and of one where ways of searching are compared: as many as evaluation takes
+at most."""
 LMBDA = 0.25
 
 
 @dataclass
 class Questions:
-    """Queries fp32 `[Q, d]`, and for each its target and the LM's log-probability of it."""
+    """Queries fp32 `[Q, d]`, and for each its target and, where that is known, the LM's
+    log-probability of it."""
 
     queries: np.ndarray
     targets: np.ndarray
-    lm_log_prob: Tensor
+    lm_log_prob: Tensor | None
 
     @classmethod
-    def read(cls, queries: Datastore, scores: Path, limit: int, seed: int) -> "Questions":
-        """A random sample of the scored tokens."""
+    def read(cls, queries: Datastore, scores: Path | None, limit: int, seed: int) -> "Questions":
+        """A random sample of the scored tokens, or of all."""
+        if scores is None:
+            rows, keys = queries.sample(limit, seed)
+            return cls(keys, queries.values[rows], None)
         table = np.load(scores)
         rows = np.random.default_rng(seed).permutation(len(table["position"]))[:limit]
         rows.sort()
@@ -70,10 +85,9 @@ class Questions:
 
 @dataclass
 class Answers:
-    """What a search gave: distances and rows `[Q, k]`, and milliseconds a query."""
+    """What a search gave, and milliseconds a query."""
 
-    distances: np.ndarray
-    rows: np.ndarray
+    found: Neighbors
     milliseconds: float
 
 
@@ -86,33 +100,62 @@ def answer(retriever: Retriever, questions: Questions, k: int) -> Answers:
         for first in range(0, len(questions.queries), AT_ONCE)
     ]
     seconds = time.perf_counter() - start
-    distances, rows = map(np.concatenate, zip(*parts, strict=True))
-    return Answers(distances, rows, 1000 * seconds / len(questions.queries))
+    found = Neighbors(*(np.concatenate([part[i] for part in parts]) for i in range(2)))
+    return Answers(found, 1000 * seconds / len(questions.queries))
 
 
-def perplexity(memory: Datastore, questions: Questions, answers: Answers, exact: bool) -> float:
-    """Of the mixture at temperature 1, with the answers' distances or those to the stored keys."""
+def perplexity(
+    memory: Datastore, questions: Questions, answers: Answers, exact: bool
+) -> float | None:
+    """Of the mixture at temperature 1, with the answers' distances or those to the stored keys;
+    None where the LM's part is not known."""
+    if questions.lm_log_prob is None:
+        return None
     total = 0.0
     for first in range(0, len(questions.queries), AT_ONCE):
         part = slice(first, first + AT_ONCE)
-        rows, distances = answers.rows[part], answers.distances[part]
+        rows, distances = answers.found.rows[part], answers.found.distances[part]
         if exact:
             distances = exact_distances(questions.queries[part], rows, memory, "l2")
-        scores = neighbor_scores(distances, rows, "l2")
-        hits = torch.from_numpy(memory.values[rows] == questions.targets[part, None])
-        knn = knn_log_prob(scores, hits & ~scores.isneginf())
-        total -= (
-            mixture((questions.lm_log_prob[part], knn), (1 - LMBDA, LMBDA)).double().sum().item()
-        )
+        found = with_values(Neighbors(distances, rows), memory)
+        votes = votes_of(found, questions.targets[part], 1.0, "l2")
+        log_probs = [questions.lm_log_prob[part], torch.from_numpy(votes.log_probs)]
+        total -= mixture(log_probs, [1 - LMBDA, LMBDA]).double().sum().item()
     return math.exp(total / len(questions.queries))
 
 
 def kept(answers: Answers, exact: Answers) -> float:
     """Share of the exact k nearest that were found."""
-    found = [
-        np.isin(ours, theirs).sum() for ours, theirs in zip(answers.rows, exact.rows, strict=True)
-    ]
-    return float(np.sum(found) / np.count_nonzero(exact.rows >= 0))
+    pairs = zip(answers.found.rows, exact.found.rows, strict=True)
+    found = sum(np.isin(ours, theirs).sum() for ours, theirs in pairs)
+    return float(found / np.count_nonzero(exact.found.rows >= 0))
+
+
+def ways(retriever: Retriever, questions: Questions, k: int, repeat: int) -> dict[str, float]:
+    """Milliseconds a query of each way of searching the same lists of an index; none where the
+    engine cannot read it. The median of some rounds, in which each way has its turn."""
+    if not isinstance(retriever, FaissRetriever) or retriever.lists is None:
+        return {}
+    queries, targets = questions.queries[:EVALUATED_AT_ONCE], questions.targets
+    ivf = retriever.lists.ivf  # its nprobe is set
+    if ivf.this != retriever.index.this or not retriever.lists.pays(len(queries)):
+        return {}
+    targets = targets[: len(queries)].astype(np.int64)
+    each: dict[str, Callable[[], object]] = {
+        "votes": lambda: retriever.vote(queries, k, targets, 1.0),
+        "neighbours in any order": lambda: retriever.search(queries, k, ordered=False),
+        "neighbours, nearest first": lambda: retriever.search(queries, k),
+        "faiss.Index.search": lambda: ivf.search(queries, k),
+        "big_batch_search": lambda: big_batch_search(ivf, queries, k, verbose=1),  # the quiet level
+    }
+    retriever.prepare()
+    seconds: dict[str, list[float]] = {name: [] for name in each}
+    for _ in range(repeat):
+        for name, search in each.items():
+            start = time.perf_counter()
+            search()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * float(np.median(of)) / len(queries) for name, of in seconds.items()}
 
 
 def first_keys(memory: Datastore, size: int, folder: Path) -> Datastore:
@@ -140,10 +183,11 @@ def compare(
     factories: list[str],
     nprobes: list[NProbe],
     k: int,
-    report,
+    repeat: int,
+    report: Report,
 ) -> list[dict]:
     """One row an index and nprobe; `flat` is the first."""
-    exact = answer(open_retriever(memory, "flat", "l2", 1), questions, k)
+    exact = answer(open_retriever(memory, Search("flat")), questions, k)
     about = {"keys": memory.n_keys, "dim": memory.dim, "k": k, "queries": len(questions.queries)}
     ppl = perplexity(memory, questions, exact, exact=True)
     rows = [
@@ -163,7 +207,7 @@ def compare(
             "bytes_a_key": sum(file.stat().st_size for file in files) / memory.n_keys,
         }
         for nprobe in nprobes:
-            retriever = open_retriever(memory, factory, "l2", nprobe)
+            retriever = open_retriever(memory, Search(factory, "l2", nprobe))
             found = answer(retriever, questions, k)
             rows.append(
                 {
@@ -174,6 +218,7 @@ def compare(
                     "recall": kept(found, exact),
                     "ppl": perplexity(memory, questions, found, exact=True),
                     "ppl_index_distances": perplexity(memory, questions, found, exact=False),
+                    "ways": ways(retriever, questions, k, repeat) if nprobe != "auto" else {},
                 }
             )
         path.unlink()
@@ -195,15 +240,24 @@ def as_table(rows: list[dict]) -> Table:
             rate = row["add_per_second"] / 1000
             built = (f"{row['nprobe']}", f"{row['train_seconds']:.1f}", f"{rate:.0f}")
             built += (f"{row['bytes_a_key']:.0f}",)
-        table.add_row(
-            row["index"],
-            *built,
-            f"{row['ms']:.3f}",
-            f"{row['recall']:.3f}",
-            f"{row['ppl']:.2f}",
-            f"{row['ppl'] / exact - 1:+.2%}",
-            f"{row['ppl_index_distances'] / exact - 1:+.2%}",
-        )
+        changed = ("", "", "")
+        if exact is not None:
+            changed = (f"{row['ppl']:.2f}", f"{row['ppl'] / exact - 1:+.2%}")
+            changed += (f"{row['ppl_index_distances'] / exact - 1:+.2%}",)
+        figures = (f"{row['ms']:.3f}", f"{row['recall']:.3f}")
+        table.add_row(row["index"], *built, *figures, *changed)
+    return table
+
+
+def as_table_of_ways(rows: list[dict]) -> Table:
+    """Of those rows that have been searched in several ways."""
+    table = Table(title="the same lists, milliseconds a query")
+    rows = [row for row in rows if row.get("ways")]
+    for column in ("index", "nprobe", *(rows[0]["ways"] if rows else ())):
+        table.add_column(column, justify="left" if column == "index" else "right")
+    for row in rows:
+        milliseconds = (f"{value:.4f}" for value in row["ways"].values())
+        table.add_row(row["index"], str(row["nprobe"]), *milliseconds)
     return table
 
 
@@ -239,13 +293,14 @@ def plot(rows: list[dict], path: Path) -> None:
 def run(
     memory: Path,
     queries: Path,
-    scores: Path,
     output: Path,
+    scores: Path | None = None,
     sizes: list[int] = [10_000, 200_000],  # noqa: B006
     factories: list[str] = list(FACTORIES),  # noqa: B006
     nprobes: list[NProbe] = [8, 16, 32, 64, "auto"],  # noqa: B006
     k: int = 1024,
     limit: int = 4096,
+    repeat: int = 3,
     seed: int = 1,
     plot_to: Path | None = None,
     work_dir: Path | None = None,
@@ -255,17 +310,20 @@ def run(
     Args:
         memory: datastore to search.
         queries: datastore of another split.
-        scores: the .npz file of that split's `--token_scores`.
         output: JSON file.
+        scores: the .npz file of that split's `--token_scores`.
         sizes: numbers of keys; those that the memory does not have are left out.
         factories: faiss strings, in which {lists}, {dim}, {half} and {eighth} of it are filled in.
         nprobes: inverted lists to visit, or `auto`.
         k: neighbours a query.
         limit: queries, a random sample.
+        repeat: how often each way of searching is timed.
         seed: of that sample.
-        plot_to: PNG file.
+        plot_to: PNG file; needs the scores.
         work_dir: where datastores and indexes are made; needs room for the largest size.
     """
+    if plot_to is not None and scores is None:
+        raise InputError(f"--plot_to {plot_to} shows perplexities; expected --scores with it")
     whole = Datastore.open(memory)
     questions = Questions.read(Datastore.open(queries), scores, limit, seed)
     rows: list[dict] = []
@@ -275,8 +333,8 @@ def run(
             if size > whole.n_keys:
                 continue
             part = first_keys(whole, size, Path(folder) / str(size))
-            found = compare(part, questions, factories, nprobes, min(k, size), report)
-            console.print(as_table(found))
+            found = compare(part, questions, factories, nprobes, min(k, size), repeat, report)
+            console.print(as_table(found), as_table_of_ways(found))
             rows += found
             shutil.rmtree(part.path)
     about = {"faiss": faiss.__version__, "threads": faiss.omp_get_max_threads()}

@@ -153,7 +153,7 @@ def program(command: list[str], run_dir: Path, threads: int) -> dict[str, Any]:
     cli = evaluate.EvaluateCLI()
     subject = evaluate.subject_of(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        return {"stage_seconds": evaluate.make_stages(cli, subject)}
+        return {"stage_seconds": evaluate.make_stages(cli, subject, "train")}
     evaluated = evaluate.evaluate_subject(cli, subject)
     return evaluated.results | {"stage_seconds": evaluated.seconds}
 

@@ -119,7 +119,7 @@ def bare(config: Path, threads: int, first: int) -> dict[str, Any]:
         batch = next(batches)
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = -model.score(batch).log_probs.mean()
+            loss = -model.training_log_probs(batch).mean()
         optimizer.zero_grad()
         loss.backward()
         if clip:

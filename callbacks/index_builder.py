@@ -1,4 +1,5 @@
-"""`IndexBuilder`: builds the index when a datastore has been written, or on its own."""
+"""`IndexBuilder`: builds the index when a datastore has been written, or on its own; once for all
+processes."""
 
 from collections import Counter
 from functools import partial

@@ -8,17 +8,26 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import faiss
+import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.callbacks.background import Background
 from neighborlm.callbacks.core_sharing import CoreSharing
 from neighborlm.callbacks.tally import Tally
-from neighborlm.common.contracts import Memory, Mixer, Opinion, Scored
-from neighborlm.retrieval.memories.mixers import features_of, mixture
+from neighborlm.common.contracts import Memory, Mixer, Opinion, Scored, Want
+from neighborlm.retrieval.memories.mixers import (
+    LM,
+    features_of,
+    lm_opinion,
+    mixture,
+    source_log_probs,
+    weights_by_source,
+)
 
 FIRST_TOKENS, TOKENS_AT_ONCE = 2048, 10240
 """Tokens that memories are first asked about, so that they begin soon, and at most: lists that many
@@ -31,6 +40,7 @@ class Interpolation(Callback):
     Args:
         memories: by name.
         mixer: weighs them; None only to hear what they say.
+        text: integers `[N]`, the tokens of the split.
         keep_scores: keep every token's log-probabilities and the memories' features, in
             `tally.table`.
         tokens_at_once: see `TOKENS_AT_ONCE`.
@@ -45,11 +55,13 @@ class Interpolation(Callback):
         self,
         memories: Mapping[str, Memory],
         mixer: Mixer | None,
+        text: np.ndarray,
         keep_scores: bool = False,
         tokens_at_once: int = TOKENS_AT_ONCE,
     ) -> None:
         self.memories = memories
         self.mixer = mixer
+        self.text = text
         self.keep_scores = keep_scores
         self.tokens_at_once = tokens_at_once
         self.tally = Tally(keep_scores)
@@ -60,6 +72,12 @@ class Interpolation(Callback):
         self.enough = 0
         self.submitted = self.begun = self.ended = 0
         """Times that memories were asked; each number is changed by one thread only."""
+
+    @property
+    def want(self) -> Want:
+        """What the memories and the mixer need to be told of each token."""
+        want = Want() if self.mixer is None else self.mixer.want
+        return reduce(Want.and_also, (memory.want for memory in self.memories.values()), want)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The thread loads what the first question would wait for."""
@@ -73,7 +91,7 @@ class Interpolation(Callback):
         """Shares the cores; connects the ranks where memories search together."""
         self.sharing.begin(pl_module, lambda: self.submitted > self.ended)
         for memory in self.memories.values():
-            memory.begin_pass()
+            memory.begin_pass(self.text)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the cores back."""
@@ -154,9 +172,7 @@ class Interpolation(Callback):
         if self.mixer is None:
             self.tally.add(asked, opinions)
             return
-        weights = self.mixer.weights(features_of(opinions), len(asked.positions)).unbind(dim=1)
-        # torch computes single numbers and vectors by functions that differ in the last digit: in
-        # fp32 the figure of a token would depend on how many come with it.
-        log_probs = [asked.log_probs, *(opinion.log_probs for opinion in opinions.values())]
-        mixed = mixture([log_prob.double() for log_prob in log_probs], weights)
-        self.tally.add(asked, opinions, mixed, dict(zip(("lm", *opinions), weights, strict=True)))
+        sources = {LM: lm_opinion(asked), **opinions}
+        weights = self.mixer.weights(features_of(sources), len(asked.positions))
+        mixed = mixture(source_log_probs(sources).unbind(dim=1), weights.unbind(dim=1))
+        self.tally.add(asked, opinions, mixed, weights_by_source(sources, weights))

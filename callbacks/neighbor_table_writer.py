@@ -1,5 +1,4 @@
-"""`NeighborTableWriter`: searches the neighbours of every token of a split when its datastore has
-been written, or on its own."""
+"""`NeighborTableWriter`: searches the neighbours of every token of a split, once for all ranks."""
 
 import time
 from contextlib import suppress
@@ -7,7 +6,6 @@ from functools import cache, partial
 from pathlib import Path
 
 from filelock import Timeout
-from pytorch_lightning import Callback, LightningModule, Trainer
 
 from neighborlm.common.contracts import Retriever
 from neighborlm.common.progress import progress_bars
@@ -24,7 +22,7 @@ from neighborlm.retrieval.store.artifact import Job, share_out
 from neighborlm.retrieval.store.datastore import Datastore
 
 
-class NeighborTableWriter(Callback):
+class NeighborTableWriter:
     """Makes the neighbour table of a split, unless one that serves is there already.
 
     Args:
@@ -34,7 +32,6 @@ class NeighborTableWriter(Callback):
         k: neighbours a token.
         exclude_window: of a split that searches itself, leave out the rows less than this many
             tokens away.
-        keep_distances: keep them beside the rows.
         shard: the one of the memory's shards that this host has, where others have the others; of
             `queries` too where that is the same datastore.
     """
@@ -46,7 +43,6 @@ class NeighborTableWriter(Callback):
         search: Search,
         k: int,
         exclude_window: int = 0,
-        keep_distances: bool = False,
         shard: int | None = None,
     ) -> None:
         self.queries = queries
@@ -54,14 +50,9 @@ class NeighborTableWriter(Callback):
         self.search = search
         self.k = k
         self.exclude_window = exclude_window
-        self.keep_distances = keep_distances
         self.shard = shard
         self.seconds = 0.0
         """Time of the search; 0 when nothing was searched."""
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the datastore's writer has published it."""
-        self.build()
 
     def build(self) -> NeighborTable:
         """Makes the table now, with a progress bar; of several processes one searches and the
@@ -79,9 +70,7 @@ class NeighborTableWriter(Callback):
         search = self.search
         name = resolve(memory, search.index)
         name = Path(name).name if is_path(name) else name
-        settings = TableSettings(
-            search.metric, name, search.nprobe, self.k, self.exclude_window, self.keep_distances
-        )
+        settings = TableSettings(search.metric, name, search.nprobe, self.k, self.exclude_window)
         parts = queries.shards() or [queries]
 
         @cache

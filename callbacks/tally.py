@@ -1,7 +1,7 @@
 """`Tally`: adds up what a mixture says of the tokens of a pass, and what its memories were like."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor
 from neighborlm.callbacks.token_scores import ScoreTable
 from neighborlm.common.contracts import Opinion, Scored
 from neighborlm.models.metrics import TokenLoss
+from neighborlm.retrieval.memories.mixers import LM, features_of, lm_opinion
 
 
 class Tally:
@@ -21,8 +22,9 @@ class Tally:
     Attributes:
         loss: of the mixture.
         table: by token `position`, `target`, `lm_log_prob`, `gnn_log_prob` of a graph network on
-            the LM, of each memory `<memory>_log_prob` and `<memory>.<feature>`, and `log_prob` of
-            the mixture; None where they are not kept.
+            the LM, of each memory `<memory>_log_prob` and `<memory>.<feature>`, `lm.<feature>`
+            where the model was asked for it, and `log_prob` of the mixture; None where they are not
+            kept.
     """
 
     def __init__(self, keep_scores: bool = False) -> None:
@@ -54,12 +56,13 @@ class Tally:
             columns["gnn_log_prob"] = asked.log_probs.float()
         for name, opinion in opinions.items():
             columns[f"{name}_log_prob"] = opinion.log_probs.float()
-            self._count(f"{name}.has_target", (~opinion.log_probs.isneginf()).double())
-            for feature, column in opinion.features.items():
-                columns[f"{name}.{feature}"] = column
-                self._count(f"{name}.{feature}", column[column.isfinite()].double())
+            possible = ~opinion.log_probs.isneginf()
+            self._count(f"{name}.has_target", possible.reshape(len(possible), -1).any(dim=1))
+        for name, column in features_of({LM: lm_opinion(asked), **opinions}).items():
+            columns[name] = column
+            self._count(name, column[column.isfinite()])
         for name, weight in (weights or {}).items():
-            self._count(f"weight.{name}", weight.double())
+            self._count(f"weight.{name}", weight)
         if mixed is not None:
             self.loss.update(mixed)
             columns["log_prob"] = mixed.float()
@@ -67,8 +70,26 @@ class Tally:
             self.table.add(**{name: column.numpy() for name, column in columns.items()})
 
     def _count(self, name: str, column: Tensor) -> None:
-        self.sums[name] += column.sum().item()
+        self.sums[name] += column.double().sum().item()
         self.counts[name] += len(column)
+
+    def opinions(self, memories: Sequence[str]) -> dict[str, Opinion]:
+        """What the model and some memories said of all tokens of all ranks, in the order of the
+        text, for `Mixer.fit`; from the table."""
+        table = {name: torch.from_numpy(column) for name, column in self.table.gathered().items()}
+        own = "gnn_log_prob" if "gnn_log_prob" in table else "lm_log_prob"
+        log_probs = {LM: table[own], **{name: table[f"{name}_log_prob"] for name in memories}}
+        return {
+            source: Opinion(
+                log_prob,
+                {
+                    name.removeprefix(f"{source}."): column
+                    for name, column in table.items()
+                    if name.startswith(f"{source}.")
+                },
+            )
+            for source, log_prob in log_probs.items()
+        }
 
     def to(self, device: torch.device) -> None:
         """Where ranks add up their losses."""

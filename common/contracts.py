@@ -7,6 +7,7 @@ Shapes: n scored tokens, V vocabulary, Q queries, k neighbours, d width of a key
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -332,8 +333,9 @@ class Opinion(NamedTuple):
 
     Attributes:
         log_probs: fp32 or fp64 `[n]`, natural-log probability of each target; -inf where the memory
-            gives it none.
-        features: by name `[n]`, what is known of each token before its target is, for mixers.
+            gives it none. `[n, s]` of a memory that has s distributions, each of which is weighed.
+        features: by name `[n]` or `[n, f]`, what is known of each token before its target is, for
+            mixers; infinite or NaN where there is nothing to know.
     """
 
     log_probs: Tensor
@@ -346,16 +348,25 @@ class Memory(Protocol):
     Attributes:
         want: what it needs to be told of each token.
         in_order: whether tokens must come in the order of the text.
+        warm_up: how many tokens before a part of the text it must have been asked about for its
+            opinion on that part to be as if it had been asked about all that came before.
     """
 
     want: Want
     in_order: bool
+    warm_up: int = 0
 
     def prepare(self) -> None:
         """Loads what a first question would wait for."""
 
-    def begin_pass(self) -> None:
-        """All ranks call this before a pass over a split: what was observed is forgotten."""
+    def begin_pass(self, text: np.ndarray) -> None:
+        """All ranks call this before a pass over a split: what was observed is forgotten.
+
+        Args:
+            text: integers `[N]`, the tokens that positions are offsets into; what a memory says of
+                a position depends on those before it alone, so that in generation those from there
+                on may be anything.
+        """
 
     def say(self, asked: Scored) -> Opinion:
         """Its opinion on the targets of some tokens, which lie on the CPU."""
@@ -374,25 +385,43 @@ class Memory(Protocol):
 
 
 class Mixer(Protocol):
-    """Weighs the language model and the memories for every token.
+    """Weighs the language model and the memories for every token. Deriving from this class gives
+    what most need not say.
+
+    The sources that it weighs are the distributions of the language model and of the memories, in
+    this order. Features are called `<memory>.<feature>`; the model's own are `lm.entropy`, in nats,
+    and `lm.top_prob`, the largest probability.
 
     Attributes:
         needs_fitting: whether `fit` must be called before `weights`.
+        want: what it needs to be told by the model for its own features.
     """
 
     needs_fitting: bool
+    want: Want = Want()
 
-    def fit(self, lm_log_probs: Tensor, opinions: Sequence[Opinion]) -> None:
-        """Fits the weights to n tokens of the validation split, `[n]`, one opinion a memory."""
+    def fit(self, opinions: Mapping[str, Opinion]) -> None:
+        """Fits the weights to n tokens of the validation split, in the order of the text.
+
+        Args:
+            opinions: by source, that of the language model first, under `lm`.
+        """
         ...
 
     def weights(self, features: Mapping[str, Tensor], n: int) -> Tensor:
-        """Weights fp64 `[n, 1 + memories]` of the language model and of each memory, not negative,
-        a row's sum being one.
+        """Weights fp64 `[n, sources]`, not negative, a row's sum being one.
 
         Args:
-            features: by `<memory>.<feature>`, `[n]` each.
+            features: by `<memory>.<feature>`, `[n]` or `[n, f]` each.
         """
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What was fitted and how, as arrays of numbers and strings: what `restore` takes."""
+        ...
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Becomes the mixer whose `state` this was."""
         ...
 
 
@@ -401,14 +430,26 @@ class Resources(Protocol):
 
     Attributes:
         vocab_size: V.
-        settings: of the section `knn`, see `programs.settings.KNNSettings`.
+        settings: by section, see `programs.settings.MemorySettings`.
+        device: the model's.
     """
 
     vocab_size: int
     settings: Any
+    device: torch.device
 
     def tokens(self, split: str) -> np.ndarray:
         """Token ids of a split `[N]`, unsigned, memory-mapped."""
+        ...
+
+    def made_from(self, split: str) -> Mapping[str, str]:
+        """Fingerprints of a split's text (`corpus`) and of its vocabulary (`dictionary`), which
+        identify what is made from its tokens alone."""
+        ...
+
+    def folder(self, name: str) -> Path:
+        """Where a product of that name lies that is made from tokens alone, beside the datastores;
+        it need not be there."""
         ...
 
     def datastore(self) -> Any:

@@ -123,26 +123,27 @@ def _cut_longer_than(limit: int, edges: np.ndarray) -> np.ndarray:
     return np.append(cut, edges[-1])
 
 
-def make_batches(lengths: np.ndarray, order: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+def make_batches(
+    lengths: np.ndarray, order: np.ndarray, max_tokens: int, by_length: bool = True
+) -> list[np.ndarray]:
     """Groups rows so that rows times longest row is at most `max_tokens` (one row at least).
-
-    Rows are taken in `order`, then by length (a stable sort), so that a batch holds rows of like
-    length and padding is rare.
 
     Args:
         lengths: int64 [rows], tokens of each row.
-        order: permutation of the rows.
+        order: permutation of the rows, in which they are taken.
+        by_length: take them by length first (a stable sort), so that a batch holds rows of like
+            length and padding is rare.
 
     Returns:
         Row numbers of each batch.
     """
-    order = order[np.argsort(lengths[order], kind="stable")]
-    by_length = lengths[order]
+    if by_length:
+        order = order[np.argsort(lengths[order], kind="stable")]
+    lengths = lengths[order]
     batches, start = [], 0
     while start < len(order):
-        # Lengths ascend, so the longest row of a batch is its last.
-        ahead = by_length[start : start + max(max_tokens // int(by_length[start]), 1)]
-        cost = ahead * np.arange(1, len(ahead) + 1)
+        ahead = lengths[start : start + max(max_tokens // int(lengths[start]), 1)]
+        cost = np.maximum.accumulate(ahead) * np.arange(1, len(ahead) + 1)
         rows = max(int(np.searchsorted(cost, max_tokens, side="right")), 1)
         batches.append(order[start : start + rows])
         start += rows

@@ -107,14 +107,21 @@ class DealtBatches(Sampler[np.ndarray]):
         lengths: int64 [rows], tokens of each row.
         max_tokens: most tokens in a batch, padding included.
         shuffle_seed: seed of the shuffling; None for evaluation.
+        in_text_order: in evaluation, whether rows come in the order of the text and not by their
+            lengths.
     """
 
     def __init__(
-        self, lengths: np.ndarray, max_tokens: int, shuffle_seed: int | None = None
+        self,
+        lengths: np.ndarray,
+        max_tokens: int,
+        shuffle_seed: int | None = None,
+        in_text_order: bool = False,
     ) -> None:
         self.lengths = lengths
         self.max_tokens = max_tokens
         self.shuffle_seed = shuffle_seed
+        self.in_text_order = in_text_order
         self.dealt = True  # otherwise each rank gets all
         self.epoch = 0
         self.first = 0  # batches of this rank to pass over: a continued epoch
@@ -123,7 +130,7 @@ class DealtBatches(Sampler[np.ndarray]):
     def _compose(self) -> list[np.ndarray]:
         order = np.arange(len(self.lengths))
         if self.shuffle_seed is None:
-            return make_batches(self.lengths, order, self.max_tokens)
+            return make_batches(self.lengths, order, self.max_tokens, not self.in_text_order)
         generator = np.random.default_rng((self.shuffle_seed, self.epoch))
         batches = make_batches(self.lengths, generator.permutation(order), self.max_tokens)
         return [batches[i] for i in generator.permutation(len(batches))]
@@ -336,12 +343,14 @@ class LMDataModule(pl.LightningDataModule):
         split: str,
         skip: Callable[[np.ndarray], bool] | None = None,
         wanted: np.ndarray | None = None,
+        in_text_order: bool = False,
     ) -> DataLoader:
         """Every token of `split` once, in rows with left context.
 
         Args:
             skip: called with the int64 offsets that a batch scores; True leaves the batch out.
             wanted: bool `[tokens]`, batches are then of rows that score any of these.
+            in_text_order: whether rows come in the order of the text, and not by their lengths.
         """
         rows = self.rows(split, self.context_window)
         if wanted is not None:
@@ -350,7 +359,8 @@ class LMDataModule(pl.LightningDataModule):
             ranges = (rows.context_starts, rows.starts, rows.ends)
             rows = Rows(*(offsets[which] for offsets in ranges), rows.kept)
         dataset = RowDataset(self.stream(split), rows, self.memories.get(split))
-        sampler = DealtBatches(dataset.rows.lengths, self.max_tokens)
+        lengths = dataset.rows.lengths
+        sampler = DealtBatches(lengths, self.max_tokens, in_text_order=in_text_order)
         if skip is not None:
             sampler.batches = [b for b in sampler.batches if not skip(dataset.rows.scored_by(b))]
         return self._loader(DataLoader, dataset, sampler)

@@ -15,8 +15,10 @@ from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.evaluation import Evaluated, Subject, evaluate, make_products
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.reports import publish
-from neighborlm.programs.settings import KNNSettings
+from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
+from neighborlm.retrieval.memories.automaton import AutomatonSettings
+from neighborlm.retrieval.memories.recent import RecentSettings
 from neighborlm.retrieval.search.index import resolve
 
 
@@ -86,6 +88,8 @@ class EvaluateCLI(ProgramCLI):
             help="write every token's log-probabilities to this .npz file",
         )
         parser.add_class_arguments(KNNSettings, "knn")
+        parser.add_class_arguments(RecentSettings, "recent")
+        parser.add_class_arguments(AutomatonSettings, "automaton")
 
     @property
     def memories(self) -> list[str]:
@@ -96,8 +100,13 @@ class EvaluateCLI(ProgramCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the settings, then the data module; the model comes from the checkpoint."""
-        self.knn = KNNSettings(**self.config.knn.as_dict())
-        self.knn.check()
+        self.settings = MemorySettings(
+            KNNSettings(**self.config.knn.as_dict()),
+            RecentSettings(**self.config.recent.as_dict()),
+            AutomatonSettings(**self.config.automaton.as_dict()),
+        )
+        self.settings.check()
+        self.knn = self.settings.knn
         path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
         self.ckpt_path = Path(path)
         self.config_init = self.parser.instantiate(self.config)
@@ -121,9 +130,9 @@ def subject_of(cli: EvaluateCLI) -> Subject:
     return subject
 
 
-def make_stages(cli: EvaluateCLI, subject: Subject) -> dict[str, float]:
+def make_stages(cli: EvaluateCLI, subject: Subject, split: str) -> dict[str, float]:
     """`--save_datastore` and `--build_index`: what they ask for and no more; how long each took."""
-    split, with_index = cli.config.split or "train", cli.config.build_index
+    with_index = cli.config.build_index
     products = subject.products(cli.knn)
     if not cli.config.save_datastore and products.open_fitting_datastore(split) is None:
         raise InputError(
@@ -141,7 +150,7 @@ def evaluate_subject(cli: EvaluateCLI, subject: Subject) -> Evaluated:
     """The evaluation that the command line describes."""
     scores = Path(cli.config.token_scores) if cli.config.token_scores else None
     split = cli.config.split or "test"
-    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.knn, scores)
+    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.settings, scores)
 
 
 @exit_with_one_sentence
@@ -150,7 +159,7 @@ def main(args: list[str] | None = None) -> None:
     cli = EvaluateCLI(args)
     subject = subject_of(cli)
     if cli.config.save_datastore or cli.config.build_index:
-        make_stages(cli, subject)
+        make_stages(cli, subject, cli.config.split or "train")
         if not cli.memories:
             return
     evaluated = evaluate_subject(cli, subject)

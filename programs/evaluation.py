@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
 
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.callbacks.throughput import Throughput
-from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
+from neighborlm.callbacks.token_scores import LMScores, save_scores
 from neighborlm.common.contracts import (
     LanguageModel,
     Memory,
     Mixer,
-    Opinion,
     Retriever,
     Scored,
     Want,
@@ -40,7 +38,7 @@ from neighborlm.models.scorer import Scorer
 from neighborlm.programs.products import NeighborProducts, Products
 from neighborlm.programs.reports import figures, log_tuning
 from neighborlm.programs.run import Run
-from neighborlm.programs.settings import KNNSettings, NeighborSettings
+from neighborlm.programs.settings import KNNSettings, MemorySettings, NeighborSettings
 from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.memories import MEMORIES, MIXERS, ConstantMixer, KNNMemory
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
@@ -155,10 +153,12 @@ def score(
     subject.give_neighbors(split)
     throughput, scorer = Throughput(), Scorer(subject.model, want)
     trainer = subject.run.trainer([throughput, *callbacks])
-    trainer.test(scorer, subject.data.evaluation_dataloader(split), verbose=False)
+    asking = [callback for callback in callbacks if isinstance(callback, Interpolation)]
+    in_order = any(memory.in_order for callback in asking for memory in callback.memories.values())
+    loader = subject.data.evaluation_dataloader(split, in_text_order=in_order)
+    trainer.test(scorer, loader, verbose=False)
     total = scorer.test_loss.compute()
     tokens = int(total["tokens"])
-    asking = any(isinstance(callback, Interpolation) for callback in callbacks)
     seconds = throughput.model_seconds if asking else throughput.seconds
     results = {"split": split, "tokens": tokens}
     own = figures(total["loss"].item(), tokens, seconds)
@@ -180,22 +180,40 @@ class MadeOnDemand:
 
     Args:
         subject: what is evaluated.
-        knn: how datastores are made and searched.
+        settings: of the memories.
 
     Attributes:
-        settings: `knn`.
         products: the datastores, and how long each stage took that was not done before.
     """
 
-    def __init__(self, subject: Subject, knn: KNNSettings) -> None:
+    def __init__(self, subject: Subject, settings: MemorySettings) -> None:
         self.subject = subject
-        self.settings = knn
-        self.products = subject.products(knn)
+        self.settings = settings
+        self.products = subject.products(settings.knn)
         self.vocab_size = subject.data.vocab_size
+        self.device = subject.run.device
+
+    @property
+    def knn(self) -> KNNSettings:
+        """How datastores are made, searched and mixed."""
+        return self.settings.knn
+
+    def mix_by(self, **chosen: float) -> None:
+        """Sets what was tuned of the section `knn`."""
+        self.settings = replace(self.settings, knn=replace(self.knn, **chosen))
 
     def tokens(self, split: str) -> np.ndarray:
         """See `Resources`."""
         return self.subject.data.stream(split).tokens
+
+    def made_from(self, split: str) -> dict[str, str]:
+        """See `Resources`."""
+        data = self.subject.data
+        return {"corpus": data.fingerprint(split), "dictionary": data.dictionary.fingerprint}
+
+    def folder(self, name: str) -> Path:
+        """See `Resources`."""
+        return self.products.root / name
 
     def datastore(self) -> Datastore:
         """See `Resources`."""
@@ -204,7 +222,7 @@ class MadeOnDemand:
     @cached_property
     def _datastore(self) -> Datastore:
         missing = self.products.open_fitting_datastore("train") is None
-        if self.settings.key_type == "gnn" and missing:
+        if self.knn.key_type == "gnn" and missing:
             self.subject.give_neighbors("train")
         return self.products.ensure_datastore_and_index("train")
 
@@ -214,19 +232,19 @@ class MadeOnDemand:
 
     @cached_property
     def _retriever(self) -> Retriever:
-        search = self.settings.search(self.subject.run.device)
+        search = self.knn.search(self.subject.run.device)
         # Distances between other keys, or by another measure, are computed by whoever asks.
-        own = self.settings.rescore_key_type is None
-        own &= self.settings.similarity in (None, self.settings.metric)
-        rescore = own and self.settings.distances == "exact"
+        own = self.knn.rescore_key_type is None
+        own &= self.knn.similarity in (None, self.knn.metric)
+        rescore = own and self.knn.distances == "exact"
         return open_distributed(self.datastore(), search, rescore)
 
     def rescoring_datastore(self) -> Datastore | None:
         """The datastore of `--knn.rescore_key_type`."""
-        key_type = self.settings.rescore_key_type
+        key_type = self.knn.rescore_key_type
         if key_type is None:
             return None
-        products = self.subject.products(replace(self.settings, key_type=key_type, datastore=None))
+        products = self.subject.products(replace(self.knn, key_type=key_type, datastore=None))
         if key_type == "gnn" and products.open_fitting_datastore("train") is None:
             self.subject.give_neighbors("train")
         return products.ensure_datastore("train")
@@ -316,7 +334,7 @@ def evaluate(
     split: str = "test",
     memories: Sequence[str] = (),
     mixer: str = "constant",
-    knn: KNNSettings | None = None,
+    settings: MemorySettings | None = None,
     token_scores: Path | None = None,
 ) -> Evaluated:
     """The perplexity of a model on a split, and with memories the mixture's.
@@ -326,14 +344,14 @@ def evaluate(
         split: of the corpus.
         memories: names of `MEMORIES`; none for the model alone.
         mixer: a name of `MIXERS`.
-        knn: how the memory `knn` is made, searched and mixed.
+        settings: of the memories.
         token_scores: `.npz` file for every token's log-probabilities.
 
     Raises:
         InputError: something does not fit together; before any long work.
     """
-    knn = knn or KNNSettings()
-    knn.check()
+    settings = settings or MemorySettings()
+    settings.check()
     subject.data.stream(split)
     if not memories:
         lm_scores = [LMScores()] if token_scores else []
@@ -342,10 +360,10 @@ def evaluate(
             save_scores(token_scores, callback.table)
         return Evaluated(alone.results, seconds_of(subject), alone.trainer)
     check_names(memories, mixer)
-    if "knn" in memories:
-        tuned_on = {"valid"} if knn.lmbda == "auto" or mixer != "constant" else set()
-        check_search(subject, knn, sorted({split} | tuned_on))
-    resources = MadeOnDemand(subject, knn)
+    given = tuple(memories) == ("knn",) and mixer == "constant" and settings.knn.lmbda != "auto"
+    if {"knn", "automaton"} & set(memories):
+        check_search(subject, settings.knn, [split] if given else sorted({split, "valid"}))
+    resources = MadeOnDemand(subject, settings)
     if tuple(memories) == ("knn",) and mixer == "constant":
         return evaluate_knn(subject, split, resources, token_scores)
     return evaluate_mixture(subject, split, memories, MIXERS[mixer](), resources, token_scores)
@@ -378,7 +396,7 @@ def evaluate_mixture(
     token_scores: Path | None,
 ) -> Evaluated:
     """A mixture of any memories, weighed by a mixer that is fitted on the validation split."""
-    knn = resources.settings
+    knn = resources.knn
     if knn.cache is not None:
         raise InputError(
             f"--knn.cache {knn.cache}: keeps what the memory knn alone retrieves; expected no such "
@@ -386,20 +404,22 @@ def evaluate_mixture(
         )
     if "knn" in names and knn.lmbda == "auto":  # for the temperature
         tuned = tuned_knn(subject, resources)
-        resources.settings = replace(knn, temperature=tuned.temperature)
+        resources.mix_by(temperature=tuned.temperature)
     memories = {name: MEMORIES[name](resources) for name in names}
-    check_order(memories)
-    want = Want()
-    for memory in memories.values():
-        want = want.and_also(memory.want)
+    check_order(subject, memories)
+    keep_scores = token_scores is not None
+    mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     if mixer.needs_fitting:
         if split == "valid":
             raise InputError("--split valid: is what the mixer is fitted on; expected another")
-        hearing = Interpolation(memories, None, keep_scores=True)
-        score(subject, "valid", want, [hearing])
-        mixer.fit(*opinions_of(hearing.tally.table, list(memories)))
-    mixing = Interpolation(memories, mixer, keep_scores=token_scores is not None)
-    made = score(subject, split, want, [mixing])
+        hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
+        score(subject, "valid", mixing.want, [hearing])
+        opinions = hearing.tally.opinions(names)
+        for name, memory in memories.items():
+            if getattr(memory, "needs_tuning", False):
+                opinions[name] = memory.tune()
+        mixer.fit(opinions)
+    made = score(subject, split, mixing.want, [mixing])
     if token_scores is not None:
         save_scores(token_scores, mixing.tally.table)
     described = {"memories": list(names), "mixer": type(mixer).__name__}
@@ -408,30 +428,15 @@ def evaluate_mixture(
     return Evaluated(made.results | results, seconds, made.trainer, memories, mixer)
 
 
-def check_order(memories: Mapping[str, Memory]) -> None:
+def check_order(subject: Subject, memories: Mapping[str, Memory]) -> None:
     """Refuses several ranks where tokens must come in the order of the text."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for name, memory in memories.items():
-            if memory.in_order:
-                raise InputError(
-                    f"--memories {name}: reads tokens in the order of the text, but "
-                    f"{dist.get_world_size()} ranks share them out; expected --trainer.devices 1"
-                )
-
-
-def opinions_of(table: ScoreTable, names: Sequence[str]) -> tuple[Any, list[Opinion]]:
-    """What a pass kept of the model and of each memory, for `Mixer.fit`."""
-    columns = {name: torch.from_numpy(x) for name, x in table.gathered().items()}
-    model = columns.get("gnn_log_prob", columns["lm_log_prob"])
-    opinions = []
-    for name in names:
-        features = {
-            column.removeprefix(f"{name}."): values
-            for column, values in columns.items()
-            if column.startswith(f"{name}.")
-        }
-        opinions.append(Opinion(columns[f"{name}_log_prob"], features))
-    return model, opinions
+    ranks = subject.run.trainer().world_size
+    for name, memory in memories.items():
+        if memory.in_order and ranks > 1:
+            raise InputError(
+                f"--memories {name}: reads tokens in the order of the text, but {ranks} ranks "
+                "share them out; expected --trainer.devices 1"
+            )
 
 
 def mixed_figures(tally: Tally, made: Pass) -> dict[str, Any]:
@@ -457,17 +462,18 @@ def evaluate_knn(
     """kNN-LM, or a GNN-LM with the same memory: one weight for all tokens, given or tuned with the
     temperature; from `--knn.cache` where that is given, so that no model and no search is needed.
     """
-    knn = resources.settings
+    knn = resources.knn
     tuned = tuned_knn(subject, resources) if knn.lmbda == "auto" else None
     mixed_by = {
         "lmbda": tuned.lmbda if tuned else knn.lmbda,
         "temperature": tuned.temperature if tuned else knn.temperature,
     }
-    resources.settings = replace(knn, **mixed_by)
+    resources.mix_by(**mixed_by)
     memory = KNNMemory.of(resources)
     mixer = ConstantMixer((1 - mixed_by["lmbda"], mixed_by["lmbda"]))
     if knn.cache is None:
-        mixing = Interpolation({"knn": memory}, mixer, keep_scores=token_scores is not None)
+        keep_scores = token_scores is not None
+        mixing = Interpolation({"knn": memory}, mixer, resources.tokens(split), keep_scores)
         made = score(subject, split, memory.want, [mixing])
         tally, how = mixing.tally, seconds_in(mixing)
     else:
@@ -515,7 +521,7 @@ def mixed_from_cache(
             "--token_scores of a GNN-LM cannot come from --knn.cache, which does not keep what the "
             "LM says alone; expected one of the two"
         )
-    knn = resources.settings
+    knn = resources.knn
     cache, made = retrieved(subject, split, resources, Path(knn.cache))
     start = time.perf_counter()
     tally = Tally(keep_scores=token_scores is not None)
@@ -538,7 +544,7 @@ def own_part() -> tuple[int, None, int]:
 
 def tuned_knn(subject: Subject, resources: MadeOnDemand) -> Tuning:
     """The best lmbda and temperature for the validation split, from one retrieval pass."""
-    knn, kept = resources.settings, resources.settings.cache is not None
+    knn, kept = resources.knn, resources.knn.cache is not None
     folder = Path(knn.cache) if kept else temporary_folder(subject, resources, "valid")
     start = time.perf_counter()
     cache, made = retrieved(subject, "valid", resources, folder)
@@ -563,7 +569,7 @@ def retrieved(
 ) -> tuple[RetrievalCache, Pass]:
     """What the search finds for a split, kept in a folder, found there again or retrieved now; and
     the pass that retrieved it, which took no time where it was there."""
-    knn, data = resources.settings, subject.data
+    knn, data = resources.knn, subject.data
     path = folder / split.replace(":", "_")
     made_from = retrieved_from(subject, split, resources)
     sizes = {"rows": len(data.stream(split).tokens), "vocab_size": data.vocab_size}
@@ -576,7 +582,8 @@ def retrieved(
     builder = RetrievalCacheBuilder(path, k=knn.k, **sizes, made_from=made_from)
     memory = KNNMemory.of(resources)
     memory.cache = builder
-    made = score(subject, split, memory.want, [Interpolation({"knn": memory}, None)])
+    keeping = Interpolation({"knn": memory}, None, resources.tokens(split))
+    made = score(subject, split, memory.want, [keeping])
     made.trainer.strategy.barrier()
     if made.trainer.is_global_zero:
         builder.finish(made.results)
@@ -591,7 +598,7 @@ def retrieved(
 
 def retrieved_from(subject: Subject, split: str, resources: MadeOnDemand) -> dict[str, Any]:
     """What determines the content of a cache of retrieved neighbours."""
-    knn, datastore = resources.settings, resources.datastore()
+    knn, datastore = resources.knn, resources.datastore()
     index = resolve(datastore, knn.index)
     return {
         **resources.products.made_from(split),

@@ -1,13 +1,15 @@
 """Everything that `--knn.*` and `--neighbors.*` set, and the checks that need no file."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from neighborlm.common.contracts import NProbe
 from neighborlm.common.errors import InputError
+from neighborlm.retrieval.memories.automaton import AutomatonSettings
+from neighborlm.retrieval.memories.recent import RecentSettings
 from neighborlm.retrieval.search import Search
 
 
@@ -172,6 +174,26 @@ class NeighborSettings:
         """The codec's factory string for keys of a width."""
         bytes_a_row = max(dim // 8, 1)
         return self.codec or f"OPQ{bytes_a_row}_{dim},PQ{bytes_a_row}"
+
+
+@dataclass
+class MemorySettings:
+    """What the memories of an evaluation go by, a section of the command line each.
+
+    Args:
+        knn: of the memory `knn`, and of every other that searches the datastore.
+        recent: of the memory `recent`.
+        automaton: of the memory `automaton`.
+    """
+
+    knn: KNNSettings = field(default_factory=KNNSettings)
+    recent: RecentSettings = field(default_factory=RecentSettings)
+    automaton: AutomatonSettings = field(default_factory=AutomatonSettings)
+
+    def check(self) -> None:
+        """Raises InputError where a value alone cannot be right."""
+        for section in (self.knn, self.recent, self.automaton):
+            section.check()
 
 
 def check_counts(section: str, settings: KNNSettings | NeighborSettings) -> None:

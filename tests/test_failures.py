@@ -140,7 +140,7 @@ def test_no_room_on_disk(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     flags = ("--save_datastore", "--knn.datastore", tmp_path / "full")
     sentence = refused(evaluate, *HERE, *CKPT, *flags)
-    assert "GB free" in sentence
+    assert "the disk has 1 kB free" in sentence
 
 
 def test_unknown_flag_exits_2(workplace, run_program):

@@ -29,19 +29,18 @@ MAY_IMPORT = {
     "programs": MAKING,
     "tools": MAKING | {"programs", "neighborlm"},
     "benchmarks": MAKING | {"programs", "tools"},
-    "train": {"programs"},
-    "evaluate": {"programs"},
+    "scripts": {"programs"},
     "neighborlm": {"common", "tools"},
 }
-"""By room, the other rooms that its modules import."""
-ROOMS = {room.partition(".")[0] for room in MAY_IMPORT} - {"train", "evaluate", "neighborlm"}
+"""By room, the other rooms that its modules may import."""
+ROOMS = {room.partition(".")[0] for room in MAY_IMPORT} - {"scripts", "neighborlm"}
 
 
 @cache
 def modules() -> dict[str, ast.Module]:
     """The project's modules, parsed, by their names below `neighborlm`; a package has its own."""
     paths = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
-    paths += [ROOT / "train.py", ROOT / "evaluate.py", *(ROOT / "neighborlm").glob("*.py")]
+    paths += [*ROOT.glob("*.py"), *(ROOT / "neighborlm").glob("*.py")]
     return {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -52,7 +51,9 @@ def name_of(path: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """The room that a module is in."""
+    """The room that a module is in; train.py and its like are scripts."""
+    if (ROOT / f"{module}.py").is_file():
+        return "scripts"
     first, *rest = module.split(".")
     inner = first == "retrieval" and rest and f"retrieval.{rest[0]}" in MAY_IMPORT
     return f"retrieval.{rest[0]}" if inner else first

@@ -12,7 +12,7 @@ def test_the_python_part(workplace, tmp_path, monkeypatch, capsys):
     assert len([line for line in PYTHON.splitlines() if line]) <= 25
     monkeypatch.chdir(tmp_path)
     shutil.copytree(workplace / "words", tmp_path / "words")
-    program = PYTHON.replace("FOLDER", "words").replace("300", "20").replace("100}", "10}")
+    program = PYTHON.replace("FOLDER", "words").replace("300", "20").replace(": 100,", ": 10,")
     names: dict = {}
     exec(compile(program, "README.md", "exec"), names)
     token, evaluated = names["token"], names["evaluated"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_jobs_wait_for_one_another_and_do_their_part(cluster):
         assert json.loads(results.read_text())["knn"]["tuned"]
     assert (cluster / "datastores/words/train/IVF8_SQ8-l2.faiss").is_file()
     assert "gnn" in json.loads((cluster / "gnn/results.json").read_text())
+
+
+@pytest.mark.parametrize("job", sorted(SLURM.glob("*.sbatch")), ids=lambda job: job.stem)
+def test_a_job_looks_for_the_model_where_its_training_leaves_it(job):
+    said = dict(re.findall(r"^(\w+)=\$\{\w+:-(.*)\}", job.read_text(), re.MULTILINE))
+    config = (ROOT / "configs/wikitext103/lm.yaml").read_text()
+    assert "default_root_dir" not in config  # so that it is runs/<corpus>
+    assert f"\n  corpus: {said['CORPUS']}\n" in config
+    assert said["CKPT"] == f"runs/{said['CORPUS']}/checkpoints/best.ckpt"
 
 
 def test_nothing_is_submitted_where_a_setting_or_a_job_is_missing(cluster):

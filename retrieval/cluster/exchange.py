@@ -6,13 +6,13 @@ All ranks call these functions the same number of times and in the same order, e
 
 import os
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import digest_of
 from neighborlm.retrieval.cluster.distributed import deal
 from neighborlm.retrieval.cluster.ranks import Ranks
 from neighborlm.retrieval.store.datastore import Datastore
@@ -145,4 +145,4 @@ def _digests(paths: Sequence[Path]) -> dict[str, str] | None:
     """Of each file by its name; None where one is missing."""
     if not all(path.is_file() for path in paths):
         return None
-    return {path.name: blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in paths}
+    return {path.name: digest_of(path) for path in paths}

@@ -1,10 +1,12 @@
-"""Searches the inverted lists of a faiss index on a CPU for many queries at a time, and counts what
-neighbours say of targets: arrays in, arrays out.
+"""Searches the inverted lists of a faiss index on a CPU for many queries at a time, counts what
+neighbours say of targets, and looks phrases up in a suffix array (`suffix_loops`): arrays in,
+arrays out.
 
 This is the room's door: `search` and `memories` take from it what stands below, and nobody else
 takes anything. It knows of no datastore and no model.
 """
 
+from neighborlm.retrieval.engine import suffix_loops
 from neighborlm.retrieval.engine.inverted_lists import stores_halves
 from neighborlm.retrieval.engine.limits import Limits
 from neighborlm.retrieval.engine.list_search import ListSearch
@@ -27,4 +29,5 @@ __all__ = [
     "k_smallest",
     "sort_rows",
     "stores_halves",
+    "suffix_loops",
 ]

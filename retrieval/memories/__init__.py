@@ -6,12 +6,29 @@ A new memory or mixer is a file here, or anywhere, and one line in `MEMORIES` or
 from collections.abc import Callable
 
 from neighborlm.common.contracts import Memory, Mixer, Resources
+from neighborlm.retrieval.memories.automaton import AutomatonMemory
+from neighborlm.retrieval.memories.buckets import BucketMixer
+from neighborlm.retrieval.memories.closed_forms import DrozdovMixer, NestMixer
+from neighborlm.retrieval.memories.gate import GateMixer
 from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.memories.mixers import ConstantMixer
+from neighborlm.retrieval.memories.ngram import NGramMemory
+from neighborlm.retrieval.memories.recent import RecentMemory
 
-__all__ = ["MEMORIES", "MIXERS", "ConstantMixer", "KNNMemory"]
+__all__ = ["MEMORIES", "MIXERS"]
 
-MEMORIES: dict[str, Callable[[Resources], Memory]] = {"knn": KNNMemory.of}
+MEMORIES: dict[str, Callable[[Resources], Memory]] = {
+    "knn": KNNMemory.of,
+    "ngram": NGramMemory.of,
+    "recent": RecentMemory.of,
+    "automaton": AutomatonMemory.of,
+}
 """By the names of `--memories`: what makes each."""
-MIXERS: dict[str, Callable[[], Mixer]] = {"constant": ConstantMixer}
+MIXERS: dict[str, Callable[[], Mixer]] = {
+    "constant": ConstantMixer,
+    "buckets": BucketMixer,
+    "gate": GateMixer,
+    "drozdov": DrozdovMixer,
+    "nest": NestMixer,
+}
 """By the names of `--mixer`."""

@@ -207,14 +207,11 @@ class AutomatonMemory(Memory):
         """Numbers of those tokens that were the last ones of a stretch, and what voted for them."""
 
     @classmethod
-    def of(
-        cls, resources: Resources, settings: AutomatonSettings | None = None
-    ) -> "AutomatonMemory":
+    def of(cls, resources: Resources) -> "AutomatonMemory":
         """As the sections `knn` and `automaton` of the settings have it; clusters that are missing
         are made."""
-        knn, datastore = resources.settings, resources.datastore()
-        settings = settings or AutomatonSettings()
-        settings.check()
+        knn, settings = resources.settings.knn, resources.settings.automaton
+        datastore = resources.datastore()
         check_rows(datastore)
         clusters = None
         if settings.clusters != 0:

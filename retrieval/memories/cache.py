@@ -23,13 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.arrays import (
-    Layout,
-    bytes_of,
-    check_room,
-    create_arrays,
-    open_array,
-)
+from neighborlm.retrieval.store.arrays import Layout, make_room, open_array
 from neighborlm.retrieval.store.artifact import Artifact, Format, refuse_mismatch
 
 FIELDS = ("complete", "rows", "k", "vocab_size", "scored", "results", "made_from")
@@ -196,11 +190,7 @@ class RetrievalCacheBuilder:
 
     def _create(self, layouts: Mapping[str, Layout]) -> None:
         self.artifact.manifest.unlink(missing_ok=True)
-        for name in layouts:
-            (self.path / name).unlink(missing_ok=True)  # which may take the room that is needed
-        needed = {self.path: bytes_of(layouts.values())}
-        check_room(needed, "cache of neighbours", "make room or choose a smaller --knn.k")
-        create_arrays({self.path / name: layout for name, layout in layouts.items()})
+        make_room(self.path, layouts, "cache", "make room or choose a smaller --knn.k")
         lm_log_prob = np.load(self.path / "lm_log_prob.npy", mmap_mode="r+")
         lm_log_prob[:] = np.nan
         lm_log_prob.flush()

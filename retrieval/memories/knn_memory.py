@@ -87,7 +87,7 @@ class KNNMemory(Memory):
     @classmethod
     def of(cls, resources: Resources) -> "KNNMemory":
         """As the section `knn` of the settings has it."""
-        knn = resources.settings
+        knn = resources.settings.knn
         return cls(
             resources.datastore(),
             resources.retriever(),
@@ -104,7 +104,7 @@ class KNNMemory(Memory):
         """Loads what a first search would wait for."""
         self.retriever.prepare()
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, text: np.ndarray) -> None:
         """Connects the ranks where all search together."""
         self.seconds.clear()
         self.retriever.begin_pass()

@@ -1,22 +1,35 @@
-"""Mixing distributions: the probability of a token under a mixture, and what weighs its sources.
+"""Mixing distributions: the probability of a token under a mixture, and what all mixers share.
 
 The mixture of the language model and its memories (Khandelwal et al., ICLR 2020, eq. 3, for one
 memory): p(w) = sum over sources s of weight_s p_s(w), the language model being the first source.
+Weights are fitted to a validation split by its likelihood, of which `fit_weights` finds the
+maximum.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from neighborlm.common.contracts import Mixer, Opinion
+from neighborlm.common.contracts import Mixer, Opinion, Scored, Want
 from neighborlm.common.errors import InputError
 
+LM = "lm"
+"""What the language model is called among the sources."""
 EM_STEPS = 1000
 """At most; the likelihood is concave, so more of them only come closer."""
 EM_CHANGE = 1e-7
 """Of any weight, below which nothing more changes."""
+STRETCH = 256
+"""Tokens of the text that are held out together, at most: neighbours in a text are alike."""
+STRETCHES = 8
+"""Of a text that is too short for so many of that length, at least."""
+
+
+# -- mixtures ------------------------------------------------------------------------------------
 
 
 def mixture(log_probs: Sequence[Tensor], weights: Sequence[Tensor | float]) -> Tensor:
@@ -39,13 +52,129 @@ def mixture(log_probs: Sequence[Tensor], weights: Sequence[Tensor | float]) -> T
     return reduce(torch.logaddexp, weighted)
 
 
+def lm_opinion(asked: Scored) -> Opinion:
+    """What the model itself says of n tokens, with the features that it was asked for."""
+    features = {}
+    if asked.entropy is not None:
+        features["entropy"] = asked.entropy
+    if asked.top_log_probs is not None:
+        features["top_prob"] = asked.top_log_probs[:, 0].exp()
+    return Opinion(asked.log_probs, features)
+
+
+def want_of(features: Sequence[str]) -> Want:
+    """What the model must be asked for some features to be there.
+
+    >>> want_of(["knn.nearest_distance", "lm.entropy"]).entropy
+    True
+    """
+    return Want(entropy=f"{LM}.entropy" in features, top=int(f"{LM}.top_prob" in features))
+
+
+def source_log_probs(opinions: Mapping[str, Opinion]) -> Tensor:
+    """Log-probabilities of the targets by all sources in their order, fp64 `[n, sources]`.
+
+    torch computes single numbers and vectors by functions that differ in the last digit: in fp32
+    the figure of a token would depend on how many come with it.
+    """
+    columns = (opinion.log_probs.double() for opinion in opinions.values())
+    return torch.cat([x.reshape(len(x), -1) for x in columns], dim=1)
+
+
+def weights_by_source(opinions: Mapping[str, Opinion], weights: Tensor) -> dict[str, Tensor]:
+    """What each source weighs with all of its distributions, `[n]`, of weights `[n, sources]`."""
+    widths = [math.prod(opinion.log_probs.shape[1:]) for opinion in opinions.values()]
+    parts = weights.split(widths, dim=1)
+    return {name: part.sum(dim=1) for name, part in zip(opinions, parts, strict=True)}
+
+
 def features_of(opinions: Mapping[str, Opinion]) -> dict[str, Tensor]:
-    """The features of all memories, by `<memory>.<feature>`."""
+    """All features, by `<source>.<feature>`."""
     return {
-        f"{name}.{feature}": column
-        for name, opinion in opinions.items()
-        for feature, column in opinion.features.items()
+        f"{source}.{name}": column
+        for source, opinion in opinions.items()
+        for name, column in opinion.features.items()
     }
+
+
+def feature(features: Mapping[str, Tensor], name: str) -> Tensor:
+    """One feature, fp64 `[n]` or `[n, f]`.
+
+    Raises:
+        InputError: no memory offers it.
+    """
+    if name not in features:
+        offered = ", ".join(features) or "none"
+        raise InputError(
+            f"the mixer reads the feature {name}; expected one of those here: {offered}"
+        )
+    return features[name].double()
+
+
+# -- fitting -------------------------------------------------------------------------------------
+
+
+def fit_weights(
+    log_probs: Tensor,
+    cells: Tensor | None = None,
+    prior: Tensor | None = None,
+    strength: float = 0.0,
+    change: float = EM_CHANGE,
+) -> Tensor:
+    """The weights of the highest likelihood in each cell, by expectation maximisation: each
+    source's new weight is the mean share that it has in the probability of a token.
+
+    With a prior they are those of the highest posterior (Dirichlet): as if `strength` tokens more,
+    whose shares are the prior's, were in the cell.
+
+    Args:
+        log_probs: fp64 `[n, sources]`.
+        cells: int64 `[n]`; by default all tokens are in one.
+        prior: fp64 `[cells, sources]`; needed where a cell may be empty.
+        strength: of the prior, in tokens.
+        change: of any weight, below which it ends.
+
+    Returns:
+        fp64 `[cells, sources]`.
+    """
+    possible = log_probs.amax(dim=1) > -torch.inf
+    log_probs = log_probs[possible]
+    n_cells = 1 if prior is None else len(prior)
+    cells = torch.zeros(len(log_probs)).long() if cells is None else cells[possible]
+    # A token's probabilities may be scaled as one likes: its shares stay the same.
+    probs = (log_probs - log_probs.amax(dim=1, keepdim=True)).exp()
+    order = cells.argsort(stable=True)
+    probs, counts = probs[order], cells.bincount(minlength=n_cells)
+    if prior is None:
+        weights, strength = probs.new_full((1, probs.shape[1]), 1 / probs.shape[1]), 0.0
+        pseudo = torch.zeros_like(weights)
+    else:
+        weights, pseudo = prior, strength * prior
+    # A cell without tokens keeps what it begins with.
+    filled = counts > 0
+    totals = (counts + strength)[filled, None].double()
+    for _ in range(EM_STEPS):
+        parts = probs * weights.repeat_interleave(counts, dim=0)
+        shares = parts / parts.sum(dim=1, keepdim=True)
+        sums = torch.segment_reduce(shares, "sum", lengths=counts, axis=0)
+        before, weights = weights, weights.clone()
+        weights[filled] = (sums + pseudo)[filled] / totals
+        if (weights - before).abs().max() < change:
+            break
+    return weights
+
+
+def held_out(n: int, share: float, seed: int) -> Tensor:
+    """Which of n tokens are kept to judge by, bool `[n]`: whole stretches of the text, chosen at
+    random, at least one."""
+    length = max(min(STRETCH, n // STRETCHES), 1)
+    chosen = torch.zeros(-(-n // length), dtype=torch.bool)
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+    chosen[order[: max(round(share * len(chosen)), 1)]] = True
+    return chosen.repeat_interleave(length)[:n]
+
+
+# -- the simplest mixer --------------------------------------------------------------------------
 
 
 class ConstantMixer(Mixer):
@@ -60,27 +189,31 @@ class ConstantMixer(Mixer):
         self.shares = None if shares is None else torch.tensor(shares, dtype=torch.float64)
         self.needs_fitting = shares is None
 
-    def fit(self, lm_log_probs: Tensor, opinions: Sequence[Opinion]) -> None:
-        """The weights of the highest likelihood, by expectation maximisation: each source's new
-        weight is the mean share that it has in the probability of a token."""
-        log_probs = [lm_log_probs, *(opinion.log_probs for opinion in opinions)]
-        table = torch.stack([log_prob.double() for log_prob in log_probs], dim=1)
-        # A token's probabilities may be scaled as one likes: its shares stay the same.
-        probs = (table - table.amax(dim=1, keepdim=True)).exp()
-        shares = table.new_full((table.shape[1],), 1 / table.shape[1])
-        for _ in range(EM_STEPS):
-            before, parts = shares, probs * shares
-            shares = (parts / parts.sum(dim=1, keepdim=True)).mean(dim=0)
-            if (shares - before).abs().max() < EM_CHANGE:
-                break
-        self.shares = shares
+    def fit(self, opinions: Mapping[str, Opinion]) -> None:
+        """See `Mixer.fit` and `fit_weights`."""
+        self.shares = fit_weights(source_log_probs(opinions))[0]
 
     def weights(self, features: Mapping[str, Tensor], n: int) -> Tensor:
         """See `Mixer.weights`."""
-        if self.shares is None:
-            raise InputError("the mixture has no weights yet; expected them given or fitted")
+        refuse_unfitted(self.shares)
         return self.shares.expand(n, -1)
 
     def mixed(self, log_probs: Sequence[Tensor]) -> Tensor:
         """log p of the mixture, `[n]`, from the log-probabilities `[n]` of each source."""
         return mixture(log_probs, self.weights({}, len(log_probs[0])).unbind(dim=1))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """See `Mixer.state`."""
+        refuse_unfitted(self.shares)
+        return {"shares": self.shares.numpy()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """See `Mixer.restore`."""
+        self.shares = torch.from_numpy(state["shares"])
+        self.needs_fitting = False
+
+
+def refuse_unfitted(fitted: object) -> None:
+    """Raises InputError where nothing was fitted."""
+    if fitted is None:
+        raise InputError("the mixture has no weights yet; expected them given or fitted")

@@ -42,7 +42,6 @@ class TableSettings:
         k: neighbours a token.
         exclude_window: of a split that searches itself, rows less than this many tokens away from
             the query's own are left out; k are found all the same.
-        distances: whether they are kept beside the rows.
     """
 
     metric: Metric
@@ -50,7 +49,6 @@ class TableSettings:
     nprobe: NProbe
     k: int
     exclude_window: int = 0
-    distances: bool = False
 
 
 def artifact_of(manifest: Path) -> Artifact:
@@ -101,14 +99,11 @@ class NeighborTable:
         path: its manifest.
         manifest: what that says.
         rows: int16, int32 or int64 `[N, k]`, rows of the memory, nearest first, -1 where missing.
-        distances: fp32 `[N, k]` as the retriever gave them (of missing neighbours infinitely far),
-            or None where they were not kept.
     """
 
     path: Path
     manifest: dict[str, Any]
     rows: np.ndarray | ShardedArray
-    distances: np.ndarray | ShardedArray | None
 
     @classmethod
     def open(cls, path: Path | str) -> "NeighborTable":
@@ -122,11 +117,10 @@ class NeighborTable:
         """
         path = Path(path).with_suffix(".json")
         manifest = artifact_of(path).open()
-        layouts = _layouts(path, manifest)
+        ((name, layout),) = _layouts(path, manifest).items()
         if "raw" in manifest:
-            return cls(path, manifest, open_raw(path, manifest["raw"], layouts.popitem()[1]), None)
-        rows, *distances = (open_array(path.parent / name, at) for name, at in layouts.items())
-        return cls(path, manifest, rows, distances[0] if distances else None)
+            return cls(path, manifest, open_raw(path, manifest["raw"], layout))
+        return cls(path, manifest, open_array(path.parent / name, layout))
 
     @classmethod
     def join(cls, tables: Sequence["NeighborTable"], placement: Placement) -> "NeighborTable":
@@ -135,11 +129,8 @@ class NeighborTable:
         k = min(table.manifest["k"] for table in tables)
         first = tables[0]
         rows = ShardedArray([table.rows for table in tables], placement).narrowed(k)
-        distances = None
-        if all(table.distances is not None for table in tables):
-            distances = ShardedArray([table.distances for table in tables], placement).narrowed(k)
         manifest = {**first.manifest, "rows": placement.rows, "k": k}
-        return cls(first.path, manifest, rows, distances)
+        return cls(first.path, manifest, rows)
 
     def nearest(self, k: int) -> np.ndarray | ShardedArray:
         """The k nearest of every token, a view `[N, k]` of `rows`.
@@ -154,16 +145,13 @@ class NeighborTable:
 
 
 def _layouts(path: Path, fields: Mapping[str, Any]) -> dict[str, Layout]:
-    """Of the files beside the manifest `path`, by its fields."""
+    """Of the file beside the manifest `path`, by its fields."""
     shape = (fields["rows"], fields["k"])
-    layouts = {f"{path.stem}.npy": Layout(np.dtype(fields["dtype"]), shape)}
-    if fields["distances"]:
-        layouts[f"{path.stem}-distances.npy"] = Layout(np.dtype(np.float32), shape)
-    return layouts
+    return {f"{path.stem}.npy": Layout(np.dtype(fields["dtype"]), shape)}
 
 
 def _identity(queries: Datastore, memory: Datastore, settings: TableSettings) -> dict[str, Any]:
-    """What determines a table; but for k and whether distances are kept, all its rows too."""
+    """What determines a table, and but for k all its rows too."""
     reads_all = settings.index in EXHAUSTIVE
     return {
         "k": settings.k,
@@ -174,7 +162,7 @@ def _identity(queries: Datastore, memory: Datastore, settings: TableSettings) ->
         "exclude_window": settings.exclude_window,
         "queries": queries.fingerprint,
         "memory": fingerprint_of(memory.whole),
-        "distances": settings.distances,
+        "distances": False,  # which earlier versions could keep beside the rows
     }
 
 
@@ -202,9 +190,8 @@ def lock_of_tables(queries: Datastore, k: int) -> Lock:
 def find_table(
     queries: Datastore, memory: Datastore, settings: TableSettings
 ) -> NeighborTable | None:
-    """The smallest complete table made in this way that has at least k neighbours, and distances
-    where they are asked for; None where there is none. Of a split in shards there is one where all
-    of them have one.
+    """The smallest complete table made in this way that has at least k neighbours; None where there
+    is none. Of a split in shards there is one where all of them have one.
 
     Args:
         queries: the split's own datastore.
@@ -219,12 +206,11 @@ def find_table(
         tables = [find_table(shard, memory, settings) for shard in shards]
         return None if None in tables else NeighborTable.join(tables, shards[0].part.placement)
     identity = as_read(_identity(queries, memory, settings))
-    k, distances = identity.pop("k"), identity.pop("distances")
+    k, _ = identity.pop("k"), identity.pop("distances")
     fitting = {}
     for path in sorted(queries.path.glob("neighbors-k*.json")):
         manifest = artifact_of(path).read()
-        serves = manifest["k"] >= k and manifest["distances"] >= distances
-        if manifest["complete"] and serves and identity.items() <= manifest.items():
+        if manifest["complete"] and manifest["k"] >= k and identity.items() <= manifest.items():
             fitting.setdefault(manifest["k"], path)
     return NeighborTable.open(fitting[min(fitting)]) if fitting else None
 
@@ -285,25 +271,19 @@ class NeighborSearch:
         )
         return NeighborTable.open(self.path)
 
-    @property
-    def _farthest(self) -> float:
-        return np.inf if self.retriever.metric == "l2" else -np.inf
-
-    def _block(self, first: int, last: int) -> tuple[np.ndarray, ...]:
-        """Rows, and distances where kept, `[last - first, k]` of these tokens."""
+    def _block(self, first: int, last: int) -> tuple[np.ndarray]:
+        """Rows `[last - first, k]` of these tokens."""
         positions = np.arange(first, last)
         positions = positions[~np.isin(positions, self.queries.masked)]
         shape = (last - first, self.settings.k)
         rows = np.full(shape, -1, dtype=np.int64)
-        distances = np.full(shape, self._farthest, dtype=np.float32)
         if len(positions):
             tokens = self.queries.in_whole(positions)
-            found = self._search(self.queries.read(tokens), tokens)
-            rows[positions - first], distances[positions - first] = found
-        return (rows, distances) if self.settings.distances else (rows,)
+            rows[positions - first] = self._search(self.queries.read(tokens), tokens)
+        return (rows,)
 
-    def _search(self, queries: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and distances `[n, k]`, those in the window left out.
+    def _search(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Rows `[n, k]`, those in the window left out.
 
         Few queries have much of their window among their neighbours: all fetch a little more than
         k, and those who then lack some four times as many, until what they fetch is enough in any
@@ -312,29 +292,25 @@ class NeighborSearch:
         k = self.settings.k
         enough = k + max(2 * self.settings.exclude_window - 1, 0)
         count = min(enough, k + max(16, k // 8))
-        rows, distances, lacking = self._fetch(queries, positions, count)
+        rows, lacking = self._fetch(queries, positions, count)
         who = np.flatnonzero(lacking)
         while count < enough and len(who):
             count = min(4 * count, enough)
-            rows[who], distances[who], lacking = self._fetch(queries[who], positions[who], count)
+            rows[who], lacking = self._fetch(queries[who], positions[who], count)
             who = who[lacking]
-        return rows, distances
+        return rows
 
     def _fetch(
         self, queries: np.ndarray, positions: np.ndarray, count: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows and distances `[n, k]` of what is left of `count` neighbours, and bool `[n]`, who
-        has fewer than k though there are more to fetch."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows `[n, k]` of what is left of `count` neighbours, and bool `[n]`, who has fewer than k
+        though there are more to fetch."""
         n_keys, k = self.memory.n_keys_of_whole, self.settings.k
         count = min(count, n_keys)
-        distances, rows, _ = self.retriever.search(queries, count)
+        rows = self.retriever.search(queries, count).rows
         kept = outside_window(rows, positions, self.settings.exclude_window)
         lacking = (kept.sum(axis=1) < k) & (rows[:, -1] >= 0)
-        return (
-            compacted(rows, kept, k, -1),
-            compacted(distances, kept, k, self._farthest),
-            lacking & (count < n_keys),
-        )
+        return compacted(rows, kept, k, -1), lacking & (count < n_keys)
 
 
 def _row_type(rows: int) -> np.dtype:

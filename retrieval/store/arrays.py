@@ -14,6 +14,7 @@ from numpy.lib.format import open_memmap
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import publishing
+from neighborlm.common.units import size_of
 
 NPY_MAGIC = b"\x93NUMPY"
 PAGE = 4096
@@ -101,18 +102,24 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def create_arrays(places: Mapping[Path, Layout]) -> None:
-    """Makes files of zeros, in place of those that lie there, and gives them all their blocks:
-    written through a memory map, a sparse one would end the program with a bus error once the disk
-    is full.
+def make_room(folder: Path, layouts: Mapping[str, Layout], kind: str, advice: str) -> None:
+    """Makes files of zeros in a folder, in place of those that lie there, and gives them all their
+    blocks: written through a memory map, a sparse one would end the program with a bus error once
+    the disk is full.
+
+    Args:
+        layouts: by the name of the file.
+        kind, advice: see `check_room`.
 
     Raises:
         InputError: the disk has no room.
     """
-    for path, layout in places.items():
-        path.unlink(missing_ok=True)  # somebody may still have it mapped
-        open_memmap(path, mode="w+", dtype=layout.dtype, shape=layout.shape).flush()
-        _take_room(path)
+    for name in layouts:
+        (folder / name).unlink(missing_ok=True)  # somebody may still have it mapped
+    check_room({folder: bytes_of(layouts.values())}, kind, advice)
+    for name, (dtype, shape) in layouts.items():
+        open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape).flush()
+        _take_room(folder / name)
 
 
 def _take_room(path: Path) -> None:
@@ -126,7 +133,7 @@ def _take_room(path: Path) -> None:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 return  # the file system cannot do it
             raise InputError(
-                f"{path}: the disk has no room for its {as_size(size)} ({error.strerror})"
+                f"{path}: the disk has no room for its {size_of(size)} ({error.strerror})"
             ) from None
 
 
@@ -156,18 +163,6 @@ def check_room(needed: Mapping[Path, int], kind: str, advice: str) -> None:
             count = list(devices.values()).count(device)
             what = f"its {kind} needs" if count == 1 else f"{count} shards on its disk need"
             raise InputError(
-                f"{path}: {what} {as_size(total[device])} but the disk has {as_size(free)} free; "
+                f"{path}: {what} {size_of(total[device])} but the disk has {size_of(free)} free; "
                 f"{advice}"
             )
-
-
-def as_size(count: int) -> str:
-    """Bytes in a unit that suits them.
-
-    >>> as_size(34_000_000_000), as_size(980)
-    ('34.0 GB', '980 bytes')
-    """
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

@@ -23,13 +23,7 @@ from filelock import Timeout
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import Lock, publishing
-from neighborlm.retrieval.store.arrays import (
-    Layout,
-    bytes_of,
-    check_room,
-    create_arrays,
-    open_array,
-)
+from neighborlm.retrieval.store.arrays import Layout, make_room, open_array
 
 SYNC_SECONDS = 10.0
 """How often what was filled is brought to disk and marked as done."""
@@ -172,7 +166,7 @@ class Artifact:
     def fill(
         self,
         fields: Mapping[str, Any],
-        arrays: Mapping[str, Layout],
+        layouts: Mapping[str, Layout],
         step: int,
         compute: Callable[[int, int], tuple[np.ndarray, ...]],
         report: Callable[[int, int], None] = lambda *_: None,
@@ -184,7 +178,7 @@ class Artifact:
 
         Args:
             fields: of the manifest, `rows` among them.
-            arrays: layout of each file, which lies beside the manifest.
+            layouts: of each array, by the name of its file beside the manifest.
             step: rows to compute at once.
             compute: from the first row and the one after the last to a block for each array.
             report: called with how many rows are done, and how many there are.
@@ -192,22 +186,20 @@ class Artifact:
         Raises:
             InputError: the disk has no room, or a file is not what it was begun as.
         """
-        places = {self.manifest.parent / name: layout for name, layout in arrays.items()}
+        folder = self.manifest.parent
         if not self.exists():
-            needed = {self.manifest.parent: bytes_of(places.values())}
-            check_room(needed, self.format.kind, "make room or choose a smaller one")
-            create_arrays(places)
+            make_room(folder, layouts, self.format.kind, "make room or choose a smaller one")
             self.write({**fields, "done": 0}, complete=False)
         found = self.read()
         if _is_complete(found):
             return
-        opened = [open_array(path, layout, "r+") for path, layout in places.items()]
+        arrays = [open_array(folder / name, layout, "r+") for name, layout in layouts.items()]
         rows = fields["rows"]
         done = found["done"] // step * step
         last_sync = time.perf_counter()
 
         def sync() -> None:
-            for array in opened:
+            for array in arrays:
                 array.flush()
             self.write({**fields, "done": done}, complete=False)
 
@@ -215,7 +207,7 @@ class Artifact:
         try:
             for first in range(done, rows, step):
                 last = min(first + step, rows)
-                for array, block in zip(opened, compute(first, last), strict=True):
+                for array, block in zip(arrays, compute(first, last), strict=True):
                     array[first:last] = block
                 done = last
                 report(done, rows)

@@ -22,9 +22,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
 from neighborlm.retrieval.store.arrays import (
     Layout,
-    bytes_of,
-    check_room,
-    create_arrays,
+    make_room,
     open_array,
     open_raw,
     save_array,
@@ -425,8 +423,7 @@ class DatastoreBuilder:
             )
 
     def _create(self, layouts: Mapping[str, Layout]) -> None:
-        check_room({self.path: bytes_of(layouts.values())}, FORMAT.kind, ADVICE)
-        create_arrays({self.path / name: layout for name, layout in layouts.items()})
+        make_room(self.path, layouts, FORMAT.kind, ADVICE)
         if len(self.masked):
             save_array(self.path / "masked.npy", self.masked)
             written = np.load(self.path / "written.npy", mmap_mode="r+")

@@ -32,7 +32,7 @@ def knn_interpolation(
     """Mixes with the neighbours alone, by one weight."""
     memory = KNNMemory(store, retriever, k, temperature, **how)
     mixer = ConstantMixer((1 - lmbda, lmbda))
-    return Interpolation({"knn": memory}, mixer, keep_scores, at_once)
+    return Interpolation({"knn": memory}, mixer, np.zeros(Q), keep_scores, at_once)
 
 
 class FakeModule:
@@ -152,7 +152,8 @@ class Finds(BaseRetriever):
     metric = "l2"
     exact = False
 
-    def __init__(self, rows: np.ndarray) -> None:
+    def __init__(self, datastore, rows: np.ndarray) -> None:
+        self.datastore = datastore
         self.rows = rows
 
     def search(self, queries, k, ordered=True):
@@ -168,7 +169,7 @@ def test_missing_neighbours(world, missing, voters):
     one = parts_of(scores, 1)[0]
     one = one._replace(targets=torch.tensor([int(values[5])]))
     callback = knn_interpolation(
-        store, Finds(np.array([[5, -1]])), 2, 1.0, distances="index", missing=missing
+        store, Finds(store, np.array([[5, -1]])), 2, 1.0, distances="index", missing=missing
     )
     feed(callback, one, 1)
     expected = math.log(np.mean(values[voters] == values[5]))
@@ -177,7 +178,7 @@ def test_missing_neighbours(world, missing, voters):
 
 def test_errors_of_the_search_surface(world):
     store, _, _, scores = world
-    callback = knn_interpolation(store, Finds(np.full((70, 1), N + 5)), 1, 0.5)
+    callback = knn_interpolation(store, Finds(store, np.full((70, 1), N + 5)), 1, 0.5)
     with pytest.raises(IndexError):
         feed(callback, scores, 70)
 
@@ -342,7 +343,7 @@ def test_statistics_are_of_the_nearest_and_the_farthest(world, metric):
     store, keys, _, scores = world
     rows = np.tile([7, 3, -1, 11, 5], (Q, 1))
     rows[13] = -1
-    retriever = Finds(rows)
+    retriever = Finds(store, rows)
     retriever.metric = metric
     statistics = feed(knn_interpolation(store, retriever, 5, LMBDA), scores, Q).tally.statistics()
     table = scores_of_all_keys(scores.keys[KEYS].numpy(), keys[[7, 3, 11, 5]], metric)

@@ -17,7 +17,7 @@ from neighborlm.common.contracts import Scored, Want
 from neighborlm.datamodules.dictionary import EOS
 from neighborlm.datamodules.lm import LMBatch, LMDataModule
 from neighborlm.models.optimization import Optimization
-from neighborlm.programs import evaluation, training
+from neighborlm.programs import evaluate, train
 from neighborlm.programs.architectures import ARCHITECTURES, Architecture
 
 
@@ -67,14 +67,14 @@ def test_a_model_registered_in_one_line(words, monkeypatch):
     before, counts = np.append(EOS, tokens[:-1]), model.counts.double().numpy()
     p = ((counts + 1) / (counts + 1).sum(1, keepdims=True))[before, tokens]
     flags = ("--arch", "bigram", "--trainer.enable_progress_bar", "false")
-    run(evaluation, monkeypatch, *flags, "--output", "plain.json")
+    run(evaluate, monkeypatch, *flags, "--output", "plain.json")
     plain = json.loads(Path("plain.json").read_text())
     assert (plain["tokens"], plain["checkpoint"]) == (len(tokens), None)
     assert plain["ppl"] == pytest.approx(np.exp(-np.log(p).mean()), rel=1e-6)
 
     k = int(counts.sum())
     knn = ("--knnlm", "--knn.k", k, "--knn.index", "flat", "--knn.lmbda", 0.5)
-    run(evaluation, monkeypatch, *flags, *knn, "--output", "knn.json")
+    run(evaluate, monkeypatch, *flags, *knn, "--output", "knn.json")
     mixed = json.loads(Path("knn.json").read_text())
     assert mixed["ppl"] == plain["ppl"]
     p_knn = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[before, tokens]
@@ -85,7 +85,7 @@ def test_a_model_registered_in_one_line(words, monkeypatch):
 
 def test_what_is_only_evaluated_is_not_trained(words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(training, monkeypatch, "--arch", "bigram")
+        run(train, monkeypatch, "--arch", "bigram")
     assert stop.value.code == 2
     assert (
         "--arch bigram is not trained here; expected one of lm, gnn_lm" in capsys.readouterr().err
@@ -95,10 +95,10 @@ def test_what_is_only_evaluated_is_not_trained(words, monkeypatch, capsys):
 @pytest.mark.parametrize("arch", ["lm", "gnn_lm"])
 def test_settings_of_the_optimiser_are_flags_of_every_model(arch, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(training, monkeypatch, "--arch", arch, "--help")
+        run(train, monkeypatch, "--arch", arch, "--help")
     explained = " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
-        run(training, monkeypatch, "--arch", arch, "--model.lr", 0.5, "--print_config")
+        run(train, monkeypatch, "--arch", arch, "--model.lr", 0.5, "--print_config")
     config = yaml.safe_load(capsys.readouterr().out)["model"]
     for field in fields(Optimization):
         expected = 0.5 if field.name == "lr" else field.default

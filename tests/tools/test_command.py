@@ -30,7 +30,7 @@ def test_version(capsys):
     [
         ([], "usage: neighborlm TOOL"),
         (["datastor"], "no tool 'datastor'; did you mean datastore?"),
-        (["make-tea", "--help"], "no tool 'make-tea'; expected one of datastore, recall"),
+        (["make-tea", "--help"], "no tool 'make-tea'; expected one of prepare, datastore, recall"),
     ],
 )
 def test_what_is_no_tool_ends_with_status_2(args, sentence, capsys):

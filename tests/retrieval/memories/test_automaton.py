@@ -345,16 +345,18 @@ def test_is_made_as_the_settings_have_it(store, asked):
     datastore = store()
     knn = SimpleNamespace(k=K, temperature=TEMPERATURE, key_type="last_ffn_input")
     knn.distances, knn.similarity = "exact", None
-    resources = SimpleNamespace(
-        settings=knn, datastore=lambda: datastore, retriever=lambda: Brute(datastore)
-    )
     settings = AutomatonSettings(clusters="auto", max_pointers=60, walk_length=WALK)
-    memory = AutomatonMemory.of(resources, settings)
+    sections = SimpleNamespace(knn=knn, automaton=settings)
+    resources = SimpleNamespace(
+        settings=sections, datastore=lambda: datastore, retriever=lambda: Brute(datastore)
+    )
+    memory = AutomatonMemory.of(resources)
     labels = np.load(datastore.path / "clusters-4.npy")
     probs, *_ = plain_walk(datastore, asked, labels=labels)
     of_targets = probs[np.arange(TOKENS), asked.targets]
-    memory.begin_pass()
+    memory.begin_pass(np.zeros(TOKENS))
     np.testing.assert_allclose(memory.say(asked).log_probs.exp(), of_targets, rtol=1e-4)
+    sections.automaton = AutomatonSettings()
     assert AutomatonMemory.of(resources).clusters is None
 
 

@@ -122,7 +122,7 @@ def test_a_larger_k_serves_a_smaller(new):
 def test_disk_space(new, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"needs 6\.0 GB but the disk has 1\.0 MB free"):
+    with pytest.raises(InputError, match=r"needs 6\.01 GB but the disk has 1 MB free"):
         new(rows=10**6, k=1000)
     assert not (tmp_path / "cache" / "manifest.json").exists()
 

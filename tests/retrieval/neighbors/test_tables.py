@@ -79,20 +79,10 @@ def brute_force(queries, memory, k, metric="l2", window=0):
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_equals_brute_force(make_split, split, metric):
     memory = make_split(300, "train", masked=[5, 6, 299])
-    table = search(split, memory, 20, metric, distances=True).run()
+    table = search(split, memory, 20, metric).run()
     np.testing.assert_array_equal(table.rows, brute_force(split, memory, 20, metric))
     assert (table.rows[split.masked] == -1).all()
     assert table.rows.dtype == np.int16
-    assert table.distances.dtype == np.float32
-    queries, keys = split.keys[1:70].astype(np.float64), memory.keys[table.rows[1:70]]
-    expected = (
-        np.square(queries[:, None] - keys).sum(-1)
-        if metric == "l2"
-        else (queries[:, None] * keys).sum(-1)
-    )
-    np.testing.assert_allclose(table.distances[1:70], expected, rtol=1e-4, atol=1e-5)
-    missing = np.inf if metric == "l2" else -np.inf
-    assert (table.distances[split.masked] == missing).all()
 
 
 @pytest.mark.parametrize("window", [1, 3, 40])
@@ -146,7 +136,7 @@ def test_resumed_table_has_the_same_bytes(make_split, monkeypatch, stop):
     """An interrupt keeps what is done; before a kill it was marked from time to time."""
     memory = make_split(400, "train", memory=0.97)
     whole = make_split(400, "train-again", memory=0.97)
-    options = {"exclude_window": 30, "distances": True}
+    options = {"exclude_window": 30}
     expected = search(whole, whole, 24, **options).run()
 
     half = search(memory, memory, 24, **options)
@@ -174,8 +164,8 @@ def test_resumed_table_has_the_same_bytes(make_split, monkeypatch, stop):
     done = manifest["done"] - (64 if stop == "kill" else 0)
     assert stages[0] == ("searching", done, 400)
     assert stages[-1] == ("searching", 400, 400)
-    for name in ("neighbors-k24.npy", "neighbors-k24-distances.npy"):
-        assert (memory.path / name).read_bytes() == (whole.path / name).read_bytes()
+    made, once = (folder.path / "neighbors-k24.npy" for folder in (memory, whole))
+    assert made.read_bytes() == once.read_bytes()
     assert again.manifest["complete"]
     np.testing.assert_array_equal(again.rows, expected.rows)
 
@@ -208,7 +198,6 @@ def test_a_larger_table_serves_smaller_k(make_split, split):
     assert find(17).manifest["k"] == 32
     assert find(33) is None
     assert find(10, exclude_window=1) is None
-    assert find(10, distances=True) is None
     assert find(10, metric="ip") is None
     assert find(10, index="IVF4,Flat") is None
     assert find(10, make_split(300, "other")) is None

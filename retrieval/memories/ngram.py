@@ -1,0 +1,98 @@
+"""`NGramMemory`: the longest suffix of the context that occurs in the training text says what
+follows ("infini-gram", Liu et al., COLM 2024).
+
+With s the longest suffix of the context that occurs in the training text, followed by a token:
+
+    p(w) = count(s w) / count(s)
+
+without smoothing. A token's context is all of its split before it, across the ends of lines; where
+not even its last token occurs, s is empty and p the unigram distribution.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neighborlm.common.contracts import Memory, Opinion, Resources, Scored, Want
+from neighborlm.retrieval.memories.suffix_array import Matches, SuffixArray
+
+
+class NGramMemory(Memory):
+    """Counts what followed the longest known suffix of each context.
+
+    Args:
+        suffix_array: of the training text.
+    """
+
+    want = Want(log_probs=False)
+    in_order = False
+
+    def __init__(self, suffix_array: SuffixArray) -> None:
+        self.suffix_array = suffix_array
+        self.text = np.empty(0, dtype=suffix_array.tokens.dtype)
+
+    @classmethod
+    def of(cls, resources: Resources) -> "NGramMemory":
+        """Of the training split, whose suffix array is built unless it is there."""
+        return cls(
+            SuffixArray.ensure(
+                resources.folder("train-suffix_array"),
+                resources.tokens("train"),
+                resources.vocab_size,
+                resources.made_from("train"),
+            )
+        )
+
+    def prepare(self) -> None:
+        """Loads the machine code and the beginnings of all phrases."""
+        text, first = self.text, torch.zeros(1, dtype=torch.int64)
+        self.say(Scored(positions=first, targets=first))
+        self.text = text
+
+    def begin_pass(self, text: np.ndarray) -> None:
+        """See `Memory.begin_pass`."""
+        self.text = text
+
+    def say(self, asked: Scored) -> Opinion:
+        """log p of the targets, fp64, and as features the length of the suffix s, how often it
+        occurs, how many different tokens follow it, and the probability of the one that does most
+        often."""
+        matches = self._matches(asked)
+        hits = self.suffix_array.count(matches, asked.targets.numpy())
+        distinct, highest = self.suffix_array.summary(matches)
+        with np.errstate(divide="ignore"):
+            log_probs = np.log(hits / matches.counts)
+        features = {
+            "suffix_length": matches.lengths,
+            "suffix_count": matches.counts,
+            "continuations": distinct,
+            "favourite": highest / matches.counts,
+        }
+        return Opinion(
+            torch.from_numpy(log_probs),
+            {name: torch.from_numpy(column) for name, column in features.items()},
+        )
+
+    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
+        """See `Memory.distribution`: all that followed s. After an empty or a frequent s that is
+        much of the vocabulary, so many tokens are best asked for a few at a time."""
+        matches = self._matches(asked)
+        ids, counts = self.suffix_array.continuations(matches)
+        probs = (counts / matches.counts[:, None]).astype(np.float32)
+        return torch.from_numpy(ids), torch.from_numpy(probs)
+
+    def occurrences(self, asked: Scored, most: int) -> Tensor:
+        """Rows of the training text, and so of its datastore, that follow occurrences of s: int64
+        `[n, most]`, by the token that stands there, -1 where there are fewer."""
+        return torch.from_numpy(self.suffix_array.occurrences(self._matches(asked), most))
+
+    def frequencies(self, asked: Scored, most: int = 4) -> tuple[Tensor, Tensor]:
+        """How often the last 1 to `most` tokens of each context occur in the training text followed
+        by a token, and how many different ones follow them; each int64 `[n, most]`."""
+        lasts = self.suffix_array.last(self.text, asked.positions.numpy(), most)
+        counts = [matches.counts for matches in lasts]
+        distinct = [self.suffix_array.summary(matches).distinct for matches in lasts]
+        return tuple(torch.from_numpy(np.stack(columns, axis=1)) for columns in (counts, distinct))
+
+    def _matches(self, asked: Scored) -> Matches:
+        return self.suffix_array.longest(self.text, asked.positions.numpy())

@@ -1,0 +1,304 @@
+"""`RecentMemory`: the recent tokens of the running text vote for what comes next (the continuous
+cache; Grave et al., ICLR 2017).
+
+With key h_i of the context of position i, token w_i that followed it and temperature T, over the
+last `size` positions i before t of the same text:
+
+    p(w) in proportion to the sum over i with w_i = w of exp(score(h_t, h_i) / T).
+
+The score is an inner product (the paper's, with theta = 1 / T), a cosine or minus a squared
+distance: eq. 2 of kNN-LM over a datastore that moves with the text.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neighborlm.common.contracts import Memory, Metric, Opinion, Resources, Scored, Want
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.memories.recent_tuning import RecentTuning, parts_of, tune_recent
+from neighborlm.retrieval.memories.window import Block, Window
+
+LIGHTEST = -80.0
+"""Logarithm of the least weight beside the largest: those of less change no sum in fp32."""
+SMALL = -50.0
+"""Logarithm of what all votes for a token weigh, below which they are added up by themselves."""
+
+
+@dataclass
+class RecentSettings:
+    """The running text as a memory.
+
+    Args:
+        size: recent tokens that vote, or `auto`: from 250 to 4000, by the validation split.
+        temperature: divides the scores, or `auto`: by the validation split.
+        key_type: of the keys that are compared; see `KNNSettings`.
+        similarity: squared Euclidean distance, inner product as in the paper, or cosine.
+        document_end: id of the token that ends a document, after which nothing before it votes; by
+            default the text is one document.
+    """
+
+    size: int | Literal["auto"] = "auto"
+    temperature: float | Literal["auto"] = "auto"
+    key_type: str = "last_ffn_input"
+    similarity: Metric = "l2"
+    document_end: int | None = None
+
+    def check(self) -> None:
+        """Raises InputError where a value alone cannot be right."""
+        if self.size != "auto" and self.size < 1:
+            raise InputError(f"--recent.size is {self.size}; expected auto or at least 1")
+        if self.temperature != "auto" and not 0 < self.temperature < math.inf:
+            raise InputError(
+                f"--recent.temperature is {self.temperature}; expected auto or a finite number, "
+                "more than 0"
+            )
+
+
+class RecentMemory(Memory):
+    """Remembers the last tokens that it was asked about and that were observed. What was not asked
+    about does not exist for it.
+
+    Args:
+        size: positions that vote; None to have `tune` find it.
+        temperature: divides the scores; None to have `tune` find it.
+        key_type: of the keys.
+        similarity: what scores are.
+        document_end: token that ends a document: nothing before it votes for what follows.
+        device: where keys are compared; what is said lies on the CPU.
+
+    Attributes:
+        tuning: what `tune` found, if it was called.
+    """
+
+    in_order = True
+
+    def __init__(
+        self,
+        size: int | None,
+        temperature: float | None,
+        key_type: str = "last_ffn_input",
+        similarity: Metric = "l2",
+        document_end: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.size = size
+        self.temperature = temperature
+        self.key_type = key_type
+        self.similarity: Metric = similarity
+        self.document_end = document_end
+        self.device = device
+        self.want = Want(keys=(key_type,))
+        self.tuning: RecentTuning | None = None
+        self.heard: list[Scored] = []
+        self._forget()
+
+    @classmethod
+    def of(cls, resources: Resources) -> "RecentMemory":
+        """As the section `recent` of the settings has it."""
+        settings = resources.settings.recent
+        return cls(
+            None if settings.size == "auto" else settings.size,
+            None if settings.temperature == "auto" else settings.temperature,
+            settings.key_type,
+            settings.similarity,
+            settings.document_end,
+            resources.device,
+        )
+
+    @property
+    def needs_tuning(self) -> bool:
+        """Whether it only listens, since its size or temperature is not known."""
+        return self.size is None or self.temperature is None
+
+    @property
+    def warm_up(self) -> int:
+        """See `Memory`; 0 while the size is not known."""
+        return self.size or 0
+
+    def begin_pass(self, text: np.ndarray) -> None:
+        """Forgets what was observed. Of the text it knows what it is asked about alone."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.window: Window | None = None
+        self.asked: tuple[Tensor, Tensor] | None = None
+        """Keys and positions of the tokens that were asked about last."""
+        self.last_position = -1
+
+    def say(self, asked: Scored) -> Opinion:
+        """The votes for the targets. As features the score of the nearest position, as a distance
+        where it is one (`nearest_distance`), the probability of the favourite token
+        (`favourite`) and how many positions there are (`positions`).
+
+        While it needs tuning, it keeps what it hears and says nothing.
+
+        Raises:
+            InputError: the tokens are not in the order of the text.
+        """
+        self._check_order(asked.positions)
+        if self.needs_tuning:
+            self.asked = asked.keys[self.key_type], asked.positions
+            self.heard.append(asked._replace(keys={self.key_type: self.asked[0]}))
+            return Opinion(torch.full((len(asked.positions),), -torch.inf))
+        keys = self._begin(asked)
+        targets = asked.targets.to(keys.device)
+        votes = WindowVotes.joined(
+            [
+                votes_of(block, targets[block.tokens], self.temperature)
+                for block in self.window.look(keys, asked.targets)
+            ]
+        )
+        nearest = votes.best
+        if self.similarity == "l2":
+            nearest = (keys.square().sum(dim=1) - nearest).clamp(min=0.0)
+        features = {
+            "nearest_distance": nearest.cpu(),
+            "favourite": votes.favourite.cpu(),
+            "positions": self.window.seen(asked.targets).float(),
+        }
+        return Opinion(votes.log_probs.cpu(), features)
+
+    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
+        """See `Memory.distribution`: the tokens that followed the recent positions, and their
+        weights. Nothing depends on the last target.
+
+        Raises:
+            InputError: it is not tuned, or the tokens are not in the order of the text.
+        """
+        self._check_order(asked.positions)
+        if self.needs_tuning:
+            raise InputError(
+                "--memories recent: has no size and temperature yet; expected them given or tuned"
+            )
+        keys, ids, weights = self._begin(asked), [], []
+        for block in self.window.look(keys, asked.targets):
+            ids.append(block.vocabulary[block.columns])
+            weights.append((block.scores / self.temperature).softmax(dim=1).nan_to_num(0.0))
+        return torch.cat(ids).cpu(), torch.cat(weights).cpu()
+
+    def _begin(self, asked: Scored) -> Tensor:
+        """The keys as they are compared."""
+        if self.window is None:
+            index = int(asked.positions[0])
+            given = (self.size, self.similarity, self.document_end, self.device)
+            self.window = Window(*given, index=index)
+        keys = self.window.prepared(asked.keys[self.key_type])
+        self.asked = keys, asked.positions
+        return keys
+
+    def _check_order(self, positions: Tensor) -> None:
+        before = torch.cat([positions.new_tensor([self.last_position]), positions[:-1]])
+        wrong = torch.nonzero(positions <= before)
+        if len(wrong):
+            at = int(wrong[0])
+            raise InputError(
+                f"--memories recent: token {int(positions[at])} comes after token "
+                f"{int(before[at])}; expected the tokens of a text in their order"
+            )
+
+    def observe(self, tokens: Tensor) -> None:
+        """Learns the tokens that were asked about last.
+
+        Raises:
+            ValueError: they are more or fewer.
+        """
+        asked = 0 if self.asked is None else len(self.asked[1])
+        if len(tokens) != asked:
+            raise ValueError(f"{len(tokens)} tokens are observed, but {asked} were asked about")
+        if asked:
+            (keys, positions), self.asked = self.asked, None
+            self.last_position = int(positions[-1])
+            if not self.needs_tuning:
+                self.window.append(keys, tokens)
+
+    def tune(
+        self,
+        first_position: int = 0,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Opinion:
+        """Finds the size and the temperature, of those that are not given, with which the text that
+        was heard has the highest likelihood, mixed with the language model by one weight.
+
+        Args:
+            first_position: tokens before it only warm up.
+            sum_over_ranks: adds up a float64 tensor over the ranks that heard parts of the text.
+
+        Returns:
+            what it would have said of all tokens heard, which it forgets.
+        """
+        heard, self.heard = Scored.joined(self.heard), []
+        self._forget()
+
+        def new_window(size: int) -> Window:
+            given = (size, self.similarity, self.document_end, self.device)
+            return Window(*given, index=int(heard.positions[0]))
+
+        self.tuning = tune_recent(
+            heard,
+            self.key_type,
+            new_window,
+            None if self.size is None else [self.size],
+            None if self.temperature is None else [self.temperature],
+            first_position,
+            sum_over_ranks,
+        )
+        self.size, self.temperature = self.tuning.size, self.tuning.temperature
+        opinions = []
+        for part in parts_of(heard):
+            opinions.append(self.say(part))
+            self.observe(part.targets)
+        self._forget()
+        return Opinion(
+            torch.cat([opinion.log_probs for opinion in opinions]),
+            {
+                name: torch.cat([opinion.features[name] for opinion in opinions])
+                for name in opinions[0].features
+            },
+        )
+
+
+class WindowVotes(NamedTuple):
+    """What the positions in a window say, fp32 `[n]` each.
+
+    Attributes:
+        log_probs: of the targets, -inf where no position carries it.
+        best: score of the nearest position, -inf where there is none.
+        favourite: probability of the token that has most; NaN where there is none.
+    """
+
+    log_probs: Tensor
+    best: Tensor
+    favourite: Tensor
+
+    @staticmethod
+    def joined(parts: list["WindowVotes"]) -> "WindowVotes":
+        """Those of one block or more as one."""
+        return WindowVotes(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def votes_of(block: Block, targets: Tensor, temperature: float) -> WindowVotes:
+    """The votes of a block for targets int64 `[n]`."""
+    best = block.scores.amax(dim=1)
+    offset = best.nan_to_num(neginf=0.0)[:, None]
+    weights = block.scores.sub(offset).div_(temperature).clamp_(min=LIGHTEST).exp_()
+    if not block.complete:
+        weights.masked_fill_(block.scores.isneginf(), 0.0)
+    total = weights.sum(dim=1)
+    by_token = weights.new_zeros(len(weights), len(block.vocabulary))
+    by_token.scatter_add_(1, block.columns, weights)
+    column = block.column_of(targets)
+    of_target = by_token.gather(1, column.clamp(min=0)[:, None])[:, 0]
+    of_target = of_target.masked_fill_(column < 0, 0.0).log_()
+    small = torch.nonzero((of_target < SMALL) & ~of_target.isneginf())[:, 0]
+    if len(small):
+        others = block.columns[small] != column[small, None]
+        below = block.scores[small].sub(offset[small]).div_(temperature)
+        of_target[small] = below.masked_fill_(others, -torch.inf).logsumexp(dim=1)
+    log_probs = torch.where(total > 0, of_target - total.log(), -torch.inf)
+    return WindowVotes(log_probs, best, by_token.amax(dim=1) / total)
