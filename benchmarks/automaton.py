@@ -149,7 +149,7 @@ def ask_knn(
 def mixed(valid: Text, on_valid: Asked, test: Text, on_test: Asked) -> dict[str, float]:
     """The weight that is best on `valid`, and the perplexity that it gives on `test`."""
     mixer = ConstantMixer()
-    mixer.fit(valid.tokens.log_probs, [Opinion(on_valid.log_probs)])
+    mixer.fit({"lm": Opinion(valid.tokens.log_probs), "memory": Opinion(on_valid.log_probs)})
     log_probs = mixture(
         [test.tokens.log_probs.double(), on_test.log_probs.double()], mixer.shares.tolist()
     )

@@ -1,5 +1,5 @@
-"""What smaller datastores cost and save: share of the entries, bytes of keys and values, tokens a
-second and perplexity of the kNN-LM.
+"""What smaller datastores cost and save: share of the entries, bytes of keys, values and weights,
+perplexity and speed of the kNN-LM.
 
     neighborlm datastore merge-entries --source DIR --output MERGED
     neighborlm datastore thin --source DIR --output HALF --share .5
@@ -89,17 +89,19 @@ def run(
     ]
     rows = {str(path): figures(path, *texts, k, index, nprobe) for path in datastores}
     whole = rows[str(datastores[0])]["keys"]
-    columns = ("kept", "MB", "tokens per second", "temperature", "weight", "perplexity")
-    table = Table("datastore", *columns)
+    columns = ("kept", "MB", "temperature", "weight", "perplexity")
+    speeds = ("tokens per second", "processor ms a token")
+    table = Table("datastore", *columns, *speeds)
     for name, row in rows.items():
         table.add_row(
             Path(name).name,
             f"{row['keys'] / whole:.1%}",
             f"{row['bytes'] / 1e6:.0f}",
-            f"{len(texts[1]) / row['seconds']:,.0f}",
             f"{row['temperature']:g}",
             f"{row['weight']:.3f}",
             f"{row['perplexity']:.2f}",
+            f"{len(texts[1]) / row['seconds']:,.0f}",
+            f"{1000 * row['processor_seconds'] / len(texts[1]):.2f}",
         )
     Console().print(table)
     if output is not None:

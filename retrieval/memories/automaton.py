@@ -74,6 +74,8 @@ class AutomatonSettings:
             count, and a token that no entry carries has log p = -10000.
         walk_length: tokens after which a walk ends and the next one begins with a search; shorter
             ones make more searches, and more of them at a time.
+        document_end: id of the token that ends a document, after which no pointer goes on; by
+            default the datastore is one document.
     """
 
     min_pointers: int = 1
@@ -81,6 +83,7 @@ class AutomatonSettings:
     clusters: int | Literal["auto"] = 0
     counting: Literal["paper", "program"] = "paper"
     walk_length: int = 64
+    document_end: int | None = None
 
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""
@@ -154,7 +157,6 @@ class AutomatonMemory(Memory):
             neighbours and those to its codes for pointers.
         similarity: what `exact` computes; by default the retriever's metric.
         clusters: of the datastore's keys, whose members vote.
-        document_ends: rows of the last token of each document, where they are known.
 
     Attributes:
         counts: `tokens` that were asked about since the pass began, `searches` made for them,
@@ -179,7 +181,6 @@ class AutomatonMemory(Memory):
         distances: Literal["exact", "index"] = "exact",
         similarity: Metric | None = None,
         clusters: Clusters | None = None,
-        document_ends: np.ndarray | None = None,
     ) -> None:
         check_rows(datastore)
         self.datastore = datastore
@@ -195,7 +196,8 @@ class AutomatonMemory(Memory):
         self.rescores = distances == "exact" and not known
         self.measure = measure_of(datastore, retriever, distances, self.similarity)
         self.clusters = clusters
-        self.ends = ends_of(datastore, None if self.as_program else document_ends)
+        document_end = None if self.as_program else self.settings.document_end
+        self.ends = ends_of(datastore, document_end)
         self.want = Want(keys=(self.key_type,))
         self.counts: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
@@ -229,6 +231,11 @@ class AutomatonMemory(Memory):
             similarity=knn.similarity,
             clusters=clusters,
         )
+
+    @property
+    def warm_up(self) -> int:
+        """See `Memory`: behind so many tokens a walk has begun, wherever the first of them was."""
+        return self.settings.walk_length - 1
 
     def prepare(self) -> None:
         """Loads what a first search would wait for."""
@@ -381,7 +388,7 @@ class AutomatonMemory(Memory):
     def _with_members(self, pointers: np.ndarray) -> np.ndarray:
         """Pointers and members of their clusters that vote, int64 `[W, n]`."""
         most = self.settings.max_pointers
-        if self.clusters is None or not pointers.size:
+        if self.clusters is None:
             return pointers[:, :most]
         return with_members(pointers, self.clusters, most, doubles=self.as_program)
 
@@ -421,12 +428,12 @@ def check_rows(datastore: Datastore) -> None:
         )
 
 
-def ends_of(datastore: Datastore, document_ends: np.ndarray | None = None) -> np.ndarray:
+def ends_of(datastore: Datastore, document_end: int | None = None) -> np.ndarray:
     """Rows that nothing goes on from, int64 in ascending order: the last one, those before a row
-    without a key, and those that end a document."""
+    without a key, and those whose value ends a document."""
     ends = [np.array([len(datastore) - 1]), datastore.masked - 1]
-    if document_ends is not None:
-        ends.append(np.asarray(document_ends, dtype=np.int64))
+    if document_end is not None:
+        ends.append(np.flatnonzero(datastore.values[:] == document_end))
     return np.unique(np.concatenate(ends))
 
 

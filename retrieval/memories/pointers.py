@@ -139,6 +139,8 @@ def with_members(
     """
     count = len(pointers)
     walks, columns = np.nonzero(pointers >= 0)
+    if len(walks) == 0:
+        return pointers[:, :0]
     rows = pointers[walks, columns]
     states, votes = np.unique(walks * clusters.count + clusters.labels[rows], return_counts=True)
     order = np.lexsort((states, -votes, states // clusters.count))

@@ -1,5 +1,5 @@
-"""The automaton against what the original program computed on a GPT-2, and its benchmark on made-up
-texts."""
+"""The automaton against what the original program computed on a GPT-2, and the benchmarks of it and
+of smaller datastores on made-up texts."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ import pytest
 from small import ROOT
 
 from benchmarks.automaton import Fixtures, main
+from benchmarks.thinning import main as thinning
+from neighborlm.tools.datastore import main as datastore
 
 FIXTURES = ROOT.parent / "shared/parity/hf"
 
@@ -71,3 +73,16 @@ def test_what_is_missing_is_said(capsys):
     with pytest.raises(SystemExit):
         main(["--memory", str(Path("anywhere"))])
     assert "--valid is missing; expected it, or --fixtures" in capsys.readouterr().err
+
+
+def test_what_a_smaller_datastore_costs(texts, tmp_path):
+    memory, output = tmp_path / "memory", tmp_path / "thinning.json"
+    half = tmp_path / "half"
+    datastore(["thin", "--source", str(memory), "--output", str(half), "--share", ".5"])
+    stores = ["--datastores", f"[{memory}, {half}]"]
+    thinning([*stores, *texts[2:], "--k", "8", "--output", str(output)])
+    whole, part = json.loads(output.read_text())["rows"].values()
+    assert whole["keys"] == 2000
+    assert part["keys"] == 1000
+    assert part["bytes"] == whole["bytes"] / 2
+    assert whole["perplexity"] < part["perplexity"]  # half of what the text repeats is missing

@@ -75,7 +75,7 @@ def part_of(asked: Scored, part: slice | np.ndarray) -> Scored:
     return Scored(asked.positions[part], asked.targets[part], keys=keys)
 
 
-def memory_of(datastore: Datastore, clusters: Clusters | None = None, ends=None, **settings):
+def memory_of(datastore: Datastore, clusters: Clusters | None = None, **settings):
     """A memory in the state in which a pass begins."""
     settings = AutomatonSettings(**{"walk_length": WALK, "max_pointers": 60, **settings})
     memory = AutomatonMemory(
@@ -85,7 +85,6 @@ def memory_of(datastore: Datastore, clusters: Clusters | None = None, ends=None,
         TEMPERATURE,
         settings,
         clusters=clusters,
-        document_ends=ends,
     )
     memory.begin_pass()
     return memory
@@ -243,6 +242,16 @@ def test_rows_of_a_batch_may_come_in_any_order(store, asked):
     assert torch.equal(memory.say(part_of(asked, order)).log_probs, expected[order])
 
 
+@pytest.mark.parametrize("first", [50, 80, 120])
+def test_a_part_of_the_text_behind_its_warm_up_is_as_in_the_whole(store, asked, first):
+    memory = memory_of(store(), min_pointers=2)
+    expected = memory.say(asked).log_probs[first:]
+    assert memory.warm_up == WALK - 1
+    memory.begin_pass()
+    part = memory.say(part_of(asked, slice(first - memory.warm_up, None)))
+    assert torch.equal(part.log_probs[memory.warm_up :], expected)
+
+
 def test_a_gap_in_the_text_begins_a_new_walk(store, asked):
     memory = memory_of(store())
     memory.say(part_of(asked, slice(0, 10)))
@@ -279,14 +288,15 @@ def test_no_pointer_leads_to_a_row_without_a_key(store, asked, counting):
 
 
 def test_pointers_stay_in_their_document(store, asked):
-    datastore, ends = store(), np.arange(4, ROWS, 5)
-    cut = memory_of(datastore, ends=ends).say(asked)
+    datastore = store()
+    ends = np.flatnonzero(datastore.values == 3)
+    cut = memory_of(datastore, document_end=3).say(asked)
     _, _, pointed, _ = plain_walk(datastore, asked, ends=tuple(ends))
     np.testing.assert_array_equal(cut.features["pointers"], pointed)
     uncut = memory_of(datastore).say(asked)
     assert not torch.equal(cut.features["pointers"], uncut.features["pointers"])
     # The original program knows of no documents.
-    as_program = memory_of(datastore, ends=ends, counting="program").say(asked)
+    as_program = memory_of(datastore, document_end=3, counting="program").say(asked)
     assert torch.equal(as_program.features["pointers"], uncut.features["pointers"])
 
 
@@ -337,6 +347,7 @@ def test_members_of_more_clusters_than_there_is_room_for(doubles):
     expected = {False: [2, 4, 1, 3, 5, 6], True: [2, 4, 1, 1, 2, 3]}[doubles]
     assert found[1].tolist() == expected
     assert found[0].tolist() == [-1] * 6
+    assert with_members(pointers[:1], clusters, 6, doubles).tolist() == [[]]
     assert found[2].tolist() == ([0, 0] if doubles else [0, -1]) + [-1] * 4
 
 
