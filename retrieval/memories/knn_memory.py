@@ -22,11 +22,18 @@ from neighborlm.common.contracts import (
     Votes,
     Want,
 )
+from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder, Retrieved
-from neighborlm.retrieval.memories.knn import knn_weights, neighbor_scores, votes_of_scores
+from neighborlm.retrieval.memories.knn import (
+    knn_weights,
+    neighbor_scores,
+    votes_of_scores,
+    weighted_scores,
+)
 from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.search.retriever import in_parts, votes_of, with_values
 from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.thinning import open_weights
 
 
 class KNNMemory(Memory):
@@ -76,6 +83,8 @@ class KNNMemory(Memory):
         # Missing neighbours that the last row stands for have a distance that nobody knows yet.
         self.rescores = distances == "exact" and not (known and missing == "left_out")
         self.missing = missing
+        self.weights = open_weights(datastore)
+        """How many entries each stands for, where some were merged."""
         self.rescoring = rescoring
         self.cache = cache
         self.key_type = key_type or key_type_of(datastore)
@@ -126,12 +135,34 @@ class KNNMemory(Memory):
             neighbors = self.neighbors(asked)
             if self.cache is not None:
                 self._write(asked, neighbors)
-            return votes_of(neighbors, targets, self.temperature, self.similarity)
+            votes = votes_of(neighbors, targets, self.temperature, self.similarity)
+            if self.weights is None:
+                return votes
+            merged = neighbors._replace(distances=self._merged_distances(neighbors))
+            merged = votes_of(merged, targets, self.temperature, self.similarity)
+            return votes._replace(log_probs=merged.log_probs)
         with self._timed("search"):
             return self.retriever.vote(queries, self.k, targets, self.temperature)
 
+    def _merged_distances(self, neighbors: Neighbors) -> np.ndarray:
+        """Distances at which one entry has the weight of all that were merged into it."""
+        scores = neighbor_scores(neighbors.distances, neighbors.rows, self.similarity)
+        weights = torch.from_numpy(self.weights[np.maximum(neighbors.rows, 0)].astype(np.float32))
+        scores = weighted_scores(scores, weights, self.temperature).numpy()
+        return -scores if self.similarity == "l2" else scores
+
     def _write(self, asked: Scored, neighbors: Neighbors) -> None:
-        """Keeps what was retrieved."""
+        """Keeps what was retrieved.
+
+        Raises:
+            InputError: the datastore's entries have weights, which a cache does not keep.
+        """
+        if self.weights is not None:
+            raise InputError(
+                f"{self.datastore.path}: its entries were merged, and what is retrieved for tuning "
+                "or --knn.cache is kept without their weights; expected numbers for --knn.lmbda "
+                "and --knn.temperature, and no --knn.cache"
+            )
 
         def write(part: slice) -> None:
             scores = neighbor_scores(
@@ -146,7 +177,7 @@ class KNNMemory(Memory):
     def neighbors_are_needed(self) -> bool:
         """Whether it must be known who the neighbours are: else their votes suffice."""
         changed = self.rescores or self.rescoring is not None or self.missing == "last_row"
-        return changed or self.cache is not None
+        return changed or self.cache is not None or self.weights is not None
 
     def neighbors(self, asked: Scored) -> Neighbors:
         """The neighbours of some tokens with their values, distances being those that votes are
@@ -169,6 +200,9 @@ class KNNMemory(Memory):
         """See `Memory.distribution`: the neighbours' values and weights."""
         distances, rows, values = self.neighbors(asked)
         scores = neighbor_scores(distances, rows, self.similarity)
+        if self.weights is not None:
+            weights = torch.from_numpy(self.weights[np.maximum(rows, 0)].astype(np.float32))
+            scores = weighted_scores(scores, weights, self.temperature)
         ids = torch.from_numpy(values.astype(np.int64))
         return ids, knn_weights(scores, self.temperature)
 
