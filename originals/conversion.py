@@ -5,7 +5,6 @@ again: which of the two a file is, and the files on either side.
     neighborlm convert to_fairseq lm.ckpt checkpoint_best.pt
 """
 
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.originals.fairseq import (
@@ -122,8 +122,6 @@ def _load_lightning_checkpoint(path: Path) -> TransformerLM:
 
 
 def _publish(contents: dict[str, Any], path: Path) -> None:
-    """torch.save under a temporary name, then under its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f"{path.name}.making")
-    torch.save(contents, making)
-    os.replace(making, path)
+    with publishing(path) as making:
+        torch.save(contents, making)

@@ -5,9 +5,7 @@ magic, the version (u64), the code of the ids' type (u8), the number of lines (u
 each line (i32) and where each begins in the .bin file, in bytes (i64), all little-endian.
 """
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from struct import Struct
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
 from neighborlm.datamodules.binarize import TokenStream
 from neighborlm.datamodules.binarized import CorpusSettings, fingerprint_of_tokens
 from neighborlm.datamodules.dictionary import Dictionary
@@ -194,10 +193,10 @@ def write_databin(
         raise InputError(f"{prefix}: has a line of {sizes.max()} tokens; expected below 2^31")
     index_path, data_path = _paths(prefix)
     index_path.parent.mkdir(parents=True, exist_ok=True)
-    with _published(data_path) as making, open(making, "wb") as file:
+    with publishing(data_path) as making, open(making, "wb") as file:
         for tokens in _chunks(stream.tokens):
             file.write(tokens.astype(dtype).tobytes())
-    with _published(index_path) as making, open(making, "wb") as file:
+    with publishing(index_path) as making, open(making, "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, codes[dtype], len(sizes)))
         file.write(sizes.astype("<i4").tobytes())
         file.write((stream.line_starts[:-1] * dtype.itemsize).astype("<i8").tobytes())
@@ -240,11 +239,3 @@ def _read_header(path: Path) -> tuple[np.dtype, int]:
 def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(tokens), TOKENS_AT_ONCE):
         yield tokens[start : start + TOKENS_AT_ONCE]
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `path` when the writing succeeds."""
-    making = path.with_name(f"{path.name}.making")
-    yield making
-    os.replace(making, path)

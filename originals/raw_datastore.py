@@ -8,6 +8,7 @@ makes a `Datastore` of either.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from neighborlm.common.files import digest_of
 from neighborlm.retrieval.store.arrays import Layout, header_bytes, map_raw, save_array
 from neighborlm.retrieval.store.datastore import BLOCK_BYTES, DTYPES, Datastore, artifact_of
 
+INFO_SIZES = ("dstore_size", "hidden_size")
 VALUE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -50,7 +52,7 @@ def import_datastore(
     """
     keys_path, values_path = Path(f"{source}_keys.npy"), Path(f"{source}_vals.npy")
     if (source / "info.json").is_file():
-        info = json.loads((source / "info.json").read_text())
+        info = _read_info(source / "info.json")
         keys_path, values_path = source / "keys.npy", source / "vals.npy"
         size, dim = info["dstore_size"], info["hidden_size"]
         dtype = "fp16" if info.get("dstore_fp16") else "fp32"
@@ -90,6 +92,20 @@ def import_datastore(
     return Datastore.open(output)
 
 
+def _read_info(path: Path) -> dict[str, Any]:
+    """What GNN-LM records of its datastore."""
+    try:
+        info = json.loads(path.read_bytes())
+        if all(type(info[name]) is int and info[name] > 0 for name in INFO_SIZES):
+            return info
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{path}: does not describe a datastore; expected JSON with positive integers "
+        f"{' and '.join(INFO_SIZES)}, as the original GNN-LM writes it"
+    )
+
+
 def _key_type(path: Path, size: int, dim: int) -> str:
     """fp16 or fp32, whichever the file's size is nearer to."""
     return "fp16" if path.stat().st_size / (size * dim) < 3 else "fp32"
@@ -103,12 +119,15 @@ def _value_type(path: Path, size: int) -> np.dtype:
 
 def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> None:
     lowest, highest = int(values.min()), int(values.max())
-    wraps = values.dtype == np.int16 and vocab_size is not None and vocab_size > 1 << 15
-    if lowest < 0 or wraps:
+    too_small = values.dtype == np.int16 and vocab_size is not None and vocab_size > 1 << 15
+    if values.dtype == np.int16 and (lowest < 0 or too_small):
         raise InputError(
-            f"{path}: holds {values.dtype} values from {lowest} to {highest}: a vocabulary above "
-            "32767 has wrapped in it, and which tokens they were cannot be told; dump it again"
+            f"{path}: holds int16 values from {lowest} to {highest}, in which ids above 32767 have "
+            "wrapped around and cannot be recovered; expected int32 or int64: write the datastore "
+            "again with the original program"
         )
+    if lowest < 0:
+        raise InputError(f"{path}: holds the value {lowest}; expected token ids from 0 on")
     if vocab_size is not None and highest >= vocab_size:
         raise InputError(
             f"{path}: holds the value {highest}, but the dictionary has only {vocab_size} symbols"
