@@ -122,9 +122,10 @@ class TransformerLM(TrainableLM):
             factor = hparams[f"adaptive_{side}_factor"]
             if hparams.width // factor ** len(cutoffs) < 1:
                 raise InputError(
-                    f"--model.adaptive_{side}_cutoffs {cutoffs} with --model.adaptive_{side}_factor "
-                    f"{factor} leave the last band no width; expected fewer cutoffs or a smaller "
-                    f"factor, as --model.width is {hparams.width}"
+                    f"--model.adaptive_{side}_cutoffs {cutoffs} with "
+                    f"--model.adaptive_{side}_factor {factor} leave the last band no width; "
+                    "expected fewer cutoffs or a smaller factor, as --model.width is "
+                    f"{hparams.width}"
                 )
         if hparams.width % hparams.heads:
             raise InputError(
