@@ -373,8 +373,8 @@ class Memory(Protocol):
         ...
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """Token ids int64 `[n, m]` and their probabilities fp32 `[n, m]`. Those of an id that stands
-        several times in one row add up; all other ids have probability 0."""
+        """Token ids int64 `[n, m]` and their probabilities fp32 `[n, m]`, which add up where an id
+        stands several times in a row; all other ids have probability 0."""
         ...
 
     def observe(self, tokens: Tensor) -> None:

@@ -1,5 +1,5 @@
-"""The transformer decoder: from token ids to hidden vectors, and to the features that become keys of
-a datastore.
+"""The transformer decoder: from token ids to hidden vectors, and to the features that become the
+keys of a datastore.
 
 Vaswani et al. (2017), with layer norms in front of the blocks (pre-norm) as in Baevski & Auli (ICLR
 2019), or behind them (post-norm).
