@@ -1,8 +1,8 @@
-"""Datastores of the original programs, used in place: nothing is copied.
+"""Datastores of the original programs, read in place without a copy.
 
-kNN-LM leaves `PREFIX_keys.npy` and `PREFIX_vals.npy`, raw memory maps without a header; GNN-LM a
-directory with `keys.npy`, `vals.npy` (raw too) and `info.json`. A manifest that points at them
-makes a `Datastore` of either.
+kNN-LM writes `PREFIX_keys.npy` and `PREFIX_vals.npy`, raw memory maps without a header; GNN-LM
+writes a directory with `keys.npy`, `vals.npy` (raw too) and `info.json`. A manifest that points at
+them makes either a `Datastore`.
 """
 
 import json
@@ -36,19 +36,20 @@ def import_datastore(
 ) -> Datastore:
     """Writes a manifest for raw maps into `output` and opens it as a datastore.
 
-    Rows of zeros at the end, which the original leaves when it wrote fewer keys than it made room
-    for, are masked.
+    Rows of zeros at the end are masked: the original leaves them when it writes fewer keys than it
+    allocated.
 
     Args:
         source: prefix of `_keys.npy` and `_vals.npy`, or a directory with an info.json.
         output: directory for the manifest.
-        size: number of rows N; from info.json where there is one.
-        dim: width of the keys d; likewise.
-        dtype: fp16 or fp32 keys; likewise, and otherwise what fits the size of the file.
-        vocab_size: of the dictionary, to check the values against.
+        size: number of rows N; info.json takes precedence.
+        dim: width d of the keys; info.json takes precedence.
+        dtype: of the keys, fp16 or fp32; info.json takes precedence. None: inferred from the size
+            of the file.
+        vocab_size: of the dictionary, to check the values; None: that of info.json, if any.
 
     Raises:
-        InputError: a file's size or a value does not fit.
+        InputError: a file is missing, or its size or a value does not fit.
     """
     keys_path, values_path = Path(f"{source}_keys.npy"), Path(f"{source}_vals.npy")
     if (source / "info.json").is_file():
@@ -107,12 +108,12 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 
 def _key_type(path: Path, size: int, dim: int) -> str:
-    """fp16 or fp32, whichever the file's size is nearer to."""
+    """fp16 or fp32, whichever is nearer to the size of the file."""
     return "fp16" if path.stat().st_size / (size * dim) < 3 else "fp32"
 
 
 def _value_type(path: Path, size: int) -> np.dtype:
-    """The integer type that fits the file's size."""
+    """The integer type that fits the size of the file."""
     found = path.stat().st_size - header_bytes(path)
     return np.dtype(VALUE_TYPES.get(found // size, np.int64))
 
@@ -135,12 +136,13 @@ def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> Non
 
 
 def _sampled_content(keys: np.ndarray, values: np.ndarray) -> str:
-    """A hash of 256 rows spread over the store: tells one raw store from another."""
+    """A hash of 256 rows spread over the store, which tells raw stores apart."""
     rows = np.unique(np.linspace(0, len(keys) - 1, 256).astype(np.int64))
     return digest_of(keys[rows].tobytes(), values[rows].tobytes())
 
 
 def _trailing_zero_rows(keys: np.ndarray) -> int:
+    """How many rows of zeros `keys` `[N, d]` ends with."""
     step = max(BLOCK_BYTES // (keys.shape[1] * keys.dtype.itemsize), 1)
     zeros = 0
     while zeros < len(keys):
