@@ -1,5 +1,5 @@
-"""The fast computation of the graph network equals message passing over the graph as it is drawn,
-and that equals the formulas written out for one node at a time."""
+"""The fast computation of the graph network equals message passing over the explicit graph, which
+equals the formulas, evaluated node by node."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Raw datastores of the original programs: opened in place, checked, their zero rows masked."""
+"""Raw datastores of the original programs: opened in place, checked, with zero rows masked."""
 
 import json
 
