@@ -119,16 +119,13 @@ class TransformerLM(TrainableLM):
                 "--model.output_bias needs a plain softmax, but --model.adaptive_softmax_cutoffs "
                 f"are {list(hparams.adaptive_softmax_cutoffs)}; expected no cutoffs"
             )
-        for side in ("input",) if hparams.tie_weights else ("input", "softmax"):
-            cutoffs = list(hparams[f"adaptive_{side}_cutoffs"])
-            factor = hparams[f"adaptive_{side}_factor"]
-            if hparams.width // factor ** len(cutoffs) < 1:
-                raise InputError(
-                    f"--model.adaptive_{side}_cutoffs {cutoffs} with "
-                    f"--model.adaptive_{side}_factor {factor} leave the last band no width; "
-                    "expected fewer cutoffs or a smaller factor, as --model.width is "
-                    f"{hparams.width}"
-                )
+        cutoffs, factor = list(hparams.adaptive_input_cutoffs), hparams.adaptive_input_factor
+        if hparams.width // factor ** len(cutoffs) < 1:
+            raise InputError(
+                f"--model.adaptive_input_cutoffs {cutoffs} with --model.adaptive_input_factor "
+                f"{factor} leave the last band no width; expected fewer cutoffs or a smaller "
+                f"factor, as --model.width is {hparams.width}"
+            )
         if hparams.width % hparams.heads:
             raise InputError(
                 f"--model.width {hparams.width} is not a multiple of --model.heads {hparams.heads}"

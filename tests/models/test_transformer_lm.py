@@ -229,10 +229,6 @@ def test_validation_logs_the_perplexity_of_all_tokens(batch):
             ("--model.output_bias", "--model.adaptive_softmax_cutoffs are [6, 15]"),
         ),
         ({"adaptive_input_cutoffs": [6, 15]}, ("[6, 15]", "_factor 4", "--model.width is 8")),
-        (
-            {"adaptive_softmax_cutoffs": [6, 15], "tie_weights": False},
-            ("adaptive_softmax_cutoffs [6, 15]", "softmax_factor 4", "--model.width is 8"),
-        ),
     ],
 )
 def test_settings_that_contradict_one_another(settings, words):

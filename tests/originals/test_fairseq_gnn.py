@@ -266,5 +266,5 @@ def test_no_way_out(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["to_fairseq", str(tmp_path / "gnn.ckpt"), str(tmp_path / "out.pt")])
     assert stopped.value.code == 2
-    assert "gnn.ckpt: holds a GNNLM; expected a TransformerLM, all" in capsys.readouterr().err
+    assert "gnn.ckpt: holds a GNNLM; expected a TransformerLM, as" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
