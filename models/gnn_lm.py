@@ -52,8 +52,8 @@ class GNNLM(TrainableLM):
         residual: add a projection of the network's output to the LM's features, where the paper
             replaces them; by default false. Training then begins at the LM itself: set it for
             short trainings.
-        values: add a projection of the neighbour's own token's word vector to its features; by
-            default false. In the paper that token shows only in the features of the next row.
+        values: add a projection of the word vector of each neighbour's token to its features; by
+            default false. In the paper the token shows only in the features of the next row.
         lm_ratio: weight of the LM's own distribution in a mixture with the graph network's; by
             default 0.
         output_bias: train a bias on the logits of a plain softmax, starting from the LM's if it has

@@ -64,7 +64,10 @@ def import_datastore(
                 f"{path}: no such file; expected the datastore of the original program"
             )
     if size is None or dim is None:
-        raise InputError(f"{keys_path}: is a raw map; give its --knn.size and --knn.dim")
+        raise InputError(
+            f"{keys_path}: is a raw map without a header; expected its number of rows and their "
+            "width, as --knn.size and --knn.dim (--size and --dim of neighborlm datastore import)"
+        )
     dtype = dtype or _key_type(keys_path, size, dim)
     keys, offset = map_raw(keys_path, Layout(DTYPES[dtype], (size, dim)))
     values, value_offset = map_raw(values_path, Layout(_value_type(values_path, size), (size,)))
