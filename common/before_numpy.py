@@ -1,15 +1,15 @@
-"""What numpy and faiss must be told before they are loaded; to be imported first of all.
+"""Environment variables that numpy and faiss read when they are loaded; import this module first.
 
-On Zen 4 (AMD's Ryzen 7000 and EPYC 9004) the instruction by which numpy's AVX-512 code sorts and
-partitions, a compressing store, is microcoded: selecting 1,024 of 6,000 numbers takes four times as
-long as with AVX2 (https://github.com/numpy/x86-simd-sort/issues/6). numpy is told not to use
-AVX-512 there. torch and faiss go on using it.
+On Zen 4 (AMD's Ryzen 7000 and EPYC 9004) the compressing store by which numpy's AVX-512 code sorts
+and partitions is microcoded: selecting 1,024 of 6,000 numbers takes four times as long as with AVX2
+(https://github.com/numpy/x86-simd-sort/issues/6). There numpy runs without AVX-512; torch and faiss
+keep it.
 
-faiss brings a version of OpenBLAS that does not know Intel's processors from 2022 on, and takes
-them for one of 2004: training an index takes three times as long as it need. It is told what they
-have.
+faiss ships a version of OpenBLAS that does not know Intel's processors from 2022 on and treats them
+as one of 2004, which makes the training of an index three times slower. It is given the kernels
+that these processors can run.
 
-What the environment says already is left as it is.
+Variables that are already set are left alone.
 """
 
 import os
@@ -19,7 +19,7 @@ NUMPY, AVX512 = (
     "NPY_DISABLE_CPU_FEATURES",
     "X86_V4 AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
 )
-"""What numpy's releases from 2.0 on call it; names that one does not know are passed over."""
+"""The names of AVX-512 in numpy's releases from 2.0 on; a release ignores those it lacks."""
 OPENBLAS = "OPENBLAS_CORETYPE"
 
 
@@ -27,12 +27,12 @@ def settings_for(cpu: str) -> dict[str, str]:
     """Environment variables for a processor.
 
     Args:
-        cpu: what Linux says in /proc/cpuinfo.
+        cpu: contents of Linux's /proc/cpuinfo.
     """
-    first = cpu.partition("\n\n")[0]
-    says = {key.strip(): value for key, _, value in (x.partition(":") for x in first.split("\n"))}
-    vendor, family = says.get("vendor_id", ""), says.get("cpu family", "").strip()
-    flags = set(says.get("flags", "").split())
+    lines = (line.partition(":") for line in cpu.partition("\n\n")[0].split("\n"))  # first core
+    fields = {name.strip(): value for name, _, value in lines}
+    vendor, family = fields.get("vendor_id", ""), fields.get("cpu family", "").strip()
+    flags = set(fields.get("flags", "").split())
     if "AuthenticAMD" in vendor and family == "25" and "avx512f" in flags:
         return {NUMPY: AVX512}
     if "GenuineIntel" in vendor and family == "6" and {"avx2", "fma"} <= flags:

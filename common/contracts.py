@@ -1,8 +1,8 @@
-"""What the rooms of this project ask of one another: models score, retrievers search, memories say,
+"""The protocols between the rooms of this project: models score, retrievers search, memories say,
 mixers weigh.
 
-Whoever brings a model, a vocabulary, a retriever, a memory or a mixer of their own writes a class
-with these methods, which need not be a subclass of anything here, and names it in one registry.
+A new model, vocabulary, retriever, memory or mixer is a class with these methods, which need not be
+a subclass of anything here, and one line in a registry.
 Shapes: n scored tokens, V vocabulary, Q queries, k neighbours, d width of a key.
 """
 
@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 Metric = Literal["l2", "ip", "cosine"]
-"""Squared Euclidean distance (small is near), inner product or cosine (large is near)."""
+"""Squared Euclidean distance (smaller is nearer), inner product or cosine (larger is nearer)."""
 NProbe = int | Literal["auto"]
-"""How many inverted lists a query visits, or `auto`: those not much farther than the nearest."""
+"""Inverted lists that a query visits; `auto`: those not much farther away than the nearest one."""
 
 
 # -- models --------------------------------------------------------------------------------------
 
 
 class Want(NamedTuple):
-    """What somebody needs to be told of each scored token.
+    """What a caller wants to know of each scored token.
 
     Attributes:
-        keys: key types whose features are wanted, such as `last_ffn_input`.
-        log_probs: whether log-probabilities are wanted; a datastore needs none.
+        keys: types of the keys that are wanted, such as `last_ffn_input`.
+        log_probs: whether the log-probabilities of targets are wanted; a datastore needs none.
         entropy: whether the entropy of the model's distribution is wanted.
         top: how many of the model's most probable tokens are wanted.
     """
@@ -39,7 +39,7 @@ class Want(NamedTuple):
     top: int = 0
 
     def and_also(self, other: "Want") -> "Want":
-        """What satisfies both.
+        """The union of both.
 
         >>> Want(("a",), log_probs=False).and_also(Want(("b", "a"), top=3))
         Want(keys=('a', 'b'), log_probs=True, entropy=False, top=3)
@@ -53,18 +53,18 @@ class Want(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a model says of n tokens, in row order; fields that were not wanted are None or empty.
+    """What a model says of n tokens, row by row; fields that were not wanted are None or empty.
 
     Attributes:
         positions: int64 `[n]`, offset of each target in its split.
         targets: int64 `[n]`.
         log_probs: fp32 `[n]`, natural-log probability of each target.
-        keys: by key type `[n, d]`, the feature of each target's context.
+        keys: `[n, d]` by key type, the vector of each target's context.
         entropy: fp32 `[n]`, of the model's distribution, in nats.
-        top_ids: int64 `[n, top]`, the most probable tokens, the most probable first.
+        top_ids: int64 `[n, top]`, the most probable tokens, most probable first.
         top_log_probs: fp32 `[n, top]`, their natural-log probabilities.
-        lm_log_probs: fp32 `[n]`, what the language model that this one stands on says itself; None
-            for one that stands on none.
+        lm_log_probs: fp32 `[n]`, natural-log probability of each target by the language model on
+            which this one stands; None for a model that stands on none.
     """
 
     positions: Tensor
@@ -77,14 +77,14 @@ class Scored(NamedTuple):
     lm_log_probs: Tensor | None = None
 
     def on_cpu(self) -> "Scored":
-        """The same in the memory of the CPU, keys in fp32."""
+        """A copy on the CPU, with keys in fp32."""
         keys = {name: key.float().cpu() for name, key in self.keys.items()}
         others = (None if x is None else x.cpu() for x in self._replace(keys=None))
         return Scored(*others)._replace(keys=keys)
 
     @staticmethod
     def joined(parts: Sequence["Scored"]) -> "Scored":
-        """Tokens of one or more, that were wanted alike, as one."""
+        """The concatenation of one or more parts that were asked for by the same `Want`."""
         keys = {name: torch.cat([part.keys[name] for part in parts]) for name in parts[0].keys}
         columns = zip(*(part._replace(keys=None) for part in parts), strict=True)
         joined = (None if column[0] is None else torch.cat(column) for column in columns)
@@ -95,7 +95,7 @@ class Batch(Protocol):
     """Rows of a split, padded on the right, `[B, T]` each; see `datamodules.lm.LMBatch`.
 
     Attributes:
-        tokens: int64, what the model reads.
+        tokens: int64, the model's input.
         targets: int64, the token that follows each.
         positions: int64, offset of each target in its split, -1 where padded.
         scored: bool, False for padding and for tokens that only give context.
@@ -113,8 +113,9 @@ class LanguageModel(Protocol):
 
     Attributes:
         vocab_size: V.
-        max_target_positions: longest row of tokens that it reads.
-        fingerprint: identifies the model's content: whatever was made by it is refused by others.
+        max_target_positions: longest row that it reads, in tokens.
+        fingerprint: identifies the model's weights and settings; products made with one model are
+            refused with another.
     """
 
     vocab_size: int
@@ -125,21 +126,21 @@ class LanguageModel(Protocol):
         """Width d of the keys of a type.
 
         Raises:
-            InputError: the model has no such feature.
+            InputError: the model has no keys of this type.
         """
         ...
 
     def score(self, batch: Batch, want: Want) -> Scored:
-        """What is wanted of the batch's scored tokens. Changes nothing of the model."""
+        """What is wanted of the batch's scored tokens. Does not change the model."""
         ...
 
 
 @runtime_checkable
 class Backbone(LanguageModel, Protocol):
-    """What a graph network stands on: a language model, and its parts.
+    """The language model on which a graph network stands, and its parts.
 
     Attributes:
-        width: of its hidden vectors, and of its word vectors.
+        width: of its hidden vectors and of its word vectors.
     """
 
     width: int
@@ -147,8 +148,8 @@ class Backbone(LanguageModel, Protocol):
     def hidden(
         self, tokens: Tensor, key_types: Sequence[str] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of tokens int64 `[B, T]`: what the softmax reads, `[B, T, width]`, and features by key
-        type, `[B, T, d]`."""
+        """From tokens int64 `[B, T]` to the input of the softmax `[B, T, width]` and the features
+        `[B, T, d]` by key type."""
         ...
 
     def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -165,12 +166,12 @@ class Backbone(LanguageModel, Protocol):
 
 
 class Vocabulary(Protocol):
-    """Between text and token ids.
+    """Maps text to token ids and back.
 
     Attributes:
         pad: id of padding.
         eos: id that ends a line or a document.
-        fingerprint: identifies the vocabulary: equal ids mean equal tokens.
+        fingerprint: identifies the vocabulary; with equal fingerprints equal ids are equal tokens.
     """
 
     pad: int
@@ -195,7 +196,7 @@ class TokenStream(Protocol):
     """A split of a corpus as token ids.
 
     Attributes:
-        tokens: integers `[N]`, ids of all lines one after another, usually memory-mapped.
+        tokens: integers `[N]`, the ids of all lines concatenated, usually memory-mapped.
         line_starts: int64 `[lines + 1]`; line i is `tokens[line_starts[i] : line_starts[i + 1]]`.
     """
 
@@ -204,10 +205,10 @@ class TokenStream(Protocol):
 
 
 class Corpus(Protocol):
-    """A text that has been split and turned into token ids, whatever files these come from.
+    """A text in splits, as token ids, whatever files they come from.
 
     Attributes:
-        name: for folders of what is made from it, such as `runs/<name>`.
+        name: names the folders of what is made from it, such as `runs/<name>`.
         dictionary: its vocabulary.
     """
 
@@ -215,24 +216,24 @@ class Corpus(Protocol):
     dictionary: Vocabulary
 
     def has(self, split: str) -> bool:
-        """Whether there is such a split."""
+        """Whether the corpus has a split."""
         ...
 
     def stream(self, split: str) -> TokenStream:
         """The tokens of a split.
 
         Raises:
-            InputError: no such split.
+            InputError: the corpus has no such split.
         """
         ...
 
     def fingerprint(self, split: str) -> str:
-        """Identifies the tokens of a split and where its lines end, whatever file they are in."""
+        """Identifies the tokens of a split and the ends of its lines, whatever file holds them."""
         ...
 
 
 class NeighborReader(Protocol):
-    """Gives batches of a split what a graph network reads besides the text."""
+    """Gives batches of a split the neighbours that a graph network reads."""
 
     def neighborhood(self, positions: np.ndarray) -> tuple:
         """Neighbours of tokens int64 `[B, T]`, -1 where padded, as a named tuple of tensors such as
@@ -240,7 +241,7 @@ class NeighborReader(Protocol):
         ...
 
     def features_of(self, positions: np.ndarray) -> Tensor | None:
-        """Stored features of tokens int64 `[B, T]`, fp32 `[B, T, d]`; None where the model computes
+        """Stored features fp32 `[B, T, d]` of tokens int64 `[B, T]`; None where the model computes
         them itself."""
         ...
 
@@ -249,13 +250,13 @@ class NeighborReader(Protocol):
 
 
 class Neighbors(NamedTuple):
-    """What a search found, each `[Q, k]`.
+    """The neighbours that a search found, `[Q, k]` each.
 
     Attributes:
         distances: fp32, by the retriever's metric.
-        rows: int64, rows of the datastore, -1 where missing.
-        values: unsigned, the token that followed each, where the search knows it; any where
-            missing.
+        rows: int64, rows of the datastore, -1 where a neighbour is missing.
+        values: unsigned, the token that followed each key, arbitrary where a neighbour is missing;
+            None where the search does not know them.
     """
 
     distances: np.ndarray
@@ -271,8 +272,7 @@ class Votes(NamedTuple):
     Attributes:
         log_probs: fp32 `[Q]`, log p_kNN of the target, -inf where no neighbour carries it.
         nearest: fp32 `[Q]`, score of the nearest neighbour, -inf where there is none.
-        farthest: fp32 `[Q]`, score of the farthest neighbour that is not missing, inf where there
-            is none.
+        farthest: fp32 `[Q]`, score of the farthest neighbour found, inf where there is none.
     """
 
     log_probs: np.ndarray
@@ -284,10 +284,10 @@ class Retriever(Protocol):
     """Finds the nearest keys of a datastore, alone, in shards or together with other ranks.
 
     Attributes:
-        metric: what keys are compared by.
-        exact: whether its distances are those to the stored keys, not to codes of them.
-        communication: of this rank since `begin_pass`, figures of what went to and from the others;
-            empty where it searches alone.
+        metric: by which keys are compared.
+        exact: whether distances are to the stored keys, and not to codes of them.
+        communication: figures of this rank's traffic with the others since `begin_pass`; empty
+            where it searches alone.
     """
 
     metric: Metric
@@ -295,7 +295,7 @@ class Retriever(Protocol):
     communication: Mapping[str, float]
 
     def prepare(self) -> None:
-        """Loads what a first search would wait for."""
+        """Loads what the first search would otherwise wait for."""
         ...
 
     def begin_pass(self) -> None:
@@ -306,13 +306,14 @@ class Retriever(Protocol):
         """The k nearest keys of queries fp32 `[Q, d]`.
 
         Args:
-            ordered: nearest first, the missing last; otherwise in any order, which may be faster.
+            ordered: whether neighbours come nearest first and missing ones last; any order may be
+                faster.
         """
         ...
 
     def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
-        """What the k nearest keys of queries fp32 `[Q, d]` say of targets int64 `[Q]`; the
-        neighbours need not be put together.
+        """What the k nearest keys of queries fp32 `[Q, d]` say of targets int64 `[Q]`, without a
+        list of the neighbours.
 
         Args:
             temperature: divides the scores.
@@ -320,8 +321,8 @@ class Retriever(Protocol):
         ...
 
     def end_pass(self) -> None:
-        """All ranks call this when they have searched all of theirs: searches for the others until
-        none has any left."""
+        """All ranks call this after their last query: answers the others' queries until no rank
+        has any left."""
         ...
 
 
@@ -332,10 +333,10 @@ class Opinion(NamedTuple):
     """What a memory says of n tokens.
 
     Attributes:
-        log_probs: fp32 or fp64 `[n]`, natural-log probability of each target; -inf where the memory
-            gives it none. `[n, s]` of a memory that has s distributions, each of which is weighed.
-        features: by name `[n]` or `[n, f]`, what is known of each token before its target is, for
-            mixers; infinite or NaN where there is nothing to know.
+        log_probs: fp32 or fp64 `[n]`, natural-log probability of each target, -inf where it is 0;
+            `[n, s]` from a memory with s distributions, each with a weight of its own.
+        features: for mixers, `[n]` or `[n, f]` by name: what is known of each token before its
+            target is known; infinite or NaN where nothing is.
     """
 
     log_probs: Tensor
@@ -343,13 +344,13 @@ class Opinion(NamedTuple):
 
 
 class Memory(Protocol):
-    """Has an opinion on the next token. Deriving from this class gives what most need not do.
+    """Has an opinion on the next token. A subclass inherits defaults for what most do not need.
 
     Attributes:
-        want: what it needs to be told of each token.
+        want: what it needs to know of each token.
         in_order: whether tokens must come in the order of the text.
-        warm_up: how many tokens before a part of the text it must have been asked about for its
-            opinion on that part to be as if it had been asked about all that came before.
+        warm_up: tokens before a part of the text that it must be asked about first, so that its
+            opinion on the part is the same as after the whole text before it.
     """
 
     want: Want
@@ -357,44 +358,43 @@ class Memory(Protocol):
     warm_up: int = 0
 
     def prepare(self) -> None:
-        """Loads what a first question would wait for."""
+        """Loads what the first question would otherwise wait for."""
 
     def begin_pass(self, text: np.ndarray) -> None:
-        """All ranks call this before a pass over a split: what was observed is forgotten.
+        """All ranks call this before a pass over a split: the memory forgets what it observed.
 
         Args:
-            text: integers `[N]`, the tokens that positions are offsets into; what a memory says of
-                a position depends on those before it alone, so that in generation those from there
-                on may be anything.
+            text: integers `[N]`, the tokens into which positions are offsets. An opinion depends
+                on the tokens before its position alone; in generation the others are arbitrary.
         """
 
     def say(self, asked: Scored) -> Opinion:
-        """Its opinion on the targets of some tokens, which lie on the CPU."""
+        """Its opinion on the targets of some tokens, whose tensors are on the CPU."""
         ...
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """Token ids int64 `[n, m]` and their probabilities fp32 `[n, m]`; of an id that stands
-        there several times they add up. All others have probability 0."""
+        """Token ids int64 `[n, m]` and their probabilities fp32 `[n, m]`, which add up where an id
+        stands several times in a row; all other ids have probability 0."""
         ...
 
     def observe(self, tokens: Tensor) -> None:
-        """Learns tokens int64 `[n]` that have become known, in the order of the text."""
+        """Learns tokens int64 `[n]`, in the order of the text, once they are known."""
 
     def end_pass(self) -> None:
-        """All ranks call this when they have asked for all of their tokens."""
+        """All ranks call this after their last token."""
 
 
 class Mixer(Protocol):
-    """Weighs the language model and the memories for every token. Deriving from this class gives
-    what most need not say.
+    """Weighs the language model and the memories for every token. A subclass inherits defaults for
+    what most do not need.
 
-    The sources that it weighs are the distributions of the language model and of the memories, in
-    this order. Features are called `<memory>.<feature>`; the model's own are `lm.entropy`, in nats,
-    and `lm.top_prob`, the largest probability.
+    Its sources are the distributions of the language model and of the memories, in this order.
+    Features are called `<memory>.<feature>`; the model's own are `lm.entropy`, in nats, and
+    `lm.top_prob`, the largest probability.
 
     Attributes:
         needs_fitting: whether `fit` must be called before `weights`.
-        want: what it needs to be told by the model for its own features.
+        want: what it needs to know of the model, for its features.
     """
 
     needs_fitting: bool
@@ -404,34 +404,34 @@ class Mixer(Protocol):
         """Fits the weights to n tokens of the validation split, in the order of the text.
 
         Args:
-            opinions: by source, that of the language model first, under `lm`.
+            opinions: by the name of the source; the language model's comes first, as `lm`.
         """
         ...
 
     def weights(self, features: Mapping[str, Tensor], n: int) -> Tensor:
-        """Weights fp64 `[n, sources]`, not negative, a row's sum being one.
+        """Weights fp64 `[n, sources]`, non-negative; each row sums to one.
 
         Args:
-            features: by `<memory>.<feature>`, `[n]` or `[n, f]` each.
+            features: `[n]` or `[n, f]` by `<memory>.<feature>`.
         """
         ...
 
     def state(self) -> dict[str, np.ndarray]:
-        """What was fitted and how, as arrays of numbers and strings: what `restore` takes."""
+        """What was fitted and how, as arrays of numbers and strings, for `restore`."""
         ...
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Becomes the mixer whose `state` this was."""
+        """Takes over the `state` of a fitted mixer."""
         ...
 
 
 class Resources(Protocol):
-    """What a memory is made of; whatever is missing is made when it is asked for.
+    """What memories are made from; a missing product is made when it is asked for.
 
     Attributes:
         vocab_size: V.
         settings: by section, see `programs.settings.MemorySettings`.
-        device: the model's.
+        device: of the model.
     """
 
     vocab_size: int
@@ -443,13 +443,13 @@ class Resources(Protocol):
         ...
 
     def made_from(self, split: str) -> Mapping[str, str]:
-        """Fingerprints of a split's text (`corpus`) and of its vocabulary (`dictionary`), which
-        identify what is made from its tokens alone."""
+        """Fingerprints of a split's text (`corpus`) and of its vocabulary (`dictionary`): the
+        identity of products that are made from its tokens alone."""
         ...
 
     def folder(self, name: str) -> Path:
-        """Where a product of that name lies that is made from tokens alone, beside the datastores;
-        it need not be there."""
+        """The folder, beside the datastores, of a product that is made from tokens alone; it need
+        not exist."""
         ...
 
     def datastore(self) -> Any:
@@ -457,5 +457,5 @@ class Resources(Protocol):
         ...
 
     def retriever(self) -> Retriever:
-        """The search of that datastore."""
+        """The retriever of that datastore."""
         ...

@@ -1,18 +1,19 @@
-"""What the programs refuse, in one sentence."""
+"""The errors that the programs report in one sentence."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one sentence that names the file or flag,
-    what was found and what was expected."""
+    """An input cannot be used. The message is one sentence that names the file or flag, what was
+    found and what was expected."""
 
 
 class LostRank(RuntimeError):
-    """A process that this one works with has ended or does not answer any more. The message is one
-    sentence that names its rank and host."""
+    """Another rank has ended or no longer answers. The message is one sentence that names the rank
+    and its host."""
 
 
 def behind(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """The error itself or what it was raised from, as a library in between may have wrapped it."""
+    """The first error of a kind in the chain of causes, the error itself included; None if there is
+    none. A library in between may have wrapped it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, kind):
         cause = cause.__cause__

@@ -1,5 +1,5 @@
-"""Files and folders that others see whole or not at all, the locks under which they are made, and
-digests of what they hold."""
+"""Files and folders that become visible only when complete, the locks under which they are made,
+and digests of their contents."""
 
 import os
 import re
@@ -17,30 +17,29 @@ from neighborlm.common.errors import InputError
 
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write a file or a folder under, which becomes `path` when the
-    body ends and all of it is on disk. Where the body fails, nothing is left of it.
+    """Yields a temporary name beside `path` under which the body writes a file or a folder. When
+    the body ends, this is synced to disk and renamed to `path`; when it fails, it is removed.
 
-    What processes left that were killed in here is removed first. Several processes may publish
-    the same path at once only under its lock.
+    Leftovers of killed processes are removed first. Several processes may publish the same path at
+    once only under its lock.
     """
-    _sweep(path)
+    _remove_leftovers(path)
     making = path.with_name(f"{path.name}.making-{os.getpid()}")
     try:
         yield making
-        _bring_to_disk(making)
+        _sync(making)
         os.replace(making, path)
     finally:
         _remove(making)
 
 
-def _sweep(path: Path) -> None:
-    """Removes what killed processes left; up to version 0.1 some of it had no process in its
-    name."""
-    ended = re.compile(re.escape(path.name) + r"\.making(-(\d+))?")
-    for left_over in path.parent.iterdir():
-        found = ended.fullmatch(left_over.name)
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporary names whose process has ended; up to version 0.1 some named no process."""
+    pattern = re.compile(re.escape(path.name) + r"\.making(-(\d+))?")
+    for other in path.parent.iterdir():
+        found = pattern.fullmatch(other.name)
         if found and not (found[2] and _is_running(int(found[2]))):
-            _remove(left_over)
+            _remove(other)
 
 
 def _is_running(process: int) -> bool:
@@ -49,11 +48,11 @@ def _is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True  # somebody else's
+        return True  # another user's, or no process of this system: not ours to remove
     return True
 
 
-def _bring_to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -70,14 +69,14 @@ def _remove(path: Path) -> None:
 
 
 class Lock(FileLock):
-    """Lets one process, and one thread of it, at what is made at a place; the others wait."""
+    """A lock file: one thread of one process holds it, all others wait."""
 
     def acquire(self, *args: Any, **settings: Any) -> Any:
         """See `filelock.FileLock.acquire`.
 
         Raises:
-            InputError: nothing can be locked there.
-            Timeout: somebody else holds it.
+            InputError: the file cannot be made or locked.
+            Timeout: another process or thread still holds it.
         """
         try:
             return super().acquire(*args, **settings)
@@ -86,17 +85,17 @@ class Lock(FileLock):
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
-                f"{self.lock_file}: cannot be locked ({reason}), which whoever makes something "
-                "there must; expected a place to write at, on a file system that knows locks"
+                f"{self.lock_file}: cannot be locked ({reason}); expected a writable folder on a "
+                "file system that supports locks"
             ) from None
 
 
 def digest_of(*parts: str | bytes | Path, size: int = 8) -> str:
-    """BLAKE2b of some parts, one after the other, in hexadecimal.
+    """BLAKE2b digest of the concatenation of some parts, in hexadecimal.
 
     Args:
-        parts: text, bytes, or a file, of which the content counts and not the name.
-        size: bytes of the digest.
+        parts: text, bytes, or the path of a file, whose contents are read.
+        size: of the digest, in bytes.
 
     >>> digest_of("a", b"b") == digest_of("ab")
     True

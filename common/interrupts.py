@@ -1,4 +1,4 @@
-"""Putting an interrupt off until nothing would be left half done."""
+"""Delays interrupts (SIGINT, SIGTERM) while something must not be left half done."""
 
 import signal
 import threading
@@ -9,11 +9,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupts_held() -> Iterator[list[int]]:
-    """Keeps interrupts from ending what would be left half done; those that came are in the list it
-    gives, for the one who holds them to raise KeyboardInterrupt where that does no harm."""
+    """Records SIGINT and SIGTERM instead of acting on them, while the body runs.
+
+    Yields:
+        the numbers of the signals that have come; the body raises KeyboardInterrupt where that is
+        safe.
+    """
     held: list[int] = []
     before = {}
-    if in_main_thread():  # signals reach no other
+    if in_main_thread():  # no other thread receives signals
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, lambda number, frame: held.append(number))
@@ -25,15 +29,20 @@ def interrupts_held() -> Iterator[list[int]]:
 
 
 def in_main_thread() -> bool:
+    """Whether the calling thread is the main one."""
     return threading.current_thread() is threading.main_thread()
 
 
 def thread_pool(threads: int, initializer: Callable | None = None) -> ThreadPoolExecutor:
-    """Threads, the first of which runs: where an interrupt comes while that one starts, nobody
-    would ever end it, and the process would wait for it for good. (It tells later ones to end.)"""
+    """A pool of threads, the first of which is already running.
+
+    An interrupt while a pool starts its first thread would leave a thread that nothing ends, and
+    the process would wait for it for ever; so interrupts are held until it runs. (That thread
+    passes the order to end on to later ones.)
+    """
     workers = ThreadPoolExecutor(threads, initializer=initializer)
     with interrupts_held() as held:
         workers.submit(int).result()
     if held:
-        signal.raise_signal(held[0])  # for whoever holds interrupts, if anybody does
+        signal.raise_signal(held[0])  # now it does no harm
     return workers

@@ -1,6 +1,6 @@
-"""Everything is imported as `neighborlm.<room>`: refuses a room under its bare name, under which a
-checkout would give a second copy of each of its modules and a folder of the same name elsewhere
-could take its place. Commands of the form `python -m retrieval.<module>` are told the new one."""
+"""Everything is imported as `neighborlm.<room>`. Under its bare name a room is refused: a checkout
+would load each of its modules twice, and any other folder of that name could shadow it. The old
+commands `python -m retrieval.<module>` are answered with the new ones."""
 
 import sys
 
@@ -11,15 +11,15 @@ MOVED |= {"models.fairseq": "convert"}
 
 
 def refuse_bare_name(package: str) -> None:
-    """Called by each room first of all, with its `__name__`.
+    """Each room's `__init__.py` calls this first, with its `__name__`.
 
     Raises:
-        ImportError: it is imported by another name than `neighborlm.<room>`.
-        SystemExit: so is a module of it that is to be run by `python -m`.
+        ImportError: the room is imported under another name than `neighborlm.<room>`.
+        SystemExit: `python -m` is to run one of its modules under its bare name.
     """
     if package.startswith("neighborlm."):
         return
-    if sys.argv[:1] != ["-m"]:  # as long as Python looks for the module that it is to run
+    if sys.argv[:1] != ["-m"]:  # Python sets it while it looks for the module to run
         raise ImportError(f"{package} is imported as neighborlm.{package}", name=package)
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words else package

@@ -1,4 +1,4 @@
-"""One progress bar a stage, for work that runs outside Lightning's loops and their bars."""
+"""Progress bars, one per stage, for work outside Lightning's loops."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,19 +13,19 @@ from rich.progress import (
 )
 
 Report = Callable[[str, int, int], None]
-"""What is called with a stage, how much of it is done, and how much there is."""
+"""Called with the name of a stage, how much of it is done, and how much there is in all."""
 
 
 @contextmanager
 def progress_bars(title: str, transient: bool = False) -> Iterator[Report]:
-    """Shows bars while its body runs.
+    """Shows progress bars while the body runs.
 
     Args:
-        title: what is made, e.g. "index IVF1024,SQ8".
-        transient: whether they go away at its end.
+        title: what is being made, such as "index IVF1024,SQ8".
+        transient: whether the bars disappear at the end.
 
     Yields:
-        what moves them.
+        the function that moves them.
     """
     columns = (
         TextColumn("{task.description}"),

@@ -1,8 +1,8 @@
-"""Amounts as people say them."""
+"""Amounts in units that people read."""
 
 
 def size_of(n_bytes: float) -> str:
-    """Bytes in a unit that leaves one to three digits before the point.
+    """A number of bytes in the unit that leaves one to three digits before the point.
 
     >>> size_of(211_000_000_000), size_of(999_600), size_of(15_300), size_of(128)
     ('211 GB', '1 MB', '15.3 kB', '128 bytes')

@@ -1,9 +1,8 @@
-"""From a file to token ids on disk, once, by all cores, in chunks of whole lines.
+"""From a file to token ids on disk, on all cores, in chunks of whole lines.
 
-A binarised split is `tokens.npy` [N] (the smallest unsigned integer that holds the vocabulary;
-every line ends with `</s>`) and `line_starts.npy` int64 [lines + 1]. The file is text, or what
-nanoGPT's preparation writes: ids of an unknown vocabulary, uint16 and nothing else, whose decimal
-numbers are then the symbols.
+A binarised split is `tokens.npy` `[N]`, of the smallest unsigned type that holds the vocabulary,
+where every line ends with `</s>`, and `line_starts.npy` int64 `[lines + 1]`. The file is text, or a
+token file of nanoGPT: uint16 ids of an unknown vocabulary, whose decimal numbers become symbols.
 """
 
 import os
@@ -36,9 +35,10 @@ from neighborlm.datamodules.publishing import NO_ROOM, DiskFull
 
 LEVELS = get_args(Level)
 CHUNK_BYTES = 4 << 20
-CHUNKS_PER_WORKER = 4  # a process costs seconds to start: below this many chunks it does not repay
+CHUNKS_PER_WORKER = 4
+"""Fewest chunks per process: with fewer, the seconds that a process takes to start do not pay."""
 ID_TYPE = np.dtype("<u2")
-"""Of the ids in a file of nanoGPT."""
+"""Type of the ids in a token file of nanoGPT."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class TokenStream:
     """One binarised split.
 
     Attributes:
-        tokens: [N] unsigned ids of all lines one after another, memory-mapped.
-        line_starts: [lines + 1] int64; line i is `tokens[line_starts[i] : line_starts[i + 1]]`.
+        tokens: unsigned `[N]`, the ids of all lines concatenated, memory-mapped.
+        line_starts: int64 `[lines + 1]`; line i is `tokens[line_starts[i] : line_starts[i + 1]]`.
     """
 
     tokens: np.ndarray
@@ -72,10 +72,10 @@ def smallest_unsigned(n_values: int) -> np.dtype:
 
 
 def count_symbols(path: Path, level: Level | Literal["id"], workers: int) -> Counter[str]:
-    """How often each symbol of a file occurs.
+    """Counts the occurrences of each symbol of a file.
 
     Args:
-        level: what the symbols of a text are, or `id` for a file of ids.
+        level: what a symbol of a text is, or `id` for a file of ids.
     """
     total: Counter[str] = Counter()
     chunks = _chunks(path, level == "id")
@@ -90,17 +90,17 @@ def binarize(
 ) -> None:
     """Writes `tokens.npy` and `line_starts.npy` of a file to `folder`.
 
-    Unknown symbols become `<unk>`. At word level a line is split at white space and always ends
-    with `</s>`; at character and byte level a space is written `▁` and `</s>` stands for the
-    newline itself, so that there are as many tokens as characters (bytes). A byte order mark at
-    the beginning of a text is no part of it, but for bytes.
+    Unknown symbols become `<unk>`. At word level lines are split at white space and always end with
+    `</s>`; at character and byte level a space is written `▁` and `</s>` stands for the newline
+    itself, so that there are as many tokens as characters (bytes). A byte order mark at the
+    beginning of a text is dropped, except at byte level.
 
     Args:
-        ids: whether the file holds ids, all on one line without end.
+        ids: whether the file holds ids, which make a single line without `</s>`.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8 or has no tokens.
-        DiskFull: there is no room for the tokens.
+        DiskFull: the tokens do not fit on the disk.
     """
     dtype = smallest_unsigned(len(dictionary))
     encode = partial(_encode_chunk, path, dictionary=dictionary, dtype=dtype, ids=ids)
@@ -115,15 +115,15 @@ def binarize(
     if n_tokens == 0:
         raise InputError(f"{path}: has no tokens; expected a text with at least one word")
     starts = np.concatenate([[0], *line_ends]).astype(np.int64)
-    if starts[-1] != n_tokens:  # a last line without newline, at character level
+    if starts[-1] != n_tokens:  # at character and byte level: a last line without newline
         starts = np.append(starts, n_tokens)
     with NpyWriter(folder / "line_starts.npy", starts.dtype) as line_starts:
         line_starts.append(starts, len(starts))
 
 
 class NpyWriter:
-    """A one-dimensional .npy file that grows by plain writes: through a memory map a full disk
-    would end the program with a bus error.
+    """Writes a one-dimensional .npy file piece by piece, without a memory map: through one a full
+    disk would end the program with a bus error.
 
     Args:
         path: of the file.
@@ -140,13 +140,13 @@ class NpyWriter:
         return self
 
     def append(self, items: np.ndarray, expected: float) -> None:
-        """Adds items.
+        """Appends items.
 
         Args:
-            expected: how many there will be in the end, about.
+            expected: about how many items the file will hold in the end.
 
         Raises:
-            DiskFull: they did not fit.
+            DiskFull: the items do not fit on the disk.
         """
         left = memoryview(np.ascontiguousarray(items, self.dtype)).cast("B")
         try:
@@ -162,7 +162,7 @@ class NpyWriter:
         with self.file:
             if failure == (None, None, None):
                 self.file.seek(0)
-                self._write_header()  # numpy leaves room for a longer shape
+                self._write_header()  # of the same length: numpy pads it for longer shapes
 
     def _write_header(self) -> None:
         header = {
@@ -176,7 +176,7 @@ class NpyWriter:
 def _over_chunks(
     work: Callable, chunks: Sequence[tuple[int, int]], path: Path, workers: int, doing: str
 ) -> Iterator:
-    """`work(start, stop)` for every chunk of a file, results in the file's order."""
+    """Results of `work(start, stop)` for every chunk of a file, in the order of the file."""
     starts, stops = [a for a, _ in chunks], [b for _, b in chunks]
     title = f"{doing} {path.name}"
     try:
@@ -186,14 +186,14 @@ def _over_chunks(
     except BrokenProcessPool:
         raise InputError(
             f"{path}: a process that was {doing} it has ended, for want of memory or because a "
-            'script makes it without `if __name__ == "__main__":`; give the command again'
+            'script lacks `if __name__ == "__main__":`; run the command again'
         ) from None
 
 
 @contextmanager
 def _mapper(work: Callable, workers: int):
-    """`map` of `work` for one worker, a process pool's for more: there `work`, which may hold a
-    large dictionary, goes to each process once and not with every chunk."""
+    """A `map` of `work`, by a process pool for more than one worker: each process gets `work`,
+    which may hold a large dictionary, once and not with every chunk."""
     if workers <= 1:
         yield partial(map, work)
         return
@@ -203,7 +203,7 @@ def _mapper(work: Callable, workers: int):
 
 
 class _Worker:
-    """What a process of the pool does with chunks."""
+    """Holds `work` in a process of the pool."""
 
     work: Callable
 
@@ -217,7 +217,7 @@ class _Worker:
 
 
 def _chunks(path: Path, ids: bool) -> list[tuple[int, int]]:
-    """Where the pieces of a file begin and end: whole lines of text, or whole ids."""
+    """Byte ranges of a file that hold whole lines of text, or whole ids."""
     try:
         size = path.stat().st_size
         if ids:
@@ -246,7 +246,7 @@ def _read_bytes(path: Path, start: int, stop: int) -> bytes:
 
 
 def _read_text(path: Path, start: int, stop: int, level: Level) -> str:
-    """Whole lines of a text; of bytes, as the characters of the same number."""
+    """The text of a chunk; at byte level each byte becomes the character of the same number."""
     data = _read_bytes(path, start, stop)
     if level == "byte":
         return data.decode("latin-1")
@@ -282,7 +282,7 @@ def _count_chunk(path: Path, start: int, stop: int, level: Level | Literal["id"]
 def _encode_chunk(
     path: Path, start: int, stop: int, dictionary: Dictionary, dtype: np.dtype, ids: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a chunk and, for each of its lines, the offset after the line's last token."""
+    """The ids of a chunk and, int64 `[lines]`, the offset after the last token of each line."""
     if ids:
         numbers = np.frombuffer(_read_bytes(path, start, stop), ID_TYPE)
         found = [dictionary.ids.get(str(i), UNK) for i in range(int(numbers.max()) + 1)]
@@ -297,5 +297,5 @@ def _encode_chunk(
 
 
 def default_workers() -> int:
-    """As many processes as this process may use cores."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

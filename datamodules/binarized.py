@@ -1,10 +1,9 @@
 """`BinarizedCorpus`: the files of a corpus as token ids, made at the first use and kept in a cache.
 
-A binarised corpus is a folder with dict.txt, a folder a split (see `binarize`) and meta.json, which
-is written last: what is without it is made again. Its name holds a digest of the files and of the
-settings that decide the ids. At every opening it is checked that the arrays are those that were
-written: by a look at their sizes, times and inodes, and where these have changed, as they do in a
-copy, by their digests.
+A binarised corpus is a folder with dict.txt, one folder per split (see `binarize`) and meta.json,
+which is written last: a folder without it is made again. The folder's name holds a digest of the
+files and of the settings that decide the ids. Every opening checks that the arrays are those that
+were written: by their sizes, times and inodes and, where these differ, as in a copy, by a digest.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from neighborlm.datamodules.publishing import publish
 CACHE_VERSION = 1  # raise it when the meaning of the files changes
 ARRAYS = ("tokens.npy", "line_starts.npy")
 MUCH_UNKNOWN = 0.1
-"""Share of `<unk>` that is warned of."""
+"""Share of `<unk>` in a split above which a warning is printed."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class CorpusSettings:
     """Which corpus is read, and what its tokens are.
 
     Attributes:
-        corpus: a folder or the name of a known corpus.
+        corpus: a folder, or the name of a known corpus.
         level: what a token is.
         threshold: words rarer than this in the training text become `<unk>`.
-        dictionary: an existing dict.txt to use instead of the training text's own.
-        cache_dir: where downloads and binarised corpora are kept.
+        dictionary: an existing dict.txt to use in place of the training text's own.
+        cache_dir: folder of downloads and binarised corpora.
     """
 
     corpus: str
@@ -54,10 +53,10 @@ class CorpusSettings:
 
 
 class BinarizedCorpus:
-    """A corpus of text files, or of token files of nanoGPT, in the order of their ids' frequency.
+    """A corpus of text files, or of token files of nanoGPT, as ids that are sorted by frequency.
 
     Args:
-        settings: which corpus it is.
+        settings: which corpus it is, and what its tokens are.
     """
 
     def __init__(self, settings: CorpusSettings) -> None:
@@ -66,25 +65,25 @@ class BinarizedCorpus:
 
     @cached_property
     def files(self) -> CorpusFiles:
-        """The corpus's files, downloaded or made when they are missing."""
+        """The files of the corpus, downloaded or made if they are missing."""
         return resolve_corpus(self.settings.corpus, self.settings.cache_dir)
 
     @property
     def name(self) -> str:
-        """The folder's or the known corpus's."""
+        """Name of the folder or of the known corpus."""
         return self.files.name
 
     @cached_property
     def folder(self) -> Path:
-        """The binarised corpus, made when missing."""
+        """The folder of the binarised corpus, made if it is missing."""
         folder = self.settings.cache_dir / f"{self.name}-{self._fingerprint_of_input()}"
         publish(folder, self._make, "--data.cache_dir", lambda f: (f / "meta.json").is_file())
         return folder
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What meta.json says: `fingerprints` by split, and, but for corpora of older versions, the
-        `dictionary`'s, `statistics` by split and the `stamps` of files."""
+        """The contents of meta.json: `fingerprints` by split and, except in corpora of older
+        versions, the fingerprint of the `dictionary`, and `statistics` and `stamps` by split."""
         try:
             meta = json.loads((self.folder / "meta.json").read_bytes())
             return {"stamps": {}, **meta, "fingerprints": dict(meta["fingerprints"])}
@@ -97,18 +96,18 @@ class BinarizedCorpus:
         dictionary = Dictionary.load(self.folder / "dict.txt")
         if self.meta.get("dictionary", dictionary.fingerprint) != dictionary.fingerprint:
             raise self._damage("dict.txt")
-        dictionary.level = self._level  # which older versions did not record
+        dictionary.level = self._level  # older versions did not record it
         return dictionary
 
     def has(self, split: str) -> bool:
-        """Whether there is such a split."""
+        """Whether the corpus has a split."""
         return split in self.files.splits
 
     def stream(self, split: str) -> AnyTokenStream:
         """The tokens of a split, memory-mapped.
 
         Raises:
-            InputError: no such split, or its files are damaged.
+            InputError: the corpus has no such split, or its files are damaged.
         """
         self._refuse_unknown(split)
         if split not in self._streams:
@@ -123,15 +122,15 @@ class BinarizedCorpus:
         return self._streams[split]
 
     def fingerprint(self, split: str) -> str:
-        """Identifies the split's tokens and where its lines end."""
+        """Identifies the tokens of a split and the ends of its lines."""
         self._refuse_unknown(split)
         return self.meta["fingerprints"][split]
 
     def verify(self, split: str, stream: AnyTokenStream | None = None) -> None:
-        """Reads all of a split and compares it with what was written.
+        """Reads a whole split and compares its digest with that of what was written.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the split is damaged.
         """
         if fingerprint_of_tokens(stream or self.stream(split)) != self.fingerprint(split):
             raise self._damage(split)
@@ -140,17 +139,17 @@ class BinarizedCorpus:
         if not self.has(split):
             raise InputError(f"--split is {split}; expected one of {', '.join(self.files.splits)}")
 
-    def _damage(self, what: str) -> InputError:
+    def _damage(self, name: str) -> InputError:
         return InputError(
-            f"{self.folder / what}: is damaged, it is not what was written there; remove "
-            f"{self.folder}, and the same command makes it anew"
+            f"{self.folder / name}: is damaged, it is not what was written there; remove "
+            f"{self.folder}, and the same command makes it again"
         )
 
     # -- making it -------------------------------------------------------------------------------
 
     @property
     def _level(self) -> Level:
-        """What the symbols of the dictionary are; numbers of ids are words."""
+        """Level of the dictionary; the decimal numbers of token files count as words."""
         return "word" if self.files.ids else self.settings.level
 
     @cached_property
@@ -174,7 +173,7 @@ class BinarizedCorpus:
         return digest.hexdigest()
 
     def _make(self, making: Path) -> None:
-        """Fills the folder of the binarised corpus, and says what came of it."""
+        """Fills the folder of the binarised corpus and prints a report."""
         files, settings, workers = self.files, self.settings, default_workers()
         dictionary = self._given_dictionary
         if dictionary is None:
@@ -200,7 +199,7 @@ class BinarizedCorpus:
         print("\n".join(self._report(len(dictionary), statistics)), flush=True)
 
     def _report(self, vocab_size: int, statistics: dict[str, dict[str, int]]) -> list[str]:
-        """What is said of a corpus at its first use."""
+        """Lines that describe the corpus at its first use."""
         lines = [f"corpus {self.name}: a vocabulary of {vocab_size:,} symbols"]
         shares = {split: s["unknown"] / s["tokens"] for split, s in statistics.items()}
         for split, s in statistics.items():
@@ -220,19 +219,19 @@ class BinarizedCorpus:
         """Why much of a text is unknown, and what to do."""
         settings = self.settings
         if settings.dictionary is not None:
-            return f"--data.dictionary {settings.dictionary} is of another text than this"
+            return f"--data.dictionary {settings.dictionary} was made from another text"
         if self._level != "word" or self.files.ids:
             return "the training split lacks these symbols: it is small, or of another kind"
         rare = f"lower --data.threshold {settings.threshold}, or " if settings.threshold > 1 else ""
         return (
-            "a word is what stands between white space, so that `end.` and `end` are two: separate "
+            "words are split at white space alone, so that `end.` and `end` are two: separate "
             f"punctuation (neighborlm prepare FILES --output FOLDER --tokenize), {rare}"
             "take --data.level char"
         )
 
 
 def fingerprint_of_tokens(stream: AnyTokenStream) -> str:
-    """A hash of the ids and of where lines end, whatever integer type holds them."""
+    """A hash of the ids and of the ends of lines, independent of their integer types."""
     digest = hashlib.blake2b(digest_size=8)
     for array in (stream.tokens, stream.line_starts):
         step = 1 << 22
@@ -242,7 +241,7 @@ def fingerprint_of_tokens(stream: AnyTokenStream) -> str:
 
 
 def statistics_of(stream: AnyTokenStream) -> dict[str, int]:
-    """Tokens, lines and unknown tokens of a split."""
+    """Numbers of tokens, lines and unknown tokens of a split."""
     return {
         "tokens": len(stream.tokens),
         "lines": len(stream.line_starts) - 1,
@@ -251,7 +250,7 @@ def statistics_of(stream: AnyTokenStream) -> dict[str, int]:
 
 
 def stamps_of(folder: Path) -> list[list[int]]:
-    """What tells without reading them that the arrays of a split are the files that were written:
-    size, time and inode of each."""
+    """Size, time and inode of each array of a split, which identify unchanged files without reading
+    them."""
     stats = [(folder / name).stat() for name in ARRAYS]
     return [[stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in stats]

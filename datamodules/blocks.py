@@ -1,8 +1,8 @@
-"""How a stream of tokens is cut into blocks, blocks get their left context, and rows make batches.
+"""Cuts a stream of tokens into blocks, adds their left context, and groups rows into batches.
 
-The inputs are the stream shifted by one: the input at offset p is token p - 1 (`</s>` for p = 0),
-its target is token p. A row is a block of targets, each scored once, behind up to
-`context_window` offsets that only give context.
+Inputs are the stream shifted by one: the input at offset p is token p - 1 (`</s>` for p = 0), its
+target is token p. A row is a block of targets, each scored once, preceded by up to `context_window`
+offsets that only give context.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ BreakMode = Literal["none", "complete", "eos"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Half-open ranges of stream offsets, one a row, all int64 `[rows]`.
+    """Half-open ranges of stream offsets, one per row, all int64 `[rows]`.
 
     Attributes:
         context_starts: first offset that the row reads.
         starts: first offset that the row scores.
-        ends: one past the last.
-        kept: int64, the ascending offsets that are left where long lines are dropped: the ranges
-            then count these. None: the ranges count the stream itself.
+        ends: one past the last offset.
+        kept: int64, ascending, the stream offsets that remain when long lines are dropped: the
+            ranges are then ranges of this array. None where they are ranges of the stream itself.
     """
 
     context_starts: np.ndarray
@@ -35,17 +35,18 @@ class Rows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens that each row reads, `[rows]`."""
+        """Number of tokens that each row reads, `[rows]`."""
         return self.ends - self.context_starts
 
     def scored_by(self, row_numbers: np.ndarray) -> np.ndarray:
-        """Stream offsets that some rows score, int64."""
+        """Stream offsets int64 that the given rows score."""
         ranges = [np.arange(self.starts[row], self.ends[row]) for row in row_numbers]
         offsets = np.concatenate(ranges)
         return offsets if self.kept is None else self.kept[offsets]
 
     def behind_less_context(self, min_context: int) -> np.ndarray:
-        """Stream offsets that are scored behind fewer than `min_context` tokens, ascending."""
+        """Stream offsets that are scored with fewer than `min_context` tokens before them in their
+        row, ascending."""
         context, lengths = self.starts - self.context_starts, self.ends - self.starts
         short = np.clip(min_context - context, 0, lengths)
         first = np.repeat(np.cumsum(short) - short, short)
@@ -67,19 +68,19 @@ def make_rows(
     max_target_positions: int,
     drop_long_lines: bool = False,
 ) -> Rows:
-    """Cuts a split into rows such that every offset is scored by exactly one of them.
+    """Cuts a split into rows so that exactly one row scores each offset.
 
     A row reads at most `tokens_per_sample` tokens, of which up to `context_window` precede its
     block. Under `none` a block is any stretch of `tokens_per_sample - context_window` tokens;
     under `complete` as many whole lines as fit into that; under `eos` one line. A longer line is
-    a longer block of its own, cut only into pieces of `max_target_positions`; its context shrinks
-    so that the row keeps to `tokens_per_sample`, down to none.
+    a block of its own, cut only into pieces of `max_target_positions`; its context shrinks, down to
+    none, to keep the row within `tokens_per_sample`.
 
-    `drop_long_lines` leaves out blocks longer than `max_target_positions`, from scores and from
-    contexts, as fairseq does.
+    With `drop_long_lines`, blocks longer than `max_target_positions` are neither scored nor read as
+    context, as in fairseq.
 
     Args:
-        line_starts: int64 [lines + 1], the last is the length of the stream.
+        line_starts: int64 `[lines + 1]`; the last one is the length of the stream.
     """
     block_size = tokens_per_sample - context_window
     n_tokens = int(line_starts[-1])
@@ -105,17 +106,18 @@ def make_rows(
 def _whole_lines(line_starts: np.ndarray, block_size: int) -> np.ndarray:
     """Edges of blocks that each hold as many whole lines as fit, at least one."""
     line_starts = np.unique(line_starts)
-    after = np.searchsorted(line_starts, line_starts + block_size, side="right") - 1
-    after = np.maximum(after, np.arange(len(line_starts)) + 1)  # the block after line i starts here
+    # If a block starts at line i, the next one starts at line next_start[i].
+    next_start = np.searchsorted(line_starts, line_starts + block_size, side="right") - 1
+    next_start = np.maximum(next_start, np.arange(len(line_starts)) + 1)
     block_lines, line, last = [0], 0, len(line_starts) - 1
     while line < last:
-        line = int(after[line])
+        line = int(next_start[line])
         block_lines.append(min(line, last))
     return line_starts[block_lines]
 
 
 def _cut_longer_than(limit: int, edges: np.ndarray) -> np.ndarray:
-    """Edges with every block longer than `limit` cut into pieces of `limit` and a rest."""
+    """Edges after cutting every block longer than `limit` into pieces of `limit` and a rest."""
     lengths = np.diff(edges)
     pieces = -(-lengths // limit)
     first = np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -126,13 +128,13 @@ def _cut_longer_than(limit: int, edges: np.ndarray) -> np.ndarray:
 def make_batches(
     lengths: np.ndarray, order: np.ndarray, max_tokens: int, by_length: bool = True
 ) -> list[np.ndarray]:
-    """Groups rows so that rows times longest row is at most `max_tokens` (one row at least).
+    """Groups rows so that each batch has at most `max_tokens` tokens, padding included, or one row.
 
     Args:
-        lengths: int64 [rows], tokens of each row.
+        lengths: int64 `[rows]`, tokens of each row.
         order: permutation of the rows, in which they are taken.
-        by_length: take them by length first (a stable sort), so that a batch holds rows of like
-            length and padding is rare.
+        by_length: sort them by length first (stably), so that a batch holds rows of similar length
+            and little padding.
 
     Returns:
         Row numbers of each batch.

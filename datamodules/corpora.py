@@ -1,8 +1,8 @@
-"""From the name of a corpus to its files, one a split.
+"""From the name of a corpus to its files, one per split.
 
-A corpus is a folder of text files or of nanoGPT's token files, or a known name: the documentation
-of the running Python, made from its own source without network, or a public benchmark, downloaded
-once. What is made or downloaded appears in the cache folder whole or not at all.
+A corpus is a folder of text files or of nanoGPT's token files, or has a known name: the
+documentation of the running Python, extracted from its source without network, or a public
+benchmark, downloaded once. Both appear in the cache folder complete or not at all.
 """
 
 import ast
@@ -34,7 +34,7 @@ from neighborlm.datamodules.publishing import NO_ROOM, publish
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
-"""How files of a split are called, the first before the others."""
+"""Names under which the files of a split are looked for, in this order."""
 TEXT_PATTERNS = ("{}.txt", "wiki.{}.tokens", "wiki.{}.raw")
 ID_PATTERN = "{}.bin"
 ACCEPTED_FILES = "train.txt, valid.txt and test.txt, or wiki.{train,valid,test}.tokens"
@@ -43,14 +43,14 @@ MEBIBYTE = 1 << 20
 
 @dataclass(frozen=True)
 class CorpusFiles:
-    """The files of a corpus, one a split.
+    """The files of a corpus, one per split.
 
     Attributes:
-        name: the folder's or the known corpus's name, for `runs/<name>` and `datastores/<name>`.
-        train: to train on and to build datastores from.
-        valid: to choose checkpoints and settings on.
-        test: to report perplexity on; None where token files come without it.
-        ids: whether they hold ids, uint16 and nothing else, and not UTF-8 text.
+        name: of the folder or of the known corpus, for `runs/<name>` and `datastores/<name>`.
+        train: for training and for datastores.
+        valid: for the choice of checkpoints and settings.
+        test: for the perplexity that is reported; None where token files come without one.
+        ids: whether the files hold uint16 ids, and not UTF-8 text.
     """
 
     name: str
@@ -61,7 +61,7 @@ class CorpusFiles:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that there are."""
+        """The splits that the corpus has."""
         return SPLITS if self.test is not None else SPLITS[:2]
 
     def split(self, name: str) -> Path:
@@ -70,20 +70,20 @@ class CorpusFiles:
 
 
 def resolve_corpus(corpus: str, cache_dir: Path) -> CorpusFiles:
-    """The files of a corpus, made or downloaded when they are missing.
+    """The files of a corpus, made or downloaded if they are missing.
 
-    Processes that ask at the same time wait for the first one's work. A folder wins over a known
-    corpus of the same name.
+    One process makes or downloads them, and others wait for it. A folder takes precedence over a
+    known corpus of the same name.
 
     Args:
         corpus: a folder with train.txt, valid.txt (or val.txt) and test.txt, or with
             wiki.{train,valid,test}.tokens (or .raw), or with nanoGPT's train.bin and val.bin;
             or one of `KNOWN_CORPORA`.
-        cache_dir: where known corpora are kept; made when missing.
+        cache_dir: folder of known corpora, made if it is missing.
 
     Raises:
-        InputError: there is no such corpus, a file is missing, empty or cannot be read, or a
-            download failed.
+        InputError: there is no such corpus, a file is missing, empty or unreadable, or a download
+            failed.
     """
     folder = Path(corpus).expanduser()
     found = "neither a folder nor a known corpus"
@@ -109,7 +109,7 @@ def resolve_corpus(corpus: str, cache_dir: Path) -> CorpusFiles:
 
 
 def _files_in(folder: Path, name: str) -> CorpusFiles:
-    """The files of a folder, by whichever naming has most of them."""
+    """The files of a folder, by the pattern of names that most of them have."""
     candidates = [_by_pattern(folder, pattern) for pattern in TEXT_PATTERNS]
     paths = max(candidates, key=lambda paths: sum(path.is_file() for path in paths))
     missing = [path.name for path in paths if not path.is_file()]
@@ -135,21 +135,21 @@ def _files_in(folder: Path, name: str) -> CorpusFiles:
 
 
 def _by_pattern(folder: Path, pattern: str) -> list[Path]:
-    """The file of each split under the first of its names that there is."""
+    """The file of each split under the first of its names that exists."""
     named = [[folder / pattern.format(n) for n in names] for names in SPLIT_NAMES.values()]
     return [next((path for path in paths if path.exists()), paths[0]) for paths in named]
 
 
 def _id_files(name: str, paths: list[Path]) -> CorpusFiles:
     """Token files as nanoGPT prepares them. Its meta.pkl, which may name the symbols, is not
-    opened: whoever reads a pickle runs what is in it."""
+    opened, as unpickling a file runs the code in it."""
     train, valid, test = paths
-    there = [path for path in paths if path.is_file()]
-    for path in there:
+    existing = [path for path in paths if path.is_file()]
+    for path in existing:
         size = path.stat().st_size
         if size == 0 or size % 2:
             raise InputError(f"{path} has {size} bytes; expected ids of two bytes each (uint16)")
-    return CorpusFiles(name, train, valid, test if test in there else None, ids=True)
+    return CorpusFiles(name, train, valid, test if test in existing else None, ids=True)
 
 
 def _start_of(path: Path) -> bytes:
@@ -162,7 +162,7 @@ def _start_of(path: Path) -> bytes:
 
 # -- python_docs ------------------------------------------------------------------------------
 
-RECIPE = 1  # of python_docs; raise it when the same source gives another text
+RECIPE = 1  # version of python_docs; raise it when the same source gives another text
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 LONG_RUN = re.compile(r"([^\w\s])\1{3,}")
@@ -172,14 +172,14 @@ TOKEN = re.compile(r"\w+(?:'\w+)*|([^\w\s])\1*")
 def write_python_docs(stdlib: Path, folder: Path) -> None:
     """Writes the documentation in a standard library's source as train.txt, valid.txt, test.txt.
 
-    A document is a topic of Python's `help()` or the docstrings of one module; it lies in one
-    split, which a hash of its name chooses (about 90, 5 and 5 in 100). It starts with a line that
-    names it and goes on with a line a paragraph, tokens separated by spaces. A paragraph that
-    occurred before is left out: topics include one another, and docstrings are copied, so that
-    the test text would otherwise lie verbatim in the training text.
+    A document is a topic of Python's `help()` or the docstrings of one module. A hash of its name
+    assigns it to one split (90, 5 and 5 % of the documents on average). Its first line names it;
+    each further line is a paragraph, with tokens separated by spaces. A paragraph that occurred
+    before is left out: topics include one another and docstrings are copied, so that test text
+    would otherwise occur verbatim in the training text.
 
     Args:
-        stdlib: the standard library's folder; nothing in it is imported or run.
+        stdlib: folder of the standard library; nothing in it is imported or run.
         folder: an existing folder.
 
     Raises:
@@ -205,7 +205,7 @@ def write_python_docs(stdlib: Path, folder: Path) -> None:
 def tokenize(text: str) -> str:
     """Words and punctuation marks, separated by spaces.
 
-    A word keeps its apostrophes, a repeated mark is one token, of at most three marks.
+    A word keeps its apostrophes; a repeated mark is one token of at most three marks.
 
     >>> tokenize("It's `os.walk()`, e.g.\\n========")
     "It's ` os . walk ( ) ` , e . g . ==="
@@ -226,7 +226,7 @@ def _split_of(document: str) -> str:
 
 
 def _sources(stdlib: Path) -> dict[str, Path]:
-    """The source file of every module, by the module's name, in the order of the names."""
+    """The source file of every module by the module's name, sorted by name."""
     sources = {}
     for folder, subfolders, files in os.walk(stdlib):
         subfolders[:] = set(subfolders) - LEFT_OUT
@@ -282,7 +282,7 @@ def _definitions(node: ast.AST) -> Iterator[ast.AST]:
 # -- downloads --------------------------------------------------------------------------------
 
 TIMEOUT_SECONDS = 30
-# Hosts of these files answer 403 to the name that urllib gives itself.
+# The hosts of these files answer 403 to urllib's own user agent.
 USER_AGENT = "neighborlm"
 
 
@@ -291,9 +291,9 @@ class Download:
     """A public corpus.
 
     Attributes:
-        urls: homes of one and the same archive, tried in turn.
+        urls: addresses of the same archive, tried in turn.
         sha256: of the archive.
-        unpack: writes train.txt, valid.txt and test.txt, given the archive and a folder.
+        unpack: writes train.txt, valid.txt and test.txt from the archive to a folder.
     """
 
     urls: tuple[str, ...]
@@ -317,7 +317,7 @@ ENWIK8_BYTES = {"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000}
 
 
 def _unpack_enwik8(archive: Path, folder: Path) -> None:
-    """The first 10^8 bytes of a Wikipedia dump, cut where all papers cut them: at 90 and 95 MB."""
+    """The first 10^8 bytes of a Wikipedia dump, cut as in the literature: at 90 and 95 MB."""
     with zipfile.ZipFile(archive) as members, members.open("enwik8") as source:
         for split, size in ENWIK8_BYTES.items():
             (folder / f"{split}.txt").write_bytes(source.read(size))
@@ -333,8 +333,8 @@ def _unpack_lm1b(archive: Path, folder: Path) -> None:
     """One Billion Word Benchmark (Chelba et al., 2013).
 
     The training split is all 99 training files, in order. The archive has 50 held-out files and
-    says of none that it is the test split: by convention (Jozefowicz et al., 2016, and after) that
-    is the first. Here the second is the validation split, where many use the first again.
+    does not name a test split: by convention (Jozefowicz et al., 2016, and later work) that is the
+    first. The validation split is the second one here, where many use the first again.
     """
     splits = {
         "train": LM1B_TRAIN,
@@ -358,7 +358,7 @@ def _unpack_lm1b(archive: Path, folder: Path) -> None:
 
 
 def _concatenate(parts: list[Path], whole: Path) -> None:
-    """Makes one file of many; deletes each as soon as it is copied, for they may be large."""
+    """Concatenates files, which may be large, into one; deletes each as soon as it is copied."""
     with open(whole, "wb") as out:
         for part in parts:
             with open(part, "rb") as source:
@@ -401,7 +401,7 @@ KNOWN_CORPORA = ("python_docs", *DOWNLOADS)
 
 
 def _download_and_unpack(name: str, cache_dir: Path, folder: Path) -> None:
-    """Fills `folder` with the splits of a public corpus; deletes the archive when it is done."""
+    """Fills `folder` with the splits of a public corpus; deletes the archive afterwards."""
     download = DOWNLOADS[name]
     archive = cache_dir / PurePosixPath(download.urls[0]).name
     if not archive.is_file():
@@ -411,7 +411,7 @@ def _download_and_unpack(name: str, cache_dir: Path, folder: Path) -> None:
 
 
 def _fetch(name: str, download: Download, archive: Path) -> None:
-    """Brings the archive from the first home that has it, byte for byte."""
+    """Downloads the archive from the first address that gives the right bytes."""
     part = archive.with_name(f"{archive.name}.part")
     failures = []
     for url in download.urls:
@@ -442,7 +442,7 @@ def _stream(url: str, part: Path) -> None:
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
-        if error.code == 416:  # nothing is left to send: all bytes are here
+        if error.code == 416:  # the range is empty: all bytes have arrived
             return
         raise
     with response, open(part, "ab" if response.status == 206 else "wb") as out:
@@ -450,8 +450,8 @@ def _stream(url: str, part: Path) -> None:
 
 
 def _copy_whole(response: HTTPResponse, out: BinaryIO, title: str) -> None:
-    """Copies a response's body; a connection that ends early is an error, which http.client
-    does not raise when it reads in pieces."""
+    """Copies the body of a response. A connection that ends early raises an error, which
+    http.client does not do when it reads in pieces."""
     before = out.tell()
     expected = int(response.headers.get("Content-Length", 0))
     with rich.progress.wrap_file(

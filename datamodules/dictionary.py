@@ -1,9 +1,9 @@
-"""The vocabulary, in the `dict.txt` format of fairseq, and how text becomes ids by it and ids text.
+"""The vocabulary, in fairseq's `dict.txt` format; it encodes text as ids and decodes ids to text.
 
 Ids 0 to 3 are `<s>`, `<pad>`, `</s>` and `<unk>`; the lines of dict.txt (`symbol count`, most
 frequent first) follow in order. The literal text `<unk>` in a corpus is the unknown word itself.
-A dict.txt does not say whether its symbols are words, characters or bytes; beside ours lies a
-dict.txt.json that does.
+A dict.txt does not say whether its symbols are words, characters or bytes; a dict.txt.json beside
+it records this.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 from neighborlm.common.errors import InputError
 
 Level = Literal["word", "char", "byte"]
-"""What a token is: a white-space separated word, a character or a byte."""
+"""What a token is: a word between white space, a character or a byte."""
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -31,7 +31,7 @@ PADDING_SYMBOL = re.compile(r"madeupword\d{4,}")
 OVERWRITE = "#fairseq:overwrite"
 COUNT = re.compile(r"-?[0-9]{1,18}")
 NEWLINE = -1
-"""Marks a line end among the ids: a literal `</s>` in the text is not one."""
+"""Marks the end of a line among ids, unlike a literal `</s>` in the text."""
 LEVEL_NAMES = {"word": "words", "char": "characters", "byte": "bytes"}
 
 
@@ -39,11 +39,11 @@ class Dictionary:
     """A fixed list of symbols and their counts.
 
     Args:
-        symbols: the ordinary symbols, without the four special ones; symbol i has id i + 4. Of a
-            symbol that comes again text gets the last id.
-        counts: how often each occurred in the training text.
-        level: what the symbols are. At character and byte level a space is written `▁`, and bytes
-            are written as the characters of the same number.
+        symbols: the ordinary symbols, without the four special ones; symbol i has id i + 4. Where a
+            symbol is repeated, its last id encodes it.
+        counts: occurrences of each symbol in the training text.
+        level: what a symbol is. At character and byte level a space is written `▁`; a byte is
+            written as the character of the same number.
     """
 
     pad, eos = PAD, EOS
@@ -60,7 +60,7 @@ class Dictionary:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """From symbol to id."""
+        """The id of each symbol."""
         return {symbol: i for i, symbol in enumerate(self.symbols)}
 
     @cached_property
@@ -95,7 +95,7 @@ class Dictionary:
     # -- text ------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; a newline is `</s>`, and what is not in the dictionary `<unk>`.
+        """Ids of a text; a newline becomes `</s>`, and an unknown symbol `<unk>`.
 
         >>> dictionary = Dictionary(["the", "cat"], [2, 1])
         >>> dictionary.encode("the cat sat\\nthe")
@@ -107,7 +107,7 @@ class Dictionary:
         return np.where(ids == NEWLINE, EOS, ids).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids: words with spaces between them, characters or bytes; `</s>` is a newline.
+        """Text of ids, with spaces between words; `</s>` becomes a newline.
 
         >>> Dictionary(["the", "cat"], [2, 1]).decode([4, 5, 3, 2, 4])
         'the cat <unk>\\nthe'
@@ -124,8 +124,8 @@ class Dictionary:
         return b"".join(s.encode("latin-1", "replace") for s in symbols).decode(errors="replace")
 
     def encode_marked(self, text: str) -> np.ndarray:
-        """Ids of a text, int64, with `NEWLINE` for each newline. Bytes come as the characters of
-        the same number."""
+        """Ids int64 of a text, with `NEWLINE` for each newline. At byte level the text has one
+        character of the same number per byte."""
         if self.level != "word":
             return self._encode_characters(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32))
         words = text.replace("\n", f" {_NEWLINE_WORD} ").split()
@@ -137,7 +137,7 @@ class Dictionary:
 
     @cached_property
     def _character_ids(self) -> np.ndarray:
-        """By code point, int64; the last is that of all code points from there on."""
+        """Ids int64 by code point; the last one is for all code points from there on."""
         single = {symbol: i for symbol, i in self.ids.items() if len(symbol) == 1}
         highest = max(map(ord, [*single, SPACE_SYMBOL]))
         table = np.full(highest + 2, UNK, dtype=np.int64)
@@ -156,18 +156,18 @@ class Dictionary:
         """Reads a dict.txt, ours or fairseq's.
 
         Args:
-            level: what its symbols must be; None takes what is recorded beside it, else words.
+            level: the level that its symbols must have; None: the one recorded beside it, or words.
 
         Raises:
             InputError: no such file, not UTF-8, a line that is not `symbol count`, a symbol listed
-                twice without fairseq's leave, symbols of another level.
+                twice without fairseq's mark for that, or symbols of another level.
         """
         path = Path(path)
         symbols, counts = _read(path)
         recorded = _recorded_level(path)
         dictionary = cls(symbols, counts, level or recorded or "word")
         if level is not None:
-            found = recorded or _level_that_shows(symbols, level)
+            found = recorded or _level_of(symbols, level)
             if found != level:
                 raise InputError(
                     f"{path}: is a dictionary of {LEVEL_NAMES[found]}, but --data.level is "
@@ -177,7 +177,7 @@ class Dictionary:
         return dictionary
 
     def save(self, path: Path | str) -> None:
-        """Writes a dict.txt that `load` (and fairseq) reads back, and its level beside it."""
+        """Writes a dict.txt, which `load` and fairseq read, and its level beside it."""
         path, first = Path(path), len(SPECIAL_SYMBOLS)
         lines, before = [], set(SPECIAL_SYMBOLS)
         for symbol, n in zip(self.symbols[first:], self.counts[first:], strict=True):
@@ -202,7 +202,7 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
         found = "is a folder" if path.is_dir() else "no such dictionary"
         raise InputError(f"{path}: {found}; expected a dict.txt file")
     try:
-        # Not in text mode: a carriage return is a symbol where tokens are bytes.
+        # Not in text mode, where a carriage return, which may be a symbol, would end a line.
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -210,7 +210,7 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a dict.txt file") from None
-    if not text.startswith(f"{BYTE_ORDER_MARK} "):  # that is the mark as a symbol
+    if not text.startswith(f"{BYTE_ORDER_MARK} "):  # here the mark is a symbol
         text = text.removeprefix(BYTE_ORDER_MARK)
     symbols, counts, before = [], [], set(SPECIAL_SYMBOLS)
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
@@ -231,7 +231,7 @@ def _record_of(path: Path) -> Path:
 
 
 def _recorded_level(path: Path) -> Level | None:
-    """What lies beside a dict.txt says, if it is of this very file."""
+    """The level recorded beside a dict.txt, unless the record is of another file or damaged."""
     try:
         recorded = json.loads(_record_of(path).read_bytes())
     except (OSError, ValueError):
@@ -242,9 +242,9 @@ def _recorded_level(path: Path) -> Level | None:
     return level if level in LEVEL_NAMES else None
 
 
-def _level_that_shows(symbols: list[str], level: Level) -> Level:
-    """The level that symbols must be of where they cannot be of the one that is wanted: a word has
-    several characters, and single characters with a space among them come of a text's own."""
+def _level_of(symbols: list[str], level: Level) -> Level:
+    """The wanted level where the symbols can have it, else the one that they must have: symbols of
+    several characters are words, and single characters with `▁` among them are characters."""
     longer = any(len(s) > 1 and not PADDING_SYMBOL.fullmatch(s) for s in symbols)
     if level == "word":
         return "word" if longer or SPACE_SYMBOL not in symbols else "char"

@@ -1,9 +1,9 @@
-"""Graphs of tokens, their retrieved neighbours and what surrounded these (Meng et al., ICLR 2022,
+"""Graphs of tokens, their retrieved neighbours and the context of these (Meng et al., ICLR 2022,
 section 2.2).
 
-Two forms of one graph: `hetero_graph` gives it node by node as torch-geometric's `HeteroData`, for
-whoever wants to see it or change it; `Neighborhood` gives what the network's fast computation
-needs, every distinct neighbour once and nothing that cannot reach a token.
+Two forms of the same graph: `hetero_graph` gives it node by node as torch-geometric's `HeteroData`,
+to inspect or change it; `Neighborhood` holds what the network's fast computation needs, each
+distinct neighbour once and nothing that cannot reach a token.
 """
 
 import itertools
@@ -18,8 +18,8 @@ INTRA_TOKEN = ("token", "intra", "token")
 INTER = ("neighbor", "inter", "token")
 INTRA_NEIGHBOR = ("neighbor", "intra", "neighbor")
 
-NUMBERS = itertools.count()
-"""Of feature stores, in the order in which they are made."""
+STORE_NUMBERS = itertools.count()
+"""Numbers feature stores in the order in which they are made."""
 
 
 def hetero_graph(
@@ -29,34 +29,34 @@ def hetero_graph(
     right_context: int,
     intra_context: int | None = None,
 ) -> HeteroData:
-    """The graph of one block, as the paper draws it: duplicates are nodes of their own.
+    """The graph of one block as the paper draws it, in which duplicates are nodes of their own.
 
-    Nodes `token`: one a token, in order. Nodes `neighbor`: for every token and each of its
-    neighbours the neighbour itself, its left context and its right context, both ascending and cut
-    at the ends of the datastore; `row` is the datastore row, `offset` its distance to the
-    neighbour. Edges: a token to itself and those after it; a neighbour, not its context, to its
-    token; along each chain both ways and to itself.
+    Nodes `token`: one per token, in order. Nodes `neighbor`: for each neighbour of each token the
+    neighbour itself, its left context and its right context, both ascending and cut at the ends of
+    the datastore; `row` is the datastore row, `offset` its offset from the neighbour. Edges: from a
+    token to itself and later ones; from a neighbour, but not from its context, to its token; along
+    each chain in both directions, and from each of its nodes to itself.
 
     Args:
         neighbors: int64 `[T, k]`, datastore rows, -1 where missing.
-        n_rows: of the datastore.
+        n_rows: number of rows of the datastore.
         left_context: tokens before each neighbour.
-        right_context: tokens after it.
-        intra_context: tokens that a token attends to, itself included; None for all before it, 0
-            for no such edges at all.
+        right_context: tokens after each neighbour.
+        intra_context: how many tokens a token attends to, itself included; None for itself and all
+            before it, 0 for none.
     """
     tokens, ranks = np.nonzero(neighbors >= 0)
     centres = neighbors[tokens, ranks]
     offsets = np.array([0, *range(-left_context, 0), *range(1, right_context + 1)])
     rows = centres[:, None] + offsets
     inside = (rows >= 0) & (rows < n_rows)
-    number = np.cumsum(inside).reshape(inside.shape) - 1  # of the node, where there is one
+    node = np.cumsum(inside).reshape(inside.shape) - 1  # number of the node, where there is one
 
     in_order = np.argsort(offsets)
-    chain, there = number[:, in_order], inside[:, in_order]
-    both = there[:, :-1] & there[:, 1:]
+    chain, exists = node[:, in_order], inside[:, in_order]
+    both = exists[:, :-1] & exists[:, 1:]
     forward = np.stack([chain[:, :-1][both], chain[:, 1:][both]])
-    itself = np.repeat(number[inside][None], 2, axis=0)
+    self_loops = np.repeat(node[inside][None], 2, axis=0)
 
     n_tokens = len(neighbors)
     later, earlier = np.tril_indices(n_tokens)
@@ -71,31 +71,31 @@ def hetero_graph(
     graph["neighbor"].offset = torch.from_numpy(np.broadcast_to(offsets, rows.shape)[inside])
     if len(later):
         graph[INTRA_TOKEN].edge_index = torch.from_numpy(np.stack([earlier, later]))
-    graph[INTER].edge_index = torch.from_numpy(np.stack([number[:, 0], tokens]))
-    edges = np.concatenate([itself, forward, forward[::-1]], axis=1)
+    graph[INTER].edge_index = torch.from_numpy(np.stack([node[:, 0], tokens]))
+    edges = np.concatenate([self_loops, forward, forward[::-1]], axis=1)
     graph[INTRA_NEIGHBOR].edge_index = torch.from_numpy(edges)
     return graph
 
 
 class Neighborhood(NamedTuple):
-    """The neighbours of a batch, each distinct state of a neighbour once.
+    """The neighbours of a batch, with each distinct state of a neighbour once.
 
     No edge leads from a token to a neighbour, so a neighbour's states depend on the datastore
-    alone; and what reaches the token from it has been updated `layers - 1` times, so nothing
-    farther along the chain matters. State s of a row is the one after s updates. `C` is the number
-    of distinct neighbours, `n_s` that of distinct states s.
+    alone; and the state that reaches a token has been updated at most `layers - 1` times, so that
+    nothing farther along the chain matters. State s of a row is its state after s updates; `C` is
+    the number of distinct neighbours, `n_s` the number of distinct states s.
 
     Attributes:
-        neighbors: int64 `[B, T, k]`, number among the distinct neighbours, -1 where missing.
+        neighbors: int64 `[B, T, k]`, numbers of distinct neighbours, -1 where missing.
         rows: int64 `[n_0]`, datastore rows of states 0, ascending.
-        features: `[n_0, …]`, what the feature store has for them.
-        values: int64 `[n_0]`, their tokens, where these are shown beside the features.
-        chains: for s = 1 to layers - 1 int64 `[n_s, 3]`: the states s - 1 of the row to the left,
-            of itself and of the row to the right, -1 at the chain's ends.
-        centres: for s = 0 to layers - 1 int64 `[C]`, which state s each distinct neighbour has.
-        identities: for s = 1 to layers - 1 int64 `[n_s]`, numbers that only this state s of this
-            feature store has, in any batch.
-        store: number of the feature store, which no other of this run has.
+        features: `[n_0, …]`, their rows of the feature store.
+        values: int64 `[n_0]`, their tokens, for a network that reads these too.
+        chains: for s = 1 .. layers - 1 int64 `[n_s, 3]`: the states s - 1 of the row to the left,
+            of the row itself and of the row to the right, -1 at the ends of the chain.
+        centres: for s = 0 .. layers - 1 int64 `[C]`, the state s of each distinct neighbour.
+        identities: for s = 1 .. layers - 1 int64 `[n_s]`, numbers that identify a state s of this
+            feature store across batches.
+        store: number that identifies the feature store within this process.
     """
 
     neighbors: Tensor
@@ -111,13 +111,17 @@ class Neighborhood(NamedTuple):
 def plan_chains(
     centres: np.ndarray, n_rows: int, left_context: int, right_context: int, updates: int
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Which states to compute so that every centre has been updated `updates` times.
+    """Plans which states to compute so that every centre is updated `updates` times.
 
-    A state after s updates depends on its row and on how far its chain goes on to either side, as
-    far as s steps; rows that are far enough from the ends of their chains share their states.
+    A state after s updates depends on its row and on how far its chain extends to either side, up
+    to s steps; so chains share the states of rows that are far enough from their ends.
 
     Args:
         centres: int64 `[C]`, distinct ascending datastore rows.
+        n_rows: number of rows of the datastore.
+        left_context: tokens before each centre.
+        right_context: tokens after each centre.
+        updates: how often each centre is updated: one less than the layers of the network.
 
     Returns:
         `rows`, `chains`, `centres` and `identities` of a `Neighborhood`.
@@ -159,15 +163,15 @@ def plan_chains(
 
 
 def leaking(neighbors: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
-    """Which neighbours could show a token of its own block what it is to predict.
+    """Which neighbours could reveal to a token of the block what it must predict.
 
-    For blocks of the split that the datastore holds. A neighbour of token i is seen by i and by
-    all later tokens of the block, so it must keep its distance from all of them, not from i alone.
+    For blocks of the split that the datastore holds. A neighbour of token i reaches i and all later
+    tokens of the block, so that it must keep its distance from all of them, not from i alone.
 
     Args:
         neighbors: int64 `[B, T, k]`, datastore rows.
         positions: int64 `[B, T]`, rows of the tokens themselves, -1 where padded.
-        window: rows nearer than this to any token from i on are told.
+        window: a neighbour leaks if it is nearer than this many rows to any token from i on.
 
     Returns:
         bool `[B, T, k]`.
@@ -178,19 +182,19 @@ def leaking(neighbors: np.ndarray, positions: np.ndarray, window: int) -> np.nda
 
 
 class NeighborMemory:
-    """Gives batches their neighbours: a neighbour table over a split, and the features of the
+    """Gives batches their neighbours, from the neighbour table of a split and the features of the
     datastore that it points into. All arrays may be memory-mapped.
 
     Args:
-        table: integers `[N, k]`, datastore rows of each token of the split, -1 where missing.
+        table: integers `[N, k]`, datastore rows for each token of the split, -1 where missing.
         features: `[rows, …]` of the datastore: codes uint8, keys, or values.
         left_context: tokens before each neighbour.
-        right_context: tokens after it.
-        layers: of the graph network.
+        right_context: tokens after each neighbour.
+        layers: number of layers of the graph network.
         leak_window: see `leaking`; None where the datastore holds another split.
         token_features: `[N, d]`, features of the split's own tokens; None where the model
             computes them.
-        values: `[rows]`, tokens of the datastore, to show beside the features.
+        values: `[rows]`, tokens of the datastore, for a network that reads these too.
     """
 
     def __init__(
@@ -212,7 +216,7 @@ class NeighborMemory:
         self.leak_window = leak_window
         self.token_features = token_features
         self.values = values
-        self.number = next(NUMBERS)
+        self.number = next(STORE_NUMBERS)
 
     def neighborhood(self, positions: np.ndarray) -> Neighborhood:
         """The neighbours of tokens int64 `[B, T]`, -1 where padded."""
@@ -242,7 +246,8 @@ class NeighborMemory:
         )
 
     def features_of(self, positions: np.ndarray) -> Tensor | None:
-        """Stored features of tokens int64 `[B, T]`, fp32 `[B, T, d]`, zero where padded."""
+        """Stored features fp32 `[B, T, d]` of tokens int64 `[B, T]`, zero where padded; None if
+        none are stored."""
         if self.token_features is None:
             return None
         features = self.token_features[positions].astype(np.float32)

@@ -1,7 +1,7 @@
 """`LMDataModule`: from a corpus to batches of rows, for every model of this project.
 
-Whole batches are composed once for the entire split and then dealt to the ranks, so a batch holds
-the same rows however many ranks there are, and every token is scored exactly once.
+Batches are composed for the whole split and then dealt to the ranks, so that a batch holds the same
+rows however many ranks there are, and every token is scored exactly once.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,14 +29,14 @@ class LMBatch(NamedTuple):
     """Rows of a split, padded on the right; the first four are `[B, T]`.
 
     Attributes:
-        tokens: int64, what the model reads.
+        tokens: int64, the model's input.
         targets: int64, the token that follows each.
         positions: int64, offset of each target in the split's stream, -1 where padded.
         scored: bool, False for padding and for tokens that only give context.
-        neighborhood: the tokens' neighbours, for models that read them: a named tuple of tensors,
-            `datamodules.graphs.Neighborhood`.
-        token_features: fp32 `[B, T, d]`, stored features of the tokens, where a model does not
-            compute them itself.
+        neighborhood: the neighbours of the tokens, a `datamodules.graphs.Neighborhood`, for models
+            that read them.
+        token_features: fp32 `[B, T, d]`, stored features of the tokens, for models that do not
+            compute them themselves.
     """
 
     tokens: Tensor
@@ -51,23 +51,24 @@ class RowDataset(MappedByPath, Dataset):
     """The rows of one split; indexed by an array of row numbers, it gives an `LMBatch`.
 
     Args:
-        stream: the split's tokens.
+        stream: the tokens of the split.
         rows: which offsets each row reads and scores.
-        memory: gives the rows their neighbours.
+        neighbors: gives the rows their neighbours, for models that read them.
     """
 
     def __init__(
-        self, stream: TokenStream, rows: Rows, memory: NeighborReader | None = None
+        self, stream: TokenStream, rows: Rows, neighbors: NeighborReader | None = None
     ) -> None:
         self.stream = stream
         self.rows = rows
-        self.memory = memory
+        self.neighbors = neighbors
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row_numbers: np.ndarray) -> LMBatch:
-        """An empty array gives a batch that scores nothing, for ranks that have run out."""
+        """The batch of some rows. None give a batch that scores nothing, for ranks that have run
+        out."""
         begin = self.rows.context_starts[row_numbers, None]
         scored_from = self.rows.starts[row_numbers, None]
         end = self.rows.ends[row_numbers, None]
@@ -91,24 +92,23 @@ class RowDataset(MappedByPath, Dataset):
             torch.from_numpy(targets),
             torch.from_numpy(positions),
             torch.from_numpy(scored),
-            self.memory.neighborhood(positions) if self.memory else None,
-            self.memory.features_of(positions) if self.memory else None,
+            self.neighbors.neighborhood(positions) if self.neighbors else None,
+            self.neighbors.features_of(positions) if self.neighbors else None,
         )
 
 
 class DealtBatches(Sampler[np.ndarray]):
     """Batches of row numbers, dealt round-robin to the ranks.
 
-    For evaluation the batches keep one order and ranks that run out get empty ones, so that all
-    take as many steps and nothing is repeated. For training rows and batches are shuffled anew
-    each epoch, and the first batches come again where the ranks do not divide them evenly.
+    In evaluation the order is fixed, and ranks that run out get empty batches, so that all take the
+    same number of steps and nothing is repeated. In training, rows and batches are shuffled again
+    each epoch, and the first batches are repeated where the ranks do not divide them evenly.
 
     Args:
-        lengths: int64 [rows], tokens of each row.
+        lengths: int64 `[rows]`, tokens of each row.
         max_tokens: most tokens in a batch, padding included.
         shuffle_seed: seed of the shuffling; None for evaluation.
-        in_text_order: in evaluation, whether rows come in the order of the text and not by their
-            lengths.
+        in_text_order: whether evaluation takes rows in the order of the text, not by length.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ class DealtBatches(Sampler[np.ndarray]):
         self.max_tokens = max_tokens
         self.shuffle_seed = shuffle_seed
         self.in_text_order = in_text_order
-        self.dealt = True  # otherwise each rank gets all
+        self.dealt = True  # if False, each rank gets all batches
         self.epoch = 0
-        self.first = 0  # batches of this rank to pass over: a continued epoch
+        self.first = 0  # batches of this rank to skip in an epoch that is resumed
         self.batches = self._compose()
 
     def _compose(self) -> list[np.ndarray]:
@@ -136,7 +136,7 @@ class DealtBatches(Sampler[np.ndarray]):
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def start_at(self, epoch: int, first: int) -> None:
-        """The next iteration gives this rank's batches of `epoch` from number `first` on."""
+        """Lets the next iteration begin at batch `first` of this rank's in `epoch`."""
         self.first = first
         if epoch != self.epoch:
             self.epoch = epoch
@@ -164,9 +164,9 @@ class DealtBatches(Sampler[np.ndarray]):
 
 
 class ResumableLoader(DataLoader):
-    """A training loader whose place in its epochs is saved with Lightning's checkpoints.
+    """A training loader whose position within its epochs is saved in Lightning's checkpoints.
 
-    It counts its epochs itself: Lightning's number is one ahead, or two, when it goes on from a
+    It counts epochs itself: Lightning's number is one or two too high after resuming from a
     checkpoint that was saved at the end of an epoch or of the training.
     """
 
@@ -174,7 +174,7 @@ class ResumableLoader(DataLoader):
     consumed = 0
 
     def __iter__(self) -> Iterator[LMBatch]:
-        """The rest of the epoch; all of the next one if there is none."""
+        """The rest of the epoch, or the next epoch if nothing is left."""
         if self.consumed >= len(self.sampler):
             self.epoch, self.consumed = self.epoch + 1, 0
         self.sampler.start_at(self.epoch, self.consumed)
@@ -183,11 +183,11 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches this rank has had."""
+        """The epoch, and how many of its batches this rank has consumed."""
         return {"epoch": self.epoch, "consumed": self.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on after the batches that were had."""
+        """Resumes after the batches that were consumed."""
         self.epoch, self.consumed = state.get("epoch", 0), state["consumed"]
 
 
@@ -198,32 +198,35 @@ def _rank_and_ranks() -> tuple[int, int]:
 
 
 class LMDataModule(pl.LightningDataModule):
-    """Blocks of tokens of a corpus, with left context for evaluation.
+    """Blocks of tokens of a corpus, with left context in evaluation.
 
     Args:
         corpus: a folder with train.txt, valid.txt (or val.txt) and test.txt, or with
             wiki.{train,valid,test}.tokens (or .raw), or with nanoGPT's train.bin and val.bin; or
             the name of a known corpus: python_docs, wikitext-2, wikitext-103, enwik8, lm1b. The
-            programs take a fairseq data-bin too.
-        break_mode: where blocks end: `none` anywhere, `complete` at line ends, `eos` at every
-            line end.
-        tokens_per_sample: length of a row in tokens, its left context included.
-        context_window: how many of those only give context, at evaluation.
-        max_tokens: most tokens in a batch, padding included.
-        level: what a token is: a white-space separated `word`, a `char`(acter) or a `byte`.
-        threshold: words rarer than this in the training text become <unk>; a dictionary that is
-            given stays as it is.
-        dictionary: an existing dict.txt to use instead of the training text's own; a data-bin
-            without one needs it.
-        drop_long_lines: leave out blocks longer than the model reads, as fairseq does, where they
-            would be cut into pieces otherwise.
-        cache_dir: where downloads and binarised corpora are kept.
-        num_workers: processes that make batches; 0 makes them in the main process.
+            programs also read a fairseq data-bin.
+        break_mode: where blocks end: `none`, after any token; `complete`, at the end of a line,
+            with as many lines as fit; `eos`, at the end of every line. Use `eos` for a text of
+            unrelated lines.
+        tokens_per_sample: length of a row in tokens, its left context included; at most the
+            model's max_target_positions.
+        context_window: how many tokens of a row only give context in evaluation; more improves
+            perplexity and takes longer.
+        max_tokens: most tokens in a batch, padding included; lower it if memory runs out.
+        level: what a token is: a `word` between white space, a `char`(acter) or a `byte`.
+        threshold: words that occur less often than this in the training text become <unk>; without
+            effect on a given dictionary. Raise it for a smaller vocabulary.
+        dictionary: an existing dict.txt to use in place of the training text's own, such as that of
+            an existing model; required for a data-bin without one.
+        drop_long_lines: leave out blocks longer than the model reads, as fairseq does, instead of
+            cutting them into pieces.
+        cache_dir: folder of downloads and binarised corpora.
+        num_workers: processes that make batches; with 0 the main process makes them. Raise it if
+            the GPU waits for batches.
         seed: of the order of the training batches.
 
     Attributes:
-        open_corpus: makes the corpus from its settings; a subclass or an object that reads other
-            files has another one.
+        open_corpus: makes the corpus from its settings; replace it to read other files.
 
     Raises:
         InputError: the settings contradict one another.
@@ -263,15 +266,15 @@ class LMDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.max_target_positions = tokens_per_sample
-        """Longest row the model reads; lines that are longer are cut (set it to the model's)."""
+        """Longest row that the model reads, to be set to the model's; longer lines are cut."""
         self.memories: dict[str, NeighborReader] = {}
-        """Where the tokens of a split get their neighbours from, for models that read them."""
+        """Gives the tokens of a split their neighbours, for models that read them; by split."""
 
     # -- the corpus ------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """For folders of what is made from the corpus, such as `runs/<name>`."""
+        """Names the folders of what is made from the corpus, such as `runs/<name>`."""
         return self.corpus.name
 
     @cached_property
@@ -290,10 +293,10 @@ class LMDataModule(pl.LightningDataModule):
         return len(self.dictionary)
 
     def stream(self, split: str) -> TokenStream:
-        """The tokens of `train`, `valid` or `test`, or of any other split that the corpus has.
+        """The tokens of `train`, `valid`, `test` or any other split that the corpus has.
 
         Raises:
-            InputError: no such split.
+            InputError: the corpus has no such split.
         """
         return self.corpus.stream(split)
 
@@ -302,13 +305,13 @@ class LMDataModule(pl.LightningDataModule):
         return self.corpus.has(split)
 
     def fingerprint(self, split: str) -> str:
-        """Identifies the split's tokens."""
+        """Identifies the tokens of a split and the ends of its lines."""
         return self.corpus.fingerprint(split)
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the `dictionary` and of each split that there is: equal ones mean the same text,
-        wherever it lies, and others a text that has changed."""
+        """Fingerprints of the `dictionary` and of each split that the corpus has: they are equal
+        for equal texts, wherever these are stored."""
         splits = {split: self.fingerprint(split) for split in SPLITS if self.has(split)}
         return {"dictionary": self.dictionary.fingerprint, **splits}
 
@@ -345,12 +348,12 @@ class LMDataModule(pl.LightningDataModule):
         wanted: np.ndarray | None = None,
         in_text_order: bool = False,
     ) -> DataLoader:
-        """Every token of `split` once, in rows with left context.
+        """Scores every token of `split` once, in rows with left context.
 
         Args:
             skip: called with the int64 offsets that a batch scores; True leaves the batch out.
-            wanted: bool `[tokens]`, batches are then of rows that score any of these.
-            in_text_order: whether rows come in the order of the text, and not by their lengths.
+            wanted: bool `[tokens]`; only rows that score at least one of these are read.
+            in_text_order: whether rows come in the order of the text, not by length.
         """
         rows = self.rows(split, self.context_window)
         if wanted is not None:

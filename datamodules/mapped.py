@@ -1,7 +1,7 @@
-"""How data sets go to other processes: what they map from files is not sent but mapped again.
+"""Sends data sets to worker processes without copying their memory maps, which are mapped again.
 
 Under the start methods spawn and forkserver (the defaults of macOS and of Python 3.14) a worker
-gets a pickled copy of its data set, in which numpy would put the whole of each memory map.
+gets a pickled copy of its data set, into which numpy would write each memory map in full.
 """
 
 import io
@@ -12,8 +12,8 @@ import numpy as np
 
 
 class MappedByPath:
-    """Base of classes whose pickles name the files of their read-only memory maps, however deep
-    these lie in their attributes. The files must be there when one is unpickled."""
+    """Base of classes whose pickles hold the paths of read-only memory maps in place of their
+    contents, however deeply nested in attributes. Unpickling needs the files."""
 
     def __reduce__(self) -> tuple:
         buffer = io.BytesIO()
@@ -35,7 +35,7 @@ class _Pickler(pickle.Pickler):
 def _map(
     filename: str, dtype: np.dtype, place: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> np.ndarray:
-    """Part of a file, `place` bytes from its beginning."""
+    """Maps an array that begins `place` bytes after the beginning of a file."""
     whole = np.memmap(filename, np.uint8, "r")
     return np.ndarray(shape, dtype, whole, place, strides)
 

@@ -1,6 +1,6 @@
-"""How folders of this room come to be: filled under another name by one process for all, and
-renamed when they are whole. What a killed process left is never taken for the folder, and is
-removed when one is made the next time."""
+"""Makes the folders of this room: one process fills a temporary folder for all and renames it when
+it is complete. Leftovers of killed processes are never taken for the folder, and are removed when
+the next one is made."""
 
 import errno
 import os
@@ -19,10 +19,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFull(OSError):
-    """A file did not fit.
+    """A file does not fit on the disk.
 
     Attributes:
-        needed: how many bytes all of it takes, about.
+        needed: about how many bytes the whole file takes.
     """
 
     def __init__(self, cause: OSError, needed: float) -> None:
@@ -36,16 +36,16 @@ def publish(
     flag: str,
     is_whole: Callable[[Path], bool] = Path.is_dir,
 ) -> None:
-    """Makes a folder unless it is there. One that is there needs no place that can be written.
+    """Makes a folder unless it exists. One that exists may be on a read-only file system.
 
     Args:
-        folder: what is wanted; one that is not whole is replaced.
-        make: fills an empty folder, which then gets the name.
+        folder: the folder; an incomplete one is replaced.
+        make: fills an empty folder, which is then renamed.
         flag: the setting that chooses the place, for messages.
-        is_whole: whether the folder is what `make` made.
+        is_whole: whether an existing folder is complete.
 
     Raises:
-        InputError: the place cannot be written, or is full.
+        InputError: the place cannot be written to, or is full.
     """
     if is_whole(folder):
         return
@@ -56,7 +56,7 @@ def publish(
                 return
             making = folder.with_name(f"{folder.name}{MAKING}")
             shutil.rmtree(making, ignore_errors=True)
-            _sweep(folder.parent)
+            _remove_leftovers(folder.parent)
             making.mkdir()
             try:
                 make(making)
@@ -69,10 +69,10 @@ def publish(
 
 @contextmanager
 def sentences_about(place: Path, flag: str) -> Iterator[None]:
-    """Turns what is refused where files are written into one sentence that names the place.
+    """Turns errors of the file system under a folder into one sentence that names the place.
 
     Args:
-        place: the folder; errors of files elsewhere are not its own.
+        place: the folder; errors elsewhere pass through unchanged.
         flag: the setting that chooses it.
     """
     try:
@@ -85,7 +85,7 @@ def sentences_about(place: Path, flag: str) -> Iterator[None]:
                 found += f", about {size_of(error.needed)} needed"
             raise InputError(
                 f"{place}: has no more room ({found}); make room there or name another place as "
-                f"{flag}, and the same command makes it"
+                f"{flag}, and run the same command again"
             ) from None
         if place.absolute() not in (where.absolute(), *where.absolute().parents) and not (
             place.absolute().is_relative_to(where.absolute())
@@ -98,25 +98,25 @@ def sentences_about(place: Path, flag: str) -> Iterator[None]:
 
 
 def _existing(place: Path) -> Path:
-    """The folder or the nearest one above it that is there."""
+    """The folder, or its nearest ancestor that exists."""
     return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
 
 
-def _sweep(parent: Path) -> None:
-    """Removes what killed processes left of other folders."""
-    for left in parent.glob(f"*{MAKING}"):
-        lock = Path(f"{str(left).removesuffix(MAKING)}.lock")
-        if not lock.exists():  # not made here
+def _remove_leftovers(parent: Path) -> None:
+    """Removes temporary folders that killed processes left beside this one."""
+    for leftover in parent.glob(f"*{MAKING}"):
+        lock = Path(f"{str(leftover).removesuffix(MAKING)}.lock")
+        if not lock.exists():  # not made by `publish`
             continue
         try:
             with FileLock(lock).acquire(timeout=0):
-                shutil.rmtree(left, ignore_errors=True)
-        except Timeout:  # somebody is making it now
+                shutil.rmtree(leftover, ignore_errors=True)
+        except Timeout:  # another process is making it now
             continue
 
 
 def _sync(folder: Path) -> None:
-    """Brings files to disk, so that a folder that has its name after a power failure is whole."""
+    """Writes files through to disk, so that a folder that survives a power failure is complete."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:

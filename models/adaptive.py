@@ -2,8 +2,8 @@
 2017) and plain.
 
 The vocabulary is sorted by frequency and cut into bands: band 0 holds the most frequent words,
-each later band rarer words with `factor` times narrower vectors. Every softmax here gives the
-log-probability of targets without holding the logits of all tokens at once.
+each later band rarer words, whose vectors are `factor` times narrower. Both softmaxes score targets
+without holding the logits of all tokens at once.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 1 << 25  # 128 MiB in fp32
+LOGITS_AT_ONCE = 1 << 25
+"""Most logits that are held at a time: 128 MiB in fp32."""
 
 
 def band_edges(cutoffs: Sequence[int], vocab_size: int) -> list[int]:
-    """Edges of the bands, 0 and `vocab_size` included; cutoffs beyond the vocabulary are left out.
+    """Edges of the bands, 0 and `vocab_size` included, without cutoffs beyond the vocabulary.
 
     >>> band_edges([20, 60, 100], 80)
     [0, 20, 60, 80]
@@ -40,13 +41,13 @@ class AdaptiveInput(nn.Module):
         self.embeddings = nn.ModuleList()
         self.projections = nn.ModuleList()
         for i, (start, end) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
-            narrow = int(width // factor**i)
-            self.embeddings.append(nn.Embedding(end - start, narrow))
-            self.projections.append(nn.Linear(narrow, width, bias=False))
+            band_width = int(width // factor**i)
+            self.embeddings.append(nn.Embedding(end - start, band_width))
+            self.projections.append(nn.Linear(band_width, width, bias=False))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings normal with variance 1/width of the band, projections Xavier."""
+        """Embeddings: normal with variance 1 / band width; projections: Xavier."""
         for embedding, projection in zip(self.embeddings, self.projections, strict=True):
             nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
             nn.init.xavier_uniform_(projection.weight)
@@ -66,13 +67,12 @@ class OutputSoftmax(nn.Module):
     """What both softmaxes share: scoring targets a few rows at a time."""
 
     columns: int
-    """Logits that every token needs."""
+    """Logits that are computed for every token."""
 
     def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Natural-log probability of each target.
 
-        Under autograd the logits of a long batch are computed again in the backward pass instead
-        of being kept.
+        Under autograd the logits of a long batch are not kept but recomputed in the backward pass.
 
         Args:
             hidden: `[N, width]`.
@@ -114,9 +114,9 @@ class PlainSoftmax(OutputSoftmax):
         self.bias: nn.Parameter | None = None
 
     def add_bias(self) -> None:
-        """Gives the logits a bias to train, of zeros at first where they have none."""
-        first = self.weight.new_zeros(self.columns) if self.bias is None else self.bias.detach()
-        self.bias = nn.Parameter(first.clone())
+        """Gives the logits a bias to train, which starts at the one that they have or at zero."""
+        start = self.weight.new_zeros(self.columns) if self.bias is None else self.bias.detach()
+        self.bias = nn.Parameter(start.clone())
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight, self.bias).float()
@@ -134,10 +134,10 @@ class AdaptiveSoftmax(OutputSoftmax):
     Args:
         cutoffs: first id of every band but the first.
         factor: how much narrower each band is than the one before.
-        dropout: on the input and on the narrowed vectors of the tails.
-        tied: the input embeddings whose weights to share (bands must agree), or None.
-        tie_projections: share their projections too, transposed. The head never shares that of
-            band 0: it multiplies with the embeddings as they are.
+        dropout: on the input and on the narrower vectors of the tails.
+        tied: the input embeddings whose weights to share (with the same bands), or None.
+        tie_projections: share their projections too, transposed. The projection of band 0 is never
+            shared: the head has none.
     """
 
     def __init__(
@@ -156,28 +156,32 @@ class AdaptiveSoftmax(OutputSoftmax):
         tails = len(self.edges) - 2
         self.columns = self.edges[1] + tails
         self.words = nn.ParameterList()
-        self.down = nn.ParameterList()  # [width, narrow] of each tail
+        self.down = nn.ParameterList()  # [width, band width] of each tail
         for i, (start, end) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
-            narrow = int(width // factor**i)
-            own = tied is None
-            self.words.append(_xavier(end - start, narrow) if own else tied.embeddings[i].weight)
+            band_width = int(width // factor**i)
+            if tied is None:
+                self.words.append(_xavier(end - start, band_width))
+            else:
+                self.words.append(tied.embeddings[i].weight)
             if i > 0:
-                share = not own and tie_projections
-                self.down.append(tied.projections[i].weight if share else _xavier(width, narrow))
+                share = tied is not None and tie_projections
+                down = tied.projections[i].weight if share else _xavier(width, band_width)
+                self.down.append(down)
         self.classes = _xavier(tails, width)
 
     def _head(self, hidden: Tensor) -> Tensor:
+        """Logits of the words of band 0, then of the other bands as classes."""
         return F.linear(hidden, torch.cat([self.words[0], self.classes])).float()
 
     def _tail(self, i: int, hidden: Tensor) -> Tensor:
         """Logits of the words of band i > 0."""
-        narrow = F.dropout(hidden @ self.down[i - 1], self.dropout, self.training)
-        return F.linear(narrow, self.words[i]).float()
+        narrower = F.dropout(hidden @ self.down[i - 1], self.dropout, self.training)
+        return F.linear(narrower, self.words[i]).float()
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden = F.dropout(hidden, self.dropout, self.training)
-        inner = torch.tensor(self.edges[1:-1], device=targets.device)
-        band = torch.bucketize(targets, inner, right=True)
+        cutoffs = torch.tensor(self.edges[1:-1], device=targets.device)
+        band = torch.bucketize(targets, cutoffs, right=True)
         column = torch.where(band == 0, targets, self.edges[1] + band - 1)
         log_prob = -F.cross_entropy(self._head(hidden), column, reduction="none")
         for i in range(1, len(self.edges) - 1):

@@ -1,7 +1,8 @@
-"""The transformer decoder: token ids to hidden vectors, and the features that make datastore keys.
+"""The transformer decoder: from token ids to hidden vectors, and to the features that become the
+keys of a datastore.
 
-Vaswani et al. (2017) with the layer norms in front (pre-norm) as in Baevski & Auli (ICLR 2019), or
-behind (post-norm).
+Vaswani et al. (2017), with layer norms in front of the blocks (pre-norm) as in Baevski & Auli (ICLR
+2019), or behind them (post-norm).
 """
 
 import math
@@ -15,18 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 from neighborlm.common.errors import InputError
 
-POSITION_OFFSET = 2  # fairseq's: the row after the padding id
+POSITION_OFFSET = 2  # as in fairseq, positions are numbered from the padding id + 1 on
 
 
 def key_layer(key_type: str, layers: int) -> tuple[int, Literal["ffn_input", "output"]] | None:
-    """The layer (from 0) and point in it that a key type names; None for `last_hidden`.
+    """The layer (from 0) and the point in it that a key type names; None for `last_hidden`.
 
-    Key types: `last_ffn_input` (input of the last layer's feed-forward block, after its layer
-    norm when the model is pre-norm: the best of Khandelwal et al., 2020, table 5), `last_hidden`
-    (output of the stack), `layer:<i>:ffn_input` and `layer:<i>:output`.
+    Key types: `last_ffn_input` (input of the last layer's feed-forward block, after its layer norm
+    in a pre-norm model: the best in Khandelwal et al., 2020, table 5), `last_hidden` (output of the
+    stack), `layer:<i>:ffn_input` and `layer:<i>:output`.
 
     Raises:
-        InputError: any other name, or a layer that the model does not have.
+        InputError: another name, or a layer that the model does not have.
 
     >>> key_layer("last_ffn_input", 16)
     (15, 'ffn_input')
@@ -49,27 +50,27 @@ def key_layer(key_type: str, layers: int) -> tuple[int, Literal["ffn_input", "ou
 
 
 class SinusoidalPositions(nn.Module):
-    """A sine block, then a cosine block, of frequencies 10000^(-j / (width/2 - 1)), j = 0, 1, …"""
+    """Sines, then cosines, of the frequencies 10000^(-j / (width/2 - 1)), j = 0 .. width/2 - 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Integers, which stay what they are where a model is turned into half precision: rounded
-        # frequencies would move the angles of later places by whole radians.
+        # Integers, because they stay exact in a model of half precision: rounded frequencies would
+        # shift the angles of later positions by whole radians.
         self.register_buffer("exponents", torch.arange(width // 2), persistent=False)
         self.width = width
 
     def forward(self, length: int) -> Tensor:
-        """fp32 `[length, width]` for the first `length` places of a row."""
+        """fp32 `[length, width]` for the first `length` positions of a row."""
         scale = -math.log(10000) / max(len(self.exponents) - 1, 1)
         frequencies = torch.exp(self.exponents.float() * scale)
-        places = torch.arange(length, device=frequencies.device) + POSITION_OFFSET
-        angles = places[:, None].float() * frequencies
+        positions = torch.arange(length, device=frequencies.device) + POSITION_OFFSET
+        angles = positions[:, None].float() * frequencies
         table = torch.cat([angles.sin(), angles.cos()], dim=1)
         return F.pad(table, (0, self.width - table.shape[1]))
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each place of a row."""
+    """A learned vector for each position of a row."""
 
     def __init__(self, width: int, max_positions: int) -> None:
         super().__init__()
@@ -77,12 +78,13 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, length: int) -> Tensor:
-        """`[length, width]` for the first `length` places of a row."""
+        """`[length, width]` for the first `length` positions of a row."""
         return self.weight[:length]
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention and a feed-forward block, each with residual and layer norm."""
+    """Causal self-attention and a feed-forward block, each with a residual connection and a layer
+    norm."""
 
     def __init__(
         self,
@@ -111,11 +113,11 @@ class DecoderLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier for all weights, each of the three attention inputs on its own; biases zero."""
+        """Weights: Xavier, those of query, key and value each on its own; biases: zero."""
         for linear in (self.qkv, self.attention_out, self.fc1, self.fc2):
             nn.init.zeros_(linear.bias)
-        for part in self.qkv.weight.chunk(3):
-            nn.init.xavier_uniform_(part, gain=2**-0.5)
+        for weight in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(weight, gain=2**-0.5)
         for linear in (self.attention_out, self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
 
@@ -125,15 +127,15 @@ class DecoderLayer(nn.Module):
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        messages = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return self.attention_out(messages.transpose(1, 2).reshape(batch, length, width))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The two-layer perceptron, `[..., width]` to the same."""
         return self.fc2(self.activation_dropout(self.activation(self.fc1(x))))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, T, width]` to the layer's output and the input of its feed-forward block."""
+        """From `[B, T, width]` to the layer's output and the input of its feed-forward block."""
         if self.pre_norm:
             x = x + self.dropout(self.attend(self.attention_norm(x)))
             ffn_input = self.ffn_norm(x)
@@ -149,9 +151,11 @@ class Decoder(nn.Module):
         embedding: module from ids `[B, T]` to `[B, T, width]`.
         layers: the stack.
         positions: module from a length to `[length, width]`.
-        scale: what the embedding is multiplied with.
-        final_norm: layer norm after the last layer.
-        checkpoint_layers: compute activations again in the backward pass instead of keeping them.
+        width: of the hidden vectors.
+        scale: factor of the embedding.
+        dropout: on the sum of embedding and positions.
+        final_norm: whether a layer norm follows the last layer.
+        checkpoint_layers: recompute activations in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -177,14 +181,14 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, key_types: Sequence[str] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Padding must be on the right: causality alone keeps it from the rest.
+        """Padding must be on the right: only the causal attention hides it from the other tokens.
 
         Args:
             tokens: int64 `[B, T]`.
-            key_types: the features to return besides; see `key_layer`.
+            key_types: of the features to return as well; see `key_layer`.
 
         Returns:
-            The output of the stack `[B, T, width]`, and each asked-for feature in that shape.
+            The output of the stack `[B, T, width]`, and the features by key type, in that shape.
         """
         wanted = {key_type: key_layer(key_type, len(self.layers)) for key_type in key_types}
         x = self.scale * self.embedding(tokens)

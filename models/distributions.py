@@ -1,5 +1,5 @@
-"""What is asked of a model's whole distribution over the vocabulary: its entropy and its most
-probable tokens, a few rows at a time."""
+"""The entropy and the most probable tokens of a model's distributions over the vocabulary, computed
+a few rows at a time."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,13 @@ from neighborlm.models.adaptive import LOGITS_AT_ONCE
 def entropy_and_top(
     log_prob: Callable[..., Tensor], want: Want, vocab_size: int, *vectors: Tensor
 ) -> dict[str, Tensor]:
-    """The fields `entropy`, `top_ids` and `top_log_probs` of `Scored`, those that are wanted.
+    """Those of the fields `entropy`, `top_ids` and `top_log_probs` of `Scored` that are wanted.
 
     Args:
-        log_prob: gives natural-log probabilities of the whole vocabulary, fp32 `[m, vocab_size]`,
-            from m rows of each of `vectors`. It is called with so few that these take 128 MiB.
-        want: how many most probable tokens; all of a vocabulary that has fewer.
+        log_prob: from m rows of each of `vectors` to natural-log probabilities of the whole
+            vocabulary, fp32 `[m, vocab_size]`. It is called with so few rows that these take at
+            most 128 MiB.
+        want: its `top` is cut to the size of the vocabulary.
         vectors: `[n, ...]` each.
     """
     if not want.entropy and not want.top:

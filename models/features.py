@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 class CodeDecoder(nn.Module):
-    """From codes to vectors; has no parameters, and its arrays are in no checkpoint.
+    """Maps codes to vectors. It has no parameters, and its arrays are not saved in checkpoints.
 
     Args:
         arrays: fp32. Either `centroids` `[M, 256, d_out / M]` of a product quantiser, or `vmin` and
-            `vdiff` `[d_out]` of 8-bit scalars; where a linear transform comes first, also its
-            matrix `A` `[d_out, d]`, with orthonormal rows, and if it has one its bias `b`
-            `[d_out]`.
+            `vdiff` `[d_out]` of an 8-bit scalar quantiser; with a linear transform before it, also
+            the transform's matrix `A` `[d_out, d]`, whose rows are orthonormal, and its bias `b`
+            `[d_out]` if it has one.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -30,7 +30,7 @@ class CodeDecoder(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """uint8 `[R, M]` to fp32 `[R, d]`."""
+        """From codes uint8 `[n, M]` to vectors fp32 `[n, d]`."""
         if self.centroids is not None:
             columns = torch.arange(codes.shape[1], device=codes.device)
             vectors = self.centroids[columns, codes.long()].flatten(1)

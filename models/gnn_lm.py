@@ -1,8 +1,8 @@
-"""`GNNLM`: a language model whose tokens attend to their retrieved neighbours and to what
-surrounded them (Meng et al., ICLR 2022).
+"""`GNNLM`: a language model whose tokens attend to their retrieved neighbours and to the context of
+these (Meng et al., ICLR 2022).
 
-A graph network between a trained LM's features and its softmax. What the neighbours are, and their
-features, comes with the batch.
+A graph network between the features of a trained LM and its softmax. The neighbours and their
+features come with the batch.
 """
 
 import copy
@@ -29,43 +29,44 @@ OF_NETWORK = {
     **{"layers": 3, "width": None, "heads": 8, "intra_context": None},
     **{"residual": False, "values": False, "lm_ratio": 0.0, "output_bias": False},
 }
-"""What a network is, besides its weights, and what a new one is by default: as wide as its LM."""
+"""The settings that describe a graph network besides its weights, with their defaults; the default
+width is the LM's."""
 
 
 class GNNLM(TrainableLM):
-    """A graph network on top of a language model, frozen unless told otherwise.
+    """A graph network on top of a language model, which stays frozen by default.
 
-    A softmax that is trained, or gets a bias, scores the LM's features too where `lm_ratio` or
-    `lm_path_probability` asks for them, as in the original; what is reported of the LM alone goes
-    through the LM's own softmax, as it was.
+    Where the softmax is trained or gets a bias, it also scores the LM's features for `lm_ratio` and
+    `lm_path_probability`, as in the original; figures of the LM alone use the LM's own, unchanged
+    softmax.
 
     Args:
-        lm: the trained LM, which becomes part of this model. Only of a `TransformerLM` can parts be
-            trained or the softmax be given a bias.
-        layers: of the graph network; by default 3.
-        width: of its states; by default the LM's, from which training begins at the LM itself; a
-            smaller one is faster.
-        heads: attention heads a layer; by default 8; width must be a multiple of it.
-        intra_context: tokens of its own block that a token attends to, itself included; by default
-            all before it; 0 for none, so that all it learns comes from neighbours.
-        residual: add a projection of what the network gives to the LM's features, where the paper
-            puts it in their place: training then begins at the LM itself, which short trainings
-            need.
-        values: add to each neighbour's features a projection of its token's word vector, where in
-            the paper the token shows only in the features of the row after it.
+        lm: the trained LM, which becomes part of this model. Only a `TransformerLM` can have parts
+            trained or a bias added to its softmax.
+        layers: number of layers of the graph network; by default 3.
+        width: of the network's states; by default the LM's, with which training begins near the LM
+            itself; smaller is faster.
+        heads: attention heads per layer; by default 8. It must divide width.
+        intra_context: how many tokens of its own block a token attends to, itself included; by
+            default itself and all before it. With 0 the network learns from neighbours alone.
+        residual: add a projection of the network's output to the LM's features, where the paper
+            replaces them; by default false. Training then begins at the LM itself: set it for
+            short trainings.
+        values: add a projection of the word vector of each neighbour's token to its features; by
+            default false. In the paper the token shows only in the features of the next row.
         lm_ratio: weight of the LM's own distribution in a mixture with the graph network's; by
             default 0.
-        output_bias: train a bias on the logits of a plain softmax, from the LM's on if it has one.
-        dropout: on the messages of each layer; take more where the network learns its text by
-            heart.
-        attention_dropout: on its attention weights.
-        lm_path_probability: share of training batches that take the LM's path past the graph
-            network, for parts that are not frozen.
-        unfreeze: parts of the LM that are trained too: adaptive_softmax (the output softmax, a
-            copy where it shares weights with the input), embedding, layers.
+        output_bias: train a bias on the logits of a plain softmax, starting from the LM's if it has
+            one; by default false.
+        dropout: on the messages of each layer; raise it if the network overfits.
+        attention_dropout: on the attention weights.
+        lm_path_probability: share of training batches that bypass the graph network, to train the
+            unfrozen parts of the LM on their own.
+        unfreeze: parts of the LM that are trained too: adaptive_softmax (the output softmax, always
+            as a copy of the LM's), embedding, layers.
 
     Raises:
-        InputError: the settings contradict one another, or the LM.
+        InputError: the settings contradict one another or do not fit the LM.
     """
 
     COMPUTING = ("heads", "intra_context", "lm_ratio")
@@ -100,13 +101,13 @@ class GNNLM(TrainableLM):
         self._check()
         h = self.hparams
         self.lm_fingerprint: str | None = None
-        """Of the LM whose datastores it reads; saved with checkpoints."""
+        """Fingerprint of the LM whose datastores it reads; saved with checkpoints."""
         self.neighbors: dict | None = None
-        """What features its neighbours had in training; saved with checkpoints."""
+        """Describes the neighbours that it saw in training; saved with checkpoints."""
         self.code_decoder: nn.Module | None = None
-        """From codes uint8 `[n, M]` to features `[n, width]`, where neighbours come as codes."""
+        """From codes uint8 `[n, M]` to features `[n, width]`, for neighbours that come as codes."""
         self.neighbor_states: NeighborStates | None = None
-        """Of earlier batches; see `_kept_states`."""
+        """Those of earlier batches; see `_cached_states`."""
         self.val_lm_loss = TokenLoss()
         """Of the LM alone, beside `val_loss`."""
         self.network = HGT(lm.width, h.width, h.layers, h.heads, dropout, attention_dropout)
@@ -116,10 +117,10 @@ class GNNLM(TrainableLM):
             self.residual = nn.Linear(lm.width, lm.width, bias=False)
             nn.init.zeros_(self.residual.weight)
         self.of_values = None
-        if h["values"]:  # `values` is a method of every dictionary
+        if h["values"]:  # not `h.values`, a method of every dictionary
             self.of_values = nn.Linear(lm.width, lm.width, bias=False)
         self.softmax = lm.softmax if own else None
-        """A `TransformerLM`'s, or a copy of it that is trained; None where the LM is another."""
+        """That of a `TransformerLM`, or the copy of it that is trained; None for any other LM."""
         self._unfreeze(unfreeze)
         self.register_load_state_dict_post_hook(GNNLM._forget)
         self.train()
@@ -149,7 +150,9 @@ class GNNLM(TrainableLM):
                 "expected a TransformerLM, or none of its parts"
             )
         if h.output_bias and not isinstance(getattr(self.lm, "softmax", None), PlainSoftmax):
-            raise InputError("--model.output_bias needs an LM with a plain softmax, not adaptive")
+            raise InputError(
+                "--model.output_bias is true; expected false, as the LM has no plain softmax"
+            )
 
     def _unfreeze(self, parts: Sequence[Part]) -> None:
         if isinstance(self.lm, nn.Module):
@@ -168,7 +171,7 @@ class GNNLM(TrainableLM):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: the LM's."""
+        """Number of ids, the same as the LM's."""
         return self.lm.vocab_size
 
     @property
@@ -178,7 +181,7 @@ class GNNLM(TrainableLM):
 
     @property
     def leaves_out_parameters(self) -> bool:
-        """A batch that takes the LM's path leaves out the graph network."""
+        """Whether some batches bypass the graph network."""
         return self.hparams.lm_path_probability > 0
 
     def _computing(self) -> Mapping[str, Any]:
@@ -200,7 +203,7 @@ class GNNLM(TrainableLM):
 
     @property
     def max_target_positions(self) -> int:
-        """Longest row the model reads."""
+        """Longest row that the model reads, in tokens."""
         return self.lm.max_target_positions
 
     def key_width(self, key_type: str) -> int:
@@ -211,9 +214,9 @@ class GNNLM(TrainableLM):
         """Features of neighbours.
 
         Args:
-            stored: what the feature store holds: codes uint8 `[n, M]`, keys `[n, width]` or tokens
-                int64 `[n]`, whose word vectors are taken, neither scaled nor with positions.
-            values: tokens int64 `[n]`, for a network that is shown them besides.
+            stored: rows of the feature store: codes uint8 `[n, M]`, keys `[n, width]`, or tokens
+                int64 `[n]`, which give word vectors, neither scaled nor with positions.
+            values: tokens int64 `[n]`, for a network with `values`.
 
         Returns:
             fp32 `[n, width]`.
@@ -226,14 +229,12 @@ class GNNLM(TrainableLM):
             features = features + self.of_values(self.lm.embed(values))
         return features
 
-    def _kept_states(self, store: int) -> NeighborStates | None:
-        """States of neighbours of a feature store that are computed once, as long as no weight
-        changes.
+    def _cached_states(self, store: int) -> NeighborStates | None:
+        """The cache for neighbours of a feature store; None where their states may change.
 
-        They are forgotten by `eval()` and `train()`, of which Lightning calls the one when a
-        validation, test or prediction begins, by `load_state_dict`, and by a forward pass with
-        gradients, which comes before any update. Whoever changes weights otherwise calls `eval()`
-        afterwards.
+        It is dropped by `eval()` and `train()`, which Lightning calls at the beginning of every
+        validation, test or prediction, by `load_state_dict`, and by a forward pass with gradients,
+        which precedes every update. After any other change of weights, call `eval()`.
         """
         if self.training or torch.is_grad_enabled() or self.hparams.layers == 1:
             self._forget()
@@ -244,14 +245,14 @@ class GNNLM(TrainableLM):
     def forward(
         self, batch: Batch, key_types: Sequence[str] = ()
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Of an `LMBatch` with neighbours: features of the LM and of the graph network, `[B, T,
-        width]`, and features by key type."""
+        """From an `LMBatch` with neighbours to the features of the LM and of the graph network,
+        `[B, T, width]` each, and the features by key type."""
         features: dict[str, Tensor] = {}
-        of_lm = [key_type for key_type in key_types if key_type != "gnn"]
+        lm_key_types = [key_type for key_type in key_types if key_type != "gnn"]
         hidden = batch.token_features
-        if hidden is None or of_lm:
+        if hidden is None or lm_key_types:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_features):
-                computed, features = self.lm.hidden(batch.tokens, of_lm)
+                computed, features = self.lm.hidden(batch.tokens, lm_key_types)
             hidden = computed if hidden is None else hidden
         neighborhood = batch.neighborhood
         stored, values = neighborhood.features, neighborhood.values
@@ -266,7 +267,7 @@ class GNNLM(TrainableLM):
             features_of,
             neighborhood,
             self.hparams.intra_context,
-            self._kept_states(neighborhood.store),
+            self._cached_states(neighborhood.store),
         )
         if self.residual is not None:
             out = hidden + self.residual(out)
@@ -274,20 +275,20 @@ class GNNLM(TrainableLM):
 
     @property
     def head(self) -> nn.Module | Backbone:
-        """What gives the log-probabilities of the network's features."""
+        """The module that turns the network's features into log-probabilities."""
         return self.lm if self.softmax is None else self.softmax
 
     def score(self, batch: Batch, want: Want) -> Scored:
-        """See `common.contracts.LanguageModel.score`; the batch has neighbours."""
+        """See `common.contracts.LanguageModel.score`; the batch must have neighbours."""
         hidden, out, features = self(batch, want.keys)
         hidden, out, targets = (x[batch.scored] for x in (hidden, out, batch.targets))
         log_probs = lm_log_probs = None
         if want.log_probs:
             log_probs = self.head.target_log_prob(out, targets)
             if self.hparams.lm_ratio:
-                beside = self.head.target_log_prob(hidden, targets)
-                log_probs = mix(beside, log_probs, self.hparams.lm_ratio)
-            if not self.training:  # what the LM says itself, for comparison
+                of_lm = self.head.target_log_prob(hidden, targets)
+                log_probs = mix(of_lm, log_probs, self.hparams.lm_ratio)
+            if not self.training:  # those of the LM alone, for comparison
                 lm_log_probs = self.lm.target_log_prob(hidden, targets)
         return Scored(
             batch.positions[batch.scored],
@@ -307,11 +308,11 @@ class GNNLM(TrainableLM):
         return mix(self.head.log_prob(hidden), log_probs, self.hparams.lm_ratio)
 
     def training_log_probs(self, batch: Batch) -> Tensor:
-        """By the graph network, or by the LM's path past it; through the trained softmax either
+        """Those of the graph network, or of the LM's path around it, by the trained softmax either
         way. All ranks take the same path."""
         if self.hparams.lm_path_probability:
-            which = (torch.initial_seed(), self.trainer.fit_loop.total_batch_idx)
-            if np.random.default_rng(which).random() < self.hparams.lm_path_probability:
+            seed = (torch.initial_seed(), self.trainer.fit_loop.total_batch_idx)
+            if np.random.default_rng(seed).random() < self.hparams.lm_path_probability:
                 hidden, _ = self.lm.hidden(batch.tokens)
                 targets = batch.targets[batch.scored]
                 return self.head.target_log_prob(hidden[batch.scored], targets)
@@ -319,10 +320,11 @@ class GNNLM(TrainableLM):
 
     @torch.inference_mode()
     def begin_as_lm(self, batches: Iterable[Batch]) -> None:
-        """Lets training begin near the LM itself; see `HGT.begin_as_identity`.
+        """Initialises the network so that training begins near the LM itself; see
+        `HGT.begin_as_identity`.
 
         Args:
-            batches: a few of any split.
+            batches: a few, of any split.
         """
         if self.residual is not None:
             return
@@ -338,19 +340,19 @@ class GNNLM(TrainableLM):
         self.val_lm_loss.update(scored.lm_log_probs)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `val/loss` and `val/ppl`, and the LM's alone as `val/lm_ppl`."""
+        """Logs `val/loss`, `val/ppl` and, for the LM alone, `val/lm_ppl`."""
         self._forget()
         super().on_validation_epoch_end()
         self.log("val/lm_ppl", self.val_lm_loss.compute()["loss"].exp().float())
         self.val_lm_loss.reset()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Records what the neighbours are features of."""
+        """Records the LM whose features the neighbours have, and what the neighbours were."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["lm_fingerprint"] = self.lm_fingerprint
         checkpoint["neighbors"] = self.neighbors
 
 
 def mix(lm_log_prob: Tensor, gnn_log_prob: Tensor, lm_ratio: float) -> Tensor:
-    """log(r p_LM + (1 - r) p_GNN), in log space."""
+    """log(r p_LM + (1 - r) p_GNN), computed in log space."""
     return torch.logaddexp(lm_log_prob + math.log(lm_ratio), gnn_log_prob + math.log1p(-lm_ratio))

@@ -2,8 +2,8 @@
 WWW 2020), computed in two ways with equal results.
 
 `HGT.forward` passes messages over any graph of tokens and neighbours. `HGT.fast` computes the same
-for the graphs that GNN-LM makes, out of a `Neighborhood`: each distinct neighbour once, causal
-attention among tokens by torch's fused kernels, and a gathered attention from tokens to their
+from a `Neighborhood`, for the graphs of GNN-LM alone: each distinct neighbour once, causal
+attention among tokens by torch's fused kernels, and attention from tokens to their gathered
 neighbours.
 
 With d = width / heads, node type t and relation e, per head:
@@ -28,10 +28,9 @@ from neighborlm.models.neighbor_states import NeighborStates
 NODE_TYPES = ("token", "neighbor")
 RELATIONS = ("intra", "inter")
 GATHERED_AT_ONCE = 1 << 25
-"""Most numbers of gathered neighbour states that are held at a time: 128 MiB in fp32."""
-
-CACHED_NUMBERS = 1 << 16
-"""Queries of a chain attention that are worked on at a time, on a CPU."""
+"""Most elements of gathered neighbour states that are held at a time: 128 MiB in fp32."""
+QUERIES_AT_ONCE = 1 << 16
+"""Elements of the queries that `ChainAttention` processes at a time on a CPU: 256 KiB in fp32."""
 
 Nodes = Mapping[str, Tensor]
 Edges = Mapping[tuple[str, str, str], Tensor]
@@ -46,8 +45,15 @@ class RelationAttention(MessagePassing):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, edge_index: Tensor, dropout: float
     ) -> Tensor:
-        """Queries `[N, heads, d]`, scaled, keys and values `[M, heads, d]`, edges int64 `[2, E]`
-        from the M to the N, to `[N, heads, d]`."""
+        """Messages `[N, heads, d]`.
+
+        Args:
+            q: `[N, heads, d]`, scaled.
+            k: `[M, heads, d]`.
+            v: `[M, heads, d]`.
+            edge_index: int64 `[2, E]`, from the M sources to the N targets.
+            dropout: on the attention weights.
+        """
         return self.propagate(
             edge_index,
             q=(None, q),
@@ -60,7 +66,7 @@ class RelationAttention(MessagePassing):
     def message(
         self, q_i: Tensor, k_j: Tensor, v_j: Tensor, index: Tensor, size_i: int, dropout: float
     ) -> Tensor:
-        """Each edge's share, `[E, heads, d]`."""
+        """The message along each edge, `[E, heads, d]`."""
         weight = softmax((q_i * k_j).sum(-1), index, num_nodes=size_i)
         return F.dropout(weight, dropout)[..., None] * v_j
 
@@ -68,8 +74,8 @@ class RelationAttention(MessagePassing):
 class ChainAttention(torch.autograd.Function):
     """Attention of each neighbour to the row on its left, itself and the row on its right.
 
-    A few rows at a time, so that what is gathered stays in the cache, and is gathered again in the
-    backward pass instead of being kept.
+    It processes a few rows at a time, so that gathered keys and values stay in the CPU's cache, and
+    gathers them again in the backward pass instead of keeping them.
     """
 
     @staticmethod
@@ -79,8 +85,8 @@ class ChainAttention(torch.autograd.Function):
         Args:
             q: `[m, heads, d]`, scaled.
             both: `[n, 2 width]`, keys and values.
-            chain: int64 `[m, 3]` among the n, -1 where there is none.
-            kept: `[m, 3, heads]`, what dropout multiplies the weights with.
+            chain: int64 `[m, 3]`, rows of `both`, -1 where there is none.
+            kept: `[m, 3, heads]`, factors by which dropout multiplies the weights.
         """
         message = q.new_empty(len(q), both.shape[1] // 2)
         weights = q.new_empty(len(q), 3, q.shape[1])
@@ -95,7 +101,7 @@ class ChainAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q and both."""
+        """Gradients with respect to q and both."""
         q, both, chain, kept, weights = ctx.saved_tensors
         of_q, of_both = torch.empty_like(q), torch.zeros_like(both)
         for rows in _slices(q):
@@ -111,26 +117,27 @@ class ChainAttention(torch.autograd.Function):
             parts = torch.stack(
                 [of_score[..., None] * q[rows, None], used[..., None] * of_message], 2
             )
-            # Where a row is missing its weight is zero, and so is what is added to row 0 for it.
+            # A missing row has weight zero, so that what is added to row 0 in its stead is zero.
             of_both.index_add_(0, chain[rows].clamp(min=0).flatten(), parts.view(-1, both.shape[1]))
         return of_q, of_both, None, None
 
 
 def _slices(q: Tensor) -> list[slice]:
-    """Of its rows: all at once on an accelerator, else as many as stay in a cache."""
-    step = len(q) if q.device.type != "cpu" else max(CACHED_NUMBERS // (q.shape[1] * q.shape[2]), 1)
-    return [slice(first, first + step) for first in range(0, len(q), max(step, 1))]
+    """Slices of the rows of q: all on an accelerator, on a CPU as many as fit into its cache."""
+    step = len(q) if q.device.type != "cpu" else QUERIES_AT_ONCE // (q.shape[1] * q.shape[2])
+    step = max(step, 1)
+    return [slice(first, first + step) for first in range(0, len(q), step)]
 
 
 def _gathered(both: Tensor, chain: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[m, 3, heads, d]` of rows that are a chain's."""
+    """Keys and values `[m, 3, heads, d]` of the rows in chains int64 `[m, 3]`."""
     rows = both.index_select(0, chain.clamp(min=0).flatten())
     k, v = rows.view(len(chain), 3, 2, heads, -1).unbind(2)
     return k, v
 
 
 class HGTLayer(nn.Module):
-    """One layer; parameters per node type and per relation.
+    """One layer, with parameters for each node type and each relation.
 
     Args:
         width: of the states.
@@ -144,7 +151,7 @@ class HGTLayer(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.attention_dropout = attention_dropout
-        part = width // heads
+        head_width = width // heads
 
         def per_type(make) -> nn.ModuleDict:
             return nn.ModuleDict({node_type: make() for node_type in NODE_TYPES})
@@ -152,20 +159,20 @@ class HGTLayer(nn.Module):
         def per_relation(*shape: int) -> nn.ParameterDict:
             return nn.ParameterDict({e: nn.Parameter(torch.empty(shape)) for e in RELATIONS})
 
-        # A bias of the keys would add the same to all scores of a softmax.
+        # Keys need no bias: it would add the same to all scores of a softmax.
         self.key = per_type(lambda: nn.Linear(width, width, bias=False))
         self.query = per_type(lambda: nn.Linear(width, width))
         self.value = per_type(lambda: nn.Linear(width, width))
         self.output = per_type(lambda: nn.Linear(width, width))
         self.norm = per_type(lambda: nn.LayerNorm(width))
         self.prior = per_relation(heads)
-        self.attention = per_relation(heads, part, part)
-        self.message = per_relation(heads, part, part)
+        self.attention = per_relation(heads, head_width, head_width)
+        self.message = per_relation(heads, head_width, head_width)
         self.over_edges = RelationAttention()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Priors one, relation matrices Xavier as one tensor over both relations."""
+        """Priors: one; relation matrices: Xavier, drawn as one tensor for both relations."""
         for relation in RELATIONS:
             nn.init.ones_(self.prior[relation])
         for matrices in (self.attention, self.message):
@@ -178,7 +185,7 @@ class HGTLayer(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
     def _scale(self, relation: str) -> Tensor:
-        """What queries are multiplied with, `[heads, 1]`."""
+        """The factor of the queries, `[heads, 1]`."""
         prior = self.prior[relation]
         return (prior / math.sqrt(self.attention[relation].shape[-1]))[:, None]
 
@@ -196,7 +203,7 @@ class HGTLayer(nn.Module):
     # -- any graph -------------------------------------------------------------------------------
 
     def forward(self, x: Nodes, edges: Edges) -> dict[str, Tensor]:
-        """States `[N, width]` of each node type to the same, one layer later."""
+        """From the states `[N, width]` of each node type to those after this layer."""
         messages: dict[str, list[Tensor]] = {node_type: [] for node_type in x}
         for (source, relation, target), edge_index in edges.items():
             q = self._queries(x[target], target) * self._scale(relation)
@@ -216,13 +223,13 @@ class HGTLayer(nn.Module):
     # -- the graph of GNN-LM ---------------------------------------------------------------------
 
     def update_neighbors(self, states: Tensor, chain: Tensor) -> Tensor:
-        """One update along the chains.
+        """One update of the neighbours along their chains.
 
-        The relation's matrices are multiplied into the projections once.
+        The relation's matrices are multiplied into the projections once, not into every state.
 
         Args:
             states: `[n, width]`.
-            chain: int64 `[m, 3]`, left, self and right among the n, -1 where there is none.
+            chain: int64 `[m, 3]`, rows of `states`: left, self and right, -1 where there is none.
 
         Returns:
             `[m, width]`.
@@ -246,8 +253,8 @@ class HGTLayer(nn.Module):
 
     @staticmethod
     def _folded(weight: Tensor, relation: Tensor) -> Tensor:
-        """The weight of x -> (weight x) relation, `[width, c]`, of `[width, c]` and a relation's
-        matrices `[heads, d, d]`."""
+        """A projection `[width, c]` and the matrices `[heads, d, d]` of a relation that follows, as
+        one projection `[width, c]`."""
         per_head = weight.unflatten(0, (relation.shape[0], -1))
         return (relation.transpose(1, 2) @ per_head).flatten(0, 1)
 
@@ -259,7 +266,7 @@ class HGTLayer(nn.Module):
         Args:
             x: `[B, T, width]`; padding on the right.
             centres: `[C, width]`, states of the distinct neighbours.
-            neighbors: int64 `[B, T, k]` among the C, -1 where missing.
+            neighbors: int64 `[B, T, k]`, rows of `centres`, -1 where missing.
             intra_context: see `datamodules.graphs.hetero_graph`.
 
         Returns:
@@ -289,9 +296,8 @@ class HGTLayer(nn.Module):
     def _from_neighbors(self, q: Tensor, centres: Tensor, neighbors: Tensor) -> Tensor:
         """Attention of each token to its own neighbours.
 
-        Keys and values of neighbours are never made: scores are (q A^T K) . h, and the messages
-        V (sum of weights times h), so that projections are of tokens only, and of neighbours only
-        their states are gathered.
+        Keys and values of neighbours are never computed: scores are (q A^T K) . h, and messages are
+        V (sum of weights times h). So only tokens are projected, and only states are gathered.
         """
         batch, length, heads, _ = q.shape
         if len(centres) == 0:
@@ -304,7 +310,7 @@ class HGTLayer(nn.Module):
         parts = list(zip(absorbed.split(at_once), flat.split(at_once), strict=True))
         if len(parts) == 1:
             gathered, total = self._gather(absorbed, flat, centres)
-        else:  # gathered again in the backward pass instead of being kept
+        else:  # states are gathered again in the backward pass instead of being kept
             done = [checkpoint(self._gather, *p, centres, use_reentrant=False) for p in parts]
             gathered, total = (torch.cat(column) for column in zip(*done, strict=True))
         value = self.value["neighbor"]
@@ -315,15 +321,16 @@ class HGTLayer(nn.Module):
         return message.flatten(1).view(batch, length, -1)
 
     def _gather(self, q: Tensor, neighbors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sums of neighbours' states.
+        """Weighted sums of the states of each token's neighbours.
 
         Args:
             q: `[n, heads, width]`.
-            neighbors: int64 `[n, k]`, -1 where missing.
+            neighbors: int64 `[n, k]`, rows of `centres`, -1 where missing.
             centres: `[C, width]`.
 
         Returns:
-            `[n, heads, width]`, and the sum of the weights `[n, heads]`: 0 without neighbours.
+            The sums `[n, heads, width]`, and the sum of the weights `[n, heads]`, 0 for a token
+            without neighbours.
         """
         states = F.embedding(neighbors.clamp(min=0), centres)
         missing = (neighbors < 0)[:, None]
@@ -337,10 +344,10 @@ class HGT(nn.Module):
     """The stack of layers between the LM's features and its softmax.
 
     Args:
-        input_width: of the features, and of what comes out.
-        width: of the states; other than `input_width`, they are projected on the way in and out.
+        input_width: of the features and of the output.
+        width: of the states; where it is not `input_width`, features and output are projected.
         layers: number of layers.
-        heads: attention heads a layer.
+        heads: attention heads per layer.
         dropout: see `HGTLayer`.
         attention_dropout: see `HGTLayer`.
     """
@@ -364,7 +371,7 @@ class HGT(nn.Module):
             self.out = nn.Linear(width, input_width)
 
     def freeze_unused(self, intra_context: int | None) -> None:
-        """Leaves out of training what `fast` does not use."""
+        """Excludes the parameters that `fast` does not use from training."""
         last = self.layers[-1]
         unused = [last.query["neighbor"], last.output["neighbor"], last.norm["neighbor"]]
         if intra_context == 0:
@@ -377,12 +384,12 @@ class HGT(nn.Module):
 
     @torch.no_grad()
     def begin_as_identity(self, features: Tensor) -> None:
-        """Lets training begin near the identity of the tokens: no messages yet, and a last layer
-        norm that gives back, as well as one can by a scale and a shift of each column, what it
-        takes. Nothing is done where states have another width than features.
+        """Initialises the network near the identity on tokens: messages are zero, and the last
+        layer norm undoes its normalisation as well as a scale and a shift per column can (least
+        squares). Does nothing where the states are not as wide as the features.
 
         Args:
-            features: fp32 `[n, input_width]`, some of the tokens'.
+            features: fp32 `[n, input_width]`, of a sample of tokens.
         """
         if self.out is not None:
             return
@@ -407,8 +414,8 @@ class HGT(nn.Module):
             edges: int64 `[2, E]` by (source, relation, target), as `HeteroData.edge_index_dict`.
 
         Returns:
-            The adapted features, then the states after each layer, both node types; the last
-            entry projected to `[N, input_width]`.
+            By node type: the adapted features, the states after each layer, and the last states
+            projected to `[N, input_width]`.
         """
         states = [{t: self._adapted(features, t) for t, features in x.items()}]
         for layer in self.layers:
@@ -427,16 +434,15 @@ class HGT(nn.Module):
         intra_context: int | None = None,
         computed: NeighborStates | None = None,
     ) -> Tensor:
-        """What `forward` gives the tokens, for the graph of a `Neighborhood`.
+        """The output of `forward` for the tokens, on the graph of a `Neighborhood`.
 
         Args:
             tokens: features `[B, T, input_width]`; padding on the right.
-            features: `[n_0, input_width]`, decoded features of the neighbourhood's rows, or what
-                gives those of some of them, from their numbers int64 `[n]` or a slice.
+            features: `[n_0, input_width]`, decoded features of the neighbourhood's rows, or a
+                function that decodes some of them, given their numbers int64 `[n]` or a slice.
             neighborhood: a `datamodules.graphs.Neighborhood` made for this number of layers.
             intra_context: see `datamodules.graphs.hetero_graph`.
-            computed: states of neighbours that need not be computed again; those that are
-                computed go there too. Without gradients only.
+            computed: a cache of states of neighbours, to read and to fill; without gradients only.
 
         Returns:
             `[B, T, input_width]`.
@@ -467,8 +473,8 @@ class HGT(nn.Module):
     def _missing_states(
         self, features: Callable[[Tensor | slice], Tensor], neighborhood, computed: NeighborStates
     ) -> Iterator[Tensor]:
-        """As `_states`, but computes only those that are not there; what no centre needs, directly
-        or for a state that is computed, is left undefined."""
+        """As `_states`, but computes only states that are not cached; those that neither a centre
+        nor a state to compute needs are left undefined."""
         levels = range(len(self.layers) - 1, 0, -1)
         sizes = [len(neighborhood.rows), *map(len, neighborhood.chains)]
         needed = _marked(neighborhood.centres[len(levels)], sizes[len(levels)])
@@ -500,7 +506,7 @@ class HGT(nn.Module):
 
 
 def _marked(numbers: Tensor, size: int) -> Tensor:
-    """bool `[size]`, True at some numbers, of which those below 0 are none."""
+    """bool `[size]`, True at the given indices, of which negative ones are ignored."""
     marks = numbers.new_zeros(size, dtype=torch.bool)
     marks[numbers[numbers >= 0]] = True
     return marks

@@ -8,8 +8,8 @@ from torchmetrics import Metric
 class TokenLoss(Metric):
     """Mean negative log-likelihood in nats per token; perplexity is its exponential.
 
-    The sum is kept in float64 and the count as an integer, so that the figure does not depend on
-    how tokens were grouped.
+    The sum is kept in float64 and the count as an integer, so that the result does not depend on
+    how the tokens were batched.
 
     >>> loss = TokenLoss()
     >>> loss.update(torch.tensor([0.5, 0.25]).log())
@@ -30,5 +30,5 @@ class TokenLoss(Metric):
         self.tokens = self.tokens + log_probs.numel()
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all ranks: `loss`, float64 (NaN when no token was added), and `tokens`, int64."""
+        """Over all ranks: `loss`, float64, NaN if no token was added, and `tokens`, int64."""
         return {"loss": self.total / self.tokens, "tokens": self.tokens}

@@ -1,25 +1,24 @@
-"""`NeighborStates`: states of neighbours that earlier batches have computed, kept for later ones.
+"""`NeighborStates`: a cache of states of neighbours, computed by earlier batches for later ones.
 
 A neighbour's states depend on the datastore and the weights alone, and in evaluation the same
-neighbours come again: those of the context that a row shares with the row before it, and those of
-words that are frequent.
+neighbours recur: a row shares context with the row before it, and frequent words share neighbours.
 """
 
 import torch
 from torch import Tensor
 
-ODD = 0x9E3779B97F4A7C1  # spreads identities over the slots
+MULTIPLIER = 0x9E3779B97F4A7C1  # odd; spreads identities over the slots
 
 
 class NeighborStates:
-    """A table of bounded size, in which the last state that came to a slot stays.
+    """A hash table of fixed size, in which a new state replaces the old one of its slot.
 
-    Weights must not change while it is used.
+    The weights must not change while it is in use.
 
     Args:
-        levels: how often neighbours are updated.
-        store: which feature store they are of, see `datamodules.graphs.Neighborhood`.
-        max_bytes: what all states together may take.
+        levels: number of updates of the neighbours, each of which has a table.
+        store: number of the feature store, see `datamodules.graphs.Neighborhood`.
+        max_bytes: most that all states together may take.
     """
 
     def __init__(self, levels: int, store: int = 0, max_bytes: int = 512 << 20) -> None:
@@ -30,7 +29,7 @@ class NeighborStates:
         self.states: list[Tensor] = []
 
     def find(self, level: int, identities: Tensor) -> tuple[Tensor, Tensor]:
-        """Which states of a level, from 1, are there: bool `[n]`, and in which slots, int64 `[n]`.
+        """Which states of a level (from 1) are cached, bool `[n]`, and their slots, int64 `[n]`.
 
         Args:
             identities: int64 `[n]`, see `datamodules.graphs.Neighborhood`.
@@ -38,7 +37,7 @@ class NeighborStates:
         if not self.owners:
             return torch.zeros_like(identities, dtype=torch.bool), identities
         owners = self.owners[level - 1]
-        slots = (identities * ODD >> 16) % len(owners)
+        slots = (identities * MULTIPLIER >> 16) % len(owners)
         return owners[slots] == identities, slots
 
     def get(self, level: int, slots: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ class NeighborStates:
         return self.states[level - 1][slots]
 
     def put(self, level: int, identities: Tensor, states: Tensor) -> None:
-        """Adds states `[n, width]`, in place of others that have their slots."""
+        """Adds states `[n, width]`, which replace others in their slots."""
         if len(states) == 0:
             return
         if not self.owners:
@@ -56,5 +55,5 @@ class NeighborStates:
         _, slots = self.find(level, identities)
         owners = self.owners[level - 1]
         owners[slots] = identities
-        last = owners[slots] == identities  # of several with one slot, one stays
-        self.states[level - 1][slots[last]] = states[last]
+        kept = owners[slots] == identities  # one of those that share a slot
+        self.states[level - 1][slots[kept]] = states[kept]

@@ -1,5 +1,5 @@
-"""`Optimization`: the optimiser of a training and its learning rate at every update, in one place
-for all models."""
+"""`Optimization`: the optimiser and the learning-rate schedule of all models that are trained
+here."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,29 +14,29 @@ from neighborlm.models import schedules
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a model is trained: `--model.lr` and its like.
+    """How a model is trained.
 
     Args:
-        optimizer: `adam` (AdamW), or Nesterov's accelerated gradient `nag`, with a learning rate
-            near 1, as in the papers' recipe for WikiText-103.
-        lr: peak learning rate; take less where the loss jumps or is no number, more where it
+        optimizer: `adam` (AdamW) or `nag` (Nesterov's accelerated gradient); the papers' recipe for
+            WikiText-103 is `nag` with a learning rate near 1.
+        lr: peak learning rate; lower it if the loss jumps or becomes NaN, raise it if the loss
             falls slowly.
-        schedule: what follows the warm-up: `cosine`, down to min_lr and again from the start,
-            `inverse_sqrt`, or `constant`.
-        warmup_updates: updates in which the learning rate rises in a line to lr; take more for
+        schedule: what follows the warm-up: `cosine` (down to min_lr, then again from the peak),
+            `inverse_sqrt` or `constant`.
+        warmup_updates: updates during which the learning rate rises linearly to lr; raise it for
             large models and for `nag`.
-        warmup_init_lr: learning rate of the first update.
-        min_lr: where each period of the cosine ends.
-        lr_period_updates: length of the first period of the cosine; give it the updates after the
-            warm-up and the training ends at min_lr.
-        t_mult: how many times as long as the one before each further period of the cosine is.
-        lr_shrink: what lr and min_lr are multiplied with at each further period of the cosine.
+        warmup_init_lr: learning rate of the first update, where there is a warm-up.
+        min_lr: learning rate at the end of each period of the cosine.
+        lr_period_updates: updates in the first period of the cosine; set it to the updates after
+            the warm-up, so that the training ends at min_lr.
+        t_mult: length of each further period of the cosine relative to the one before it.
+        lr_shrink: factor of lr and min_lr at each further period of the cosine.
         momentum: of `nag`.
-        adam_betas: decay of the averages of gradients and of their squares, of `adam`.
-        weight_decay: of either optimiser; take more where the model learns its text by heart.
+        adam_betas: decay rates of the averages of gradients and of their squares in `adam`.
+        weight_decay: decoupled in `adam`, an L2 penalty in `nag`; raise it if the model overfits.
 
     Raises:
-        InputError: a value alone cannot be right.
+        InputError: a value is out of range.
     """
 
     optimizer: Literal["nag", "adam"] = "adam"
@@ -60,8 +60,8 @@ class Optimization:
             raise InputError(f"--model.t_mult is {self.t_mult}; expected at least 1")
 
     def learning_rate(self, update: int) -> float:
-        """The schedule's learning rate at an update, from 0."""
-        warm = {
+        """The learning rate at an update, counted from 0."""
+        warmup = {
             "peak": self.lr,
             "warmup_updates": self.warmup_updates,
             "warmup_init": self.warmup_init_lr,
@@ -73,15 +73,15 @@ class Optimization:
                 period=self.lr_period_updates,
                 t_mult=self.t_mult,
                 shrink=self.lr_shrink,
-                **warm,
+                **warmup,
             )
         if self.schedule == "inverse_sqrt" or update < self.warmup_updates:
-            return schedules.inverse_sqrt(update, **warm)
+            return schedules.inverse_sqrt(update, **warmup)
         return self.lr
 
     def configure(self, parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
-        """The optimiser of some parameters and, per update, its schedule, as Lightning's
-        `configure_optimizers` gives them."""
+        """The optimiser of some parameters and its schedule, stepped at every update, in the form
+        that Lightning's `configure_optimizers` returns."""
         if self.optimizer == "nag":
             optimizer = torch.optim.SGD(
                 parameters,

@@ -7,17 +7,18 @@ from neighborlm.models.metrics import TokenLoss
 
 
 class Scorer(pl.LightningModule):
-    """Scores batches with a model, which need be no module of torch, and adds up its loss.
+    """Scores batches with a model and sums up its loss.
 
-    One pass has one Scorer; others of other wants may be made of the same model before and after.
+    Each pass has a Scorer of its own; one model may serve several, with different wants.
 
     Args:
-        model: a module of torch is put onto the trainer's device, and in evaluation mode.
-        want: what each step is to tell of every token; see `Want.and_also`.
+        model: need not be a torch module; one that is goes to the trainer's device and into
+            evaluation mode.
+        want: what each step returns of every token.
 
     Attributes:
         test_loss: of the tokens of the last test run, over all ranks.
-        lm_loss: of the language model alone that the model stands on, if there is one.
+        lm_loss: the same for the language model on which the model stands, if there is one.
     """
 
     def __init__(self, model: LanguageModel, want: Want) -> None:
@@ -30,12 +31,12 @@ class Scorer(pl.LightningModule):
             self.save_hyperparameters(dict(model.hparams))
 
     def on_test_epoch_start(self) -> None:
-        """Starts new sums."""
+        """Resets the losses."""
         self.test_loss.reset()
         self.lm_loss.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> Scored:
-        """What is wanted of the batch's tokens; their losses are added to those of the run."""
+        """What is wanted of the batch's tokens; adds their losses to those of the run."""
         scored = self.model.score(batch, self.want)
         if scored.log_probs is not None:
             self.test_loss.update(scored.log_probs)
@@ -48,6 +49,6 @@ class Scorer(pl.LightningModule):
         return self.model.score(batch, self.want)
 
     def _end_of_pass(self) -> None:
-        self.eval()  # as it is, but a model forgets what it has kept for this pass
+        self.eval()  # it already is, but this makes a GNN-LM drop the states it has cached
 
     on_test_epoch_end = on_predict_epoch_end = _end_of_pass

@@ -1,7 +1,7 @@
-"""`TrainableLM`: what every model that is trained here shares as a LightningModule.
+"""`TrainableLM`: the LightningModule that all models trained here derive from.
 
-Training and validation steps, optimiser, checkpoints and sharing out to ranks. It knows nothing of
-retrieval; test and prediction runs are those of `Scorer`, for models of any kind.
+Training and validation steps, optimiser, checkpoints and sharding over ranks. It knows nothing of
+retrieval; test and prediction runs belong to `Scorer`, which takes models of any kind.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from neighborlm.models.weights import content_hash, weights_version
 
 
 class TrainableLM(pl.LightningModule):
-    """A `common.contracts.LanguageModel` with losses, optimiser and schedule; a model adds its
+    """A `common.contracts.LanguageModel` with losses, optimiser and schedule. A subclass adds its
     network, `vocab_size`, `max_target_positions`, `key_width` and `score`.
 
     Args:
-        optimization: fields of `Optimization`; they are hyper-parameters of the model.
+        optimization: fields of `Optimization`, which become hyper-parameters of the model.
     """
 
     COMPUTING: tuple[str, ...] = ()
@@ -38,9 +38,9 @@ class TrainableLM(pl.LightningModule):
         self.save_hyperparameters(asdict(self.optimization))
         self.val_loss = TokenLoss()
         self.dictionary_fingerprint: str | None = None
-        """Of the vocabulary that it was trained with; saved with checkpoints."""
+        """Fingerprint of the vocabulary of its training; saved with checkpoints."""
         self.updates = 0
-        """Optimiser steps it had when it was saved."""
+        """Optimiser steps in the checkpoint that it was loaded from."""
         self._fingerprint: tuple[Any, str] | None = None
 
     @property
@@ -50,16 +50,16 @@ class TrainableLM(pl.LightningModule):
 
     @property
     def max_target_positions(self) -> int:
-        """Longest row the model reads."""
+        """Longest row that the model reads, in tokens."""
         raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all weights and of the settings that change what they compute, whatever file
-        they came from.
+        """A hash of all weights and of the settings that change what they compute, independent of
+        the file they came from.
 
-        In evaluation mode it is computed once and again after `train()`, `eval()` and every change
-        of a weight that torch counts; see `weights_version`.
+        In evaluation mode it is cached until `train()`, `eval()` or a change of a weight that torch
+        counts; see `weights_version`.
         """
         version = weights_version(self)
         if self.training or self._fingerprint is None or self._fingerprint[0] != version:
@@ -67,7 +67,7 @@ class TrainableLM(pl.LightningModule):
         return self._fingerprint[1]
 
     def _computing(self) -> Mapping[str, Any]:
-        """What decides what the model computes besides its weights."""
+        """The settings that, besides the weights, determine what the model computes."""
         return {name: self.hparams[name] for name in self.COMPUTING}
 
     def train(self, mode: bool = True) -> "TrainableLM":
@@ -81,10 +81,10 @@ class TrainableLM(pl.LightningModule):
         return False
 
     def key_width(self, key_type: str) -> int:
-        """Width of the vectors of a key type.
+        """Width of the keys of a type.
 
         Raises:
-            InputError: the model has no such feature.
+            InputError: the model has no keys of this type.
         """
         raise NotImplementedError
 
@@ -113,12 +113,12 @@ class TrainableLM(pl.LightningModule):
         self.log_dict({"val/loss": loss.float(), "val/ppl": loss.exp().float()}, prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Records which dictionary the ids belong to."""
+        """Records the dictionary to which the ids belong."""
         if self.trainer.datamodule is not None:
             checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient before it is clipped, at updates whose figures are kept."""
+        """Logs the norm of the gradient before clipping, at the updates that Lightning logs."""
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -126,8 +126,8 @@ class TrainableLM(pl.LightningModule):
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def configure_model(self) -> None:
-        """In a training with `--trainer.strategy fsdp`, shares parameters, gradients and the
-        optimiser's state out to the ranks: those of each layer together, and those of all else."""
+        """Under `--trainer.strategy fsdp`, shards parameters, gradients and the optimiser's state
+        over the ranks: each layer on its own, and all the rest together."""
         if self.device_mesh is None or isinstance(self, FSDPModule):
             return
         for module in self.modules():
@@ -138,5 +138,5 @@ class TrainableLM(pl.LightningModule):
             register_fsdp_forward_method(self, step.__name__)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser of what is trained and, per update, its schedule."""
+        """The optimiser of the parameters that are trained, and its schedule."""
         return self.optimization.configure([p for p in self.parameters() if p.requires_grad])

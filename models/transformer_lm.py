@@ -30,33 +30,35 @@ class TransformerLM(TrainableLM):
 
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
-        width: of the hidden vectors, and so of datastore keys.
-        ffn_width: of the feed-forward blocks; four times the width as a rule.
+        width: of the hidden vectors, and so of the keys of a datastore.
+        ffn_width: of the feed-forward blocks; usually four times the width.
         layers: number of layers.
-        heads: attention heads a layer; width must be a multiple of it.
-        adaptive_input_cutoffs: first id of each band of rarer words in the input embedding; give
-            some where the vocabulary has tens of thousands of words. Those beyond the vocabulary
-            are left out; empty for a plain embedding.
-        adaptive_input_factor: how much narrower each band is than the one before.
-        adaptive_softmax_cutoffs: the same for the output.
-        adaptive_softmax_factor: the same for the output.
-        tie_weights: input and output share their word vectors; both must then have the same bands.
-        tie_projections: adaptive input and softmax share the projections of the bands too.
-        output_bias: a bias on the logits of a plain softmax.
-        max_target_positions: longest row of tokens the model reads; data.tokens_per_sample must
-            not exceed it.
-        positions: sinusoidal or learned.
-        pre_norm: layer norms in front of the blocks, not behind.
-        final_norm: a layer norm after the last layer.
-        scale_embedding: multiply embeddings with sqrt(width).
+        heads: attention heads per layer; it must divide width.
+        adaptive_input_cutoffs: first id of each band of rarer words in the input embedding; by
+            default none, a plain embedding. Set them for vocabularies of tens of thousands of
+            words; cutoffs beyond the vocabulary are ignored.
+        adaptive_input_factor: ratio of the widths of one band and the next.
+        adaptive_softmax_cutoffs: as adaptive_input_cutoffs, for the output softmax.
+        adaptive_softmax_factor: as adaptive_input_factor, for the output softmax.
+        tie_weights: share word vectors between input and output, which must then have the same
+            bands.
+        tie_projections: share the projections of the bands too, where both are adaptive.
+        output_bias: add a bias to the logits of a plain softmax.
+        max_target_positions: longest row that the model reads, in tokens; raise it if
+            --data.tokens_per_sample is larger.
+        positions: position embeddings: sinusoidal, or learned.
+        pre_norm: put layer norms in front of the blocks, not behind them.
+        final_norm: add a layer norm after the last layer.
+        scale_embedding: multiply embeddings by sqrt(width).
         activation: of the feed-forward blocks.
-        dropout: on embeddings and on the output of each block; take more where the model learns its
-            text by heart, none where the text is larger than it can learn.
+        dropout: on embeddings and on the output of each block; raise it if the model overfits, set
+            it to 0 if the model is too small for its text.
         attention_dropout: on attention weights.
         activation_dropout: after the activation of the feed-forward blocks.
-        softmax_dropout: on the inputs of the adaptive softmax.
-        activation_checkpointing: recompute each layer in the backward pass: less memory, more time.
-        compile: compile the decoder with torch.compile; worth it on a GPU and for many updates.
+        softmax_dropout: on the inputs of an adaptive softmax.
+        activation_checkpointing: recompute each layer in the backward pass, which saves memory and
+            takes longer.
+        compile: compile the decoder by torch.compile; worth it on a GPU and for many updates.
     """
 
     COMPUTING = ("heads", "pre_norm", "scale_embedding", "activation", "positions")
@@ -111,18 +113,18 @@ class TransformerLM(TrainableLM):
             name = f"--model.adaptive_{side}_cutoffs"
             cutoffs = list(hparams[f"adaptive_{side}_cutoffs"])
             if cutoffs != sorted({c for c in cutoffs if c > 0}):
-                raise InputError(f"{name} are {cutoffs}; expected ascending ids, the first over 0")
+                raise InputError(f"{name} are {cutoffs}; expected ascending ids above 0")
         if hparams.output_bias and hparams.adaptive_softmax_cutoffs:
             raise InputError(
                 "--model.output_bias needs a plain softmax, but --model.adaptive_softmax_cutoffs "
-                f"are {list(hparams.adaptive_softmax_cutoffs)}; expected none"
+                f"are {list(hparams.adaptive_softmax_cutoffs)}; expected no cutoffs"
             )
-        bands, factor = hparams.adaptive_input_cutoffs, hparams.adaptive_input_factor
-        if hparams.width // factor ** len(bands) < 1:
+        cutoffs, factor = list(hparams.adaptive_input_cutoffs), hparams.adaptive_input_factor
+        if hparams.width // factor ** len(cutoffs) < 1:
             raise InputError(
-                f"--model.adaptive_input_cutoffs {list(bands)} with --model.adaptive_input_factor "
-                f"{factor} leave no width to the last band; expected fewer, as --model.width is "
-                f"{hparams.width}"
+                f"--model.adaptive_input_cutoffs {cutoffs} with --model.adaptive_input_factor "
+                f"{factor} leave the last band no width; expected fewer cutoffs or a smaller "
+                f"factor, as --model.width is {hparams.width}"
             )
         if hparams.width % hparams.heads:
             raise InputError(
@@ -209,14 +211,14 @@ class TransformerLM(TrainableLM):
 
     @property
     def width(self) -> int:
-        """Of the hidden vectors, and of the word vectors."""
+        """Width of the hidden vectors and of the word vectors."""
         return self.hparams.width
 
     def key_width(self, key_type: str) -> int:
         key_layer(key_type, self.hparams.layers)
         return self.hparams.width
 
-    # -- in parts: see `common.contracts.Backbone` -----------------------------------------------
+    # -- its parts: see `common.contracts.Backbone` ----------------------------------------------
 
     def hidden(
         self, tokens: Tensor, key_types: Sequence[str] = ()
@@ -233,7 +235,7 @@ class TransformerLM(TrainableLM):
         return self.softmax.log_prob(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Word vectors `[..., width]`, neither scaled nor with positions."""
+        """Word vectors `[..., width]` of tokens, neither scaled nor with positions."""
         return self.decoder.embedding(tokens)
 
     # -- as a whole ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The weights of a model as its content: a hash of them, and a cheap way to notice that they have
+"""The identity of a model's weights: a hash of them, and a cheap way to notice that they have
 changed."""
 
 import hashlib
@@ -11,10 +11,10 @@ from torch import nn
 
 
 def content_hash(module: nn.Module, settings: Mapping[str, Any]) -> str:
-    """A hash of all weights, whatever file they came from.
+    """A hash of all weights and of some settings, independent of the file they came from.
 
     Args:
-        settings: what else decides what the module computes.
+        settings: what else determines what the module computes.
     """
     digest = hashlib.blake2b(repr(dict(settings)).encode(), digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
@@ -24,10 +24,10 @@ def content_hash(module: nn.Module, settings: Mapping[str, Any]) -> str:
 
 
 def weights_version(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Another one after a parameter or a buffer was replaced, moved or changed in place.
+    """A value that differs after a parameter or buffer was replaced, moved or changed in place.
 
-    Not so after changes that torch itself does not count: those of fused optimisers, and those that
-    are made through `.data`.
+    Changes that torch does not count go unnoticed: those of fused optimisers, and those made
+    through `.data`.
     """
     tensors = chain(module.parameters(), module.buffers())
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)

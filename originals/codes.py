@@ -1,5 +1,5 @@
-"""Quantised features of the original GNN-LM, used in place: raw codes and the faiss codec that made
-them."""
+"""Quantised features of the original GNN-LM, read in place: raw codes and the faiss codec that
+encoded them."""
 
 import os
 from pathlib import Path
@@ -22,17 +22,17 @@ from neighborlm.retrieval.store.datastore import Datastore
 
 
 def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
-    """Takes over codes of the original program, in place; `open_codes` then finds them under
+    """Registers codes of the original program, in place, so that `open_codes` finds them as
     `imported`.
 
     Args:
-        datastore: whose keys were encoded; the manifest is written there.
+        datastore: the one whose keys were encoded; the manifest is written there.
         source: uint8 `[N, M]`, a raw map or a `.npy` file.
-        quantizer: the faiss codec that made them.
+        quantizer: the faiss codec that encoded them.
 
     Raises:
-        InputError: a file is missing, sizes differ from the datastore's or the codec's, or faiss
-            alone could decode them.
+        InputError: a file is missing, its size does not fit the datastore or the codec, or the
+            codec is of a kind that only faiss can decode.
     """
     codec = FeatureCodec.read(quantizer)
     refuse_mismatch(quantizer, {"dim": codec.dim}, {"dim": datastore.dim})
@@ -41,7 +41,7 @@ def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
     except InputError as error:
         raise InputError(f"{quantizer}: {error}") from None
     if not source.is_file():
-        raise InputError(f"{source}: no such file; expected the original program's codes")
+        raise InputError(f"{source}: no such file; expected codes of the original program")
     codes, offset = map_raw(source, Layout(np.dtype(np.uint8), (len(datastore), codec.code_size)))
     rows, keys = datastore.sample(HELD, seed=1)
     artifact = artifact_of(datastore.path, IMPORTED)

@@ -1,11 +1,10 @@
-"""Checkpoints of fairseq 0.9 and of the original GNN-LM, a fork of it, in as models of ours and out
-again: which of the two a file is, and the files on either side.
+"""Converts checkpoints of fairseq 0.9 and of the original GNN-LM, a fork of it, to models of this
+project, and language models back to fairseq.
 
     neighborlm convert from_fairseq checkpoint_best.pt lm.ckpt
     neighborlm convert to_fairseq lm.ckpt checkpoint_best.pt
 """
 
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.originals.fairseq import (
@@ -32,27 +32,27 @@ from neighborlm.originals.fairseq_gnn import gnn_lm
 
 def load_fairseq_checkpoint(path: Path | str) -> TransformerLM | GNNLM:
     """Builds the model that a fairseq checkpoint describes, with its weights in fp32: a
-    `TransformerLM`, or of the original GNN-LM's a `GNNLM`.
+    `TransformerLM`, or a `GNNLM` from a checkpoint of the original GNN-LM.
 
     Raises:
-        InputError: the file cannot be read, holds objects that are not allowed, is of a kind of
-            model that ours are not, or its tensors do not fit its arguments.
+        InputError: the file cannot be read, holds objects that are not allowed, is of an
+            unsupported kind of model, or its tensors do not fit its arguments.
     """
     args, stored = read_checkpoint(Path(path))
     stored = modern_names(stored)
     settings = hyper_parameters(args, stored, path)
     if settings["adaptive_softmax_cutoffs"]:
-        stored.pop(BIAS, None)  # which an adaptive softmax does not add
+        stored.pop(BIAS, None)  # stored, but not added to an adaptive softmax
     if getattr(args, "graph_layer", 0):
         return gnn_lm(args, stored, settings, path)
     return transformer_lm(settings, stored, path)
 
 
 def convert(checkpoint: Path, output: Path) -> None:
-    """Makes a Lightning checkpoint of a fairseq checkpoint.
+    """Makes a Lightning checkpoint from a fairseq checkpoint.
 
     Args:
-        checkpoint: of fairseq 0.9 or older, or of the original GNN-LM, such as
+        checkpoint: a checkpoint of fairseq 0.9 or older, or of the original GNN-LM, such as
             checkpoint_best.pt.
         output: the Lightning checkpoint to write.
     """
@@ -66,21 +66,21 @@ def convert(checkpoint: Path, output: Path) -> None:
         model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams),
     }
     if isinstance(model, GNNLM):
-        # Neither the LM's datastores nor the neighbours' features are known.
+        # The file says neither which datastores the LM made nor what features neighbours had.
         contents |= {"lm_fingerprint": None, "neighbors": None}
         if model.code_decoder is not None:
             print(
-                f"{output}: is without the quantiser of {checkpoint}, as a codec lies beside the "
-                "codes that it makes and not in a model"
+                f"{output}: does not hold the quantiser of {checkpoint}, as a codec is stored with "
+                "the codes that it makes and not in a model"
             )
     _publish(contents, output)
 
 
 def export(checkpoint: Path, output: Path) -> None:
-    """Makes a fairseq checkpoint, without the state of the optimiser, of a Lightning checkpoint.
+    """Makes a fairseq checkpoint, without the state of the optimiser, from a Lightning checkpoint.
 
     Args:
-        checkpoint: of a TransformerLM.
+        checkpoint: a checkpoint of a TransformerLM.
         output: the fairseq checkpoint to write.
     """
     model = _load_lightning_checkpoint(checkpoint)
@@ -109,21 +109,18 @@ def _load_lightning_checkpoint(path: Path) -> TransformerLM:
         raise InputError(f"{path}: no such file; expected a checkpoint of a TransformerLM")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        of_gnn_lm = "lm" in checkpoint["hyper_parameters"]
-        if not of_gnn_lm:
+        if "lm" not in checkpoint["hyper_parameters"]:
             model = TransformerLM(**checkpoint["hyper_parameters"])
             model.load_state_dict(checkpoint["state_dict"])
             return model
     except READ_ERRORS:
         raise InputError(f"{path}: expected a Lightning checkpoint of a TransformerLM") from None
     raise InputError(
-        f"{path}: holds a GNNLM; expected a TransformerLM, all that fairseq itself has"
+        f"{path}: holds a GNNLM; expected a TransformerLM, as fairseq itself has no GNN-LM"
     )
 
 
 def _publish(contents: dict[str, Any], path: Path) -> None:
-    """torch.save under a temporary name, then under its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f"{path.name}.making")
-    torch.save(contents, making)
-    os.replace(making, path)
+    with publishing(path) as making:
+        torch.save(contents, making)

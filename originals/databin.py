@@ -1,13 +1,11 @@
-"""fairseq's memory-mapped data-bin, read in place and written, and as a corpus.
+"""Reads fairseq's memory-mapped data-bin in place, as a corpus, and writes it.
 
-A split is two files: `<split>.bin`, the ids of all lines one after another, and `<split>.idx`: the
-magic, the version (u64), the code of the ids' type (u8), the number of lines (u64), the length of
-each line (i32) and where each begins in the .bin file, in bytes (i64), all little-endian.
+A split is two files: `<split>.bin`, the ids of all lines concatenated, and `<split>.idx`: the
+magic, the version (u64), the code of the type of ids (u8), the number of lines (u64), the length of
+each line (i32) and the byte at which it begins in the .bin file (i64), all little-endian.
 """
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from struct import Struct
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
 from neighborlm.datamodules.binarize import TokenStream
 from neighborlm.datamodules.binarized import CorpusSettings, fingerprint_of_tokens
 from neighborlm.datamodules.dictionary import Dictionary
@@ -25,7 +24,7 @@ OTHER_MAGIC = b"TNTIDX\0\0"  # of fairseq's older formats, --dataset-impl lazy a
 VERSION = 1
 HEADER = Struct("<9sQBQ")  # magic, version, type code, lines
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
-"""By type code; 9 and 10 came with fairseq 0.10."""
+"""Types of ids by code; codes 9 and 10 came with fairseq 0.10."""
 FLOAT_CODES = (6, 7)
 UINT16_VOCABULARY = 65500
 """From this many words on, preprocess.py of fairseq 0.9 writes int32 (that of 0.10 uint32)."""
@@ -33,20 +32,20 @@ TOKENS_AT_ONCE = 1 << 22
 
 
 def is_databin(folder: Path | str) -> bool:
-    """Whether a folder is a language model's data-bin: at least one split's .idx, and a dict.txt or
-    the split's .bin."""
+    """Whether a folder is a language model's data-bin: it has the .idx of a split, and the .bin of
+    one or a dict.txt."""
     folder = Path(folder)
     indexes = list(folder.glob("*.idx"))
-    of_splits = any(index.with_name(f"{index.stem}.bin").is_file() for index in indexes)
-    return bool(indexes) and (of_splits or (folder / "dict.txt").is_file())
+    has_data = any(index.with_name(f"{index.stem}.bin").is_file() for index in indexes)
+    return bool(indexes) and (has_data or (folder / "dict.txt").is_file())
 
 
 class DataBin:
-    """A data-bin as a corpus: used where it lies, with as many splits as it has.
+    """A data-bin as a corpus, read in place, with all splits that it has.
 
     Args:
-        settings: its folder and, where it has no dict.txt, its dictionary; the level and the
-            threshold were decided when it was made.
+        settings: its folder and, where it has no dict.txt, its dictionary; level and threshold are
+            ignored, as they were applied when it was made.
     """
 
     def __init__(self, settings: CorpusSettings) -> None:
@@ -61,7 +60,7 @@ class DataBin:
         """The vocabulary.
 
         Raises:
-            InputError: there is none, or the one that was chosen is another.
+            InputError: there is none, or the chosen one differs from the data-bin's own.
         """
         own = self.folder / "dict.txt"
         if not own.exists():
@@ -83,15 +82,15 @@ class DataBin:
         return dictionary
 
     def has(self, split: str) -> bool:
-        """Whether there is such a split."""
+        """Whether the data-bin has a split."""
         return (self.folder / f"{split}.idx").is_file()
 
     def stream(self, split: str) -> TokenStream:
-        """The tokens of a split, memory-mapped; their ids are checked once.
+        """The tokens of a split, memory-mapped; the first call checks all ids.
 
         Raises:
-            InputError: no such split, or its files are not of this format or do not fit the
-                dictionary.
+            InputError: there is no such split, or its files are not of this format or do not fit
+                the dictionary.
         """
         if split not in self._streams:
             prefix = self.folder / split
@@ -101,20 +100,20 @@ class DataBin:
         return self._streams[split]
 
     def fingerprint(self, split: str) -> str:
-        """Identifies the split's tokens and where its lines end."""
+        """Identifies the tokens of a split and the ends of its lines."""
         if split not in self._fingerprints:
             self._fingerprints[split] = fingerprint_of_tokens(self.stream(split))
         return self._fingerprints[split]
 
 
 def open_databin(prefix: Path | str) -> TokenStream:
-    """Maps a split of a data-bin; no id is read, let alone copied.
+    """Maps a split of a data-bin, without reading its ids.
 
     Args:
         prefix: path of the split without `.bin` and `.idx`, such as `data-bin/train`.
 
     Returns:
-        Its tokens in the type that the file has, and its line starts.
+        Its tokens, in the type of the file, and its line starts.
 
     Raises:
         InputError: a file is missing, is not of this format, or does not fit the other.
@@ -147,7 +146,7 @@ def open_databin(prefix: Path | str) -> TokenStream:
 
 
 def check_ids(stream: TokenStream, vocab_size: int, name: Path | str) -> None:
-    """Reads all ids once.
+    """Checks that all ids are in the vocabulary.
 
     Args:
         name: of the stream, for the message.
@@ -170,9 +169,9 @@ def write_databin(
     """Writes a split as fairseq's preprocess does, byte for byte.
 
     Args:
-        prefix: path of the split without `.bin` and `.idx`; its folder is made when missing.
+        prefix: path of the split without `.bin` and `.idx`; its folder is made if it is missing.
         vocab_size: of the dictionary, special symbols included.
-        dtype: of the ids; the one that fairseq takes for the vocabulary when None.
+        dtype: of the ids; None: the one that fairseq chooses for the vocabulary.
 
     Raises:
         InputError: the format has no such type, or it cannot hold the ids or the line lengths.
@@ -194,22 +193,22 @@ def write_databin(
         raise InputError(f"{prefix}: has a line of {sizes.max()} tokens; expected below 2^31")
     index_path, data_path = _paths(prefix)
     index_path.parent.mkdir(parents=True, exist_ok=True)
-    with _published(data_path) as making, open(making, "wb") as file:
+    with publishing(data_path) as making, open(making, "wb") as file:
         for tokens in _chunks(stream.tokens):
             file.write(tokens.astype(dtype).tobytes())
-    with _published(index_path) as making, open(making, "wb") as file:
+    with publishing(index_path) as making, open(making, "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, codes[dtype], len(sizes)))
         file.write(sizes.astype("<i4").tobytes())
         file.write((stream.line_starts[:-1] * dtype.itemsize).astype("<i8").tobytes())
 
 
 def _paths(prefix: Path | str) -> tuple[Path, Path]:
-    """Of the index and the data; a split's name may have dots of its own."""
+    """Paths of the index and the data. No `with_suffix`: the name of a split may contain dots."""
     return Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int]:
-    """Type of the ids and number of lines, checked against the length of the file."""
+    """The type of the ids and the number of lines, checked against the size of the file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(HEADER.size)
@@ -240,11 +239,3 @@ def _read_header(path: Path) -> tuple[np.dtype, int]:
 def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(tokens), TOKENS_AT_ONCE):
         yield tokens[start : start + TOKENS_AT_ONCE]
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `path` when the writing succeeds."""
-    making = path.with_name(f"{path.name}.making")
-    yield making
-    os.replace(making, path)

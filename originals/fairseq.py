@@ -1,9 +1,9 @@
-"""Checkpoints of fairseq 0.9's `transformer_lm`, in as a `TransformerLM` and out again.
+"""Converts checkpoints of fairseq 0.9's `transformer_lm` to a `TransformerLM` and back.
 
-The hyper-parameters are those that the checkpoint stores. `pieces` pairs the tensors of the two
-sides; reading, checking and writing all follow it. Files are read without running anything they
-hold. The original GNN-LM's are read by `fairseq_gnn`, on top of what is here, and
-`conversion` tells which is which.
+Hyper-parameters come from the checkpoint. `pieces` pairs fairseq's tensors with ours; reading,
+checking and writing all follow it. Files are read without running code that they may hold.
+`fairseq_gnn` builds on this for checkpoints of the original GNN-LM, and `conversion` tells the two
+kinds apart.
 """
 
 import ast
@@ -29,16 +29,16 @@ from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
 
 LIGHTNING_KEY = "pytorch-lightning_version"
-LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # files of torch before 1.6
-LEGACY_PICKLES = 4  # the start, the protocol, the system, what was saved
+LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # of files of torch before 1.6
+LEGACY_PICKLES = 4  # magic number, protocol version, system information, the saved object
 READ_ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
     *(ValueError, TypeError, LookupError, AttributeError, struct.error),  # of damaged files
 )
-BIAS = "decoder.xl_bias"  # of the logits of a plain softmax, in the original GNN-LM's fairseq
-JUNK = re.compile(r"(.*\.)?(_float_tensor|version)|decoder\.embed_positions\.weights")
+BIAS = "decoder.xl_bias"  # on the logits of a plain softmax, in the original GNN-LM's fairseq
+IGNORED = re.compile(r"(.*\.)?(_float_tensor|version)|decoder\.embed_positions\.weights")
 
-# What fairseq assumes of a model for which an argument is not stored (base_lm_architecture).
+# fairseq's values of arguments that a checkpoint does not store (base_lm_architecture).
 DEFAULTS = {
     "activation_dropout": 0.0,
     "activation_fn": "relu",
@@ -95,7 +95,7 @@ UNSUPPORTED = {
 
 
 class _Meter:
-    """Takes the place of fairseq's progress meters, whose values nothing here reads."""
+    """Stands in for fairseq's progress meters, whose values are not needed."""
 
 
 SAFE_GLOBALS = [
@@ -105,8 +105,8 @@ SAFE_GLOBALS = [
 
 
 def is_fairseq_checkpoint(path: Path | str) -> bool:
-    """Whether a file looks like a fairseq checkpoint: torch wrote it, and it names `args` and
-    `model` but no version of Lightning. Nothing is loaded."""
+    """Whether a file looks like a fairseq checkpoint: torch wrote it, and it contains the strings
+    `args` and `model` but no version of Lightning. Nothing is loaded."""
     try:
         strings = _pickled_strings(Path(path))
     except (OSError, ValueError, zipfile.BadZipFile):
@@ -115,7 +115,7 @@ def is_fairseq_checkpoint(path: Path | str) -> bool:
 
 
 def _pickled_strings(path: Path) -> set[str]:
-    """Every string in the pickle of a file of torch.save; none if it is not one."""
+    """All strings in the pickle of a file that torch.save wrote; none for any other file."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"]
@@ -145,7 +145,7 @@ def read_checkpoint(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
         raise InputError(f"{path}: no such file; expected a fairseq checkpoint")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            # Mapped, the state of the optimiser is never read.
+            # With a memory map the state of the optimiser is never read.
             mapped = zipfile.is_zipfile(path)
             checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except READ_ERRORS as error:
@@ -175,18 +175,18 @@ def read_checkpoint(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
 def hyper_parameters(
     args: Namespace, stored: Mapping[str, Tensor], path: Path | str
 ) -> dict[str, Any]:
-    """Arguments of `TransformerLM` for a checkpoint.
+    """The arguments of `TransformerLM` for a checkpoint.
 
     fairseq 0.9 always builds pre-norm layers; a stored `decoder_normalize_before` of False is
-    taken at its word all the same, as it comes from a variant of fairseq that allows it.
+    followed all the same, as it comes from a variant of fairseq that allows post-norm.
 
     Args:
-        args: what the checkpoint stores, of fairseq 0.9 or older.
+        args: the arguments in the checkpoint, of fairseq 0.9 or older.
         stored: its tensors, under the names of 0.9.
         path: for messages.
 
     Raises:
-        InputError: the checkpoint is of a kind that `TransformerLM` is not.
+        InputError: the checkpoint is of a kind of model that `TransformerLM` does not support.
     """
     args = _upgrade_args(args)
     _refuse_unsupported(args, path)
@@ -216,7 +216,7 @@ def hyper_parameters(
 
 
 def _upgrade_args(args: Namespace) -> Namespace:
-    """Adds what is not stored, and turns older arguments into those of 0.9, as fairseq does."""
+    """Adds defaults and translates arguments of older versions to those of 0.9, as fairseq does."""
     new = Namespace(**(DEFAULTS | vars(args)))
     if hasattr(args, "no_tie_adaptive_proj"):
         new.no_decoder_final_norm = True
@@ -251,7 +251,7 @@ def _flag(name: str) -> str:
 
 
 def _cutoffs(args: Namespace, name: str, path: Path | str) -> list[int]:
-    """fairseq keeps cutoffs as text, such as "20000,60000"."""
+    """Parses cutoffs, which fairseq stores as text such as "20000,60000"."""
     value = getattr(args, name)
     try:
         found = ast.literal_eval(value) if isinstance(value, str) else value
@@ -279,12 +279,12 @@ def _check_bands(
     if softmax_bands and "decoder.adaptive_softmax.version" not in stored:
         raise InputError(
             f"{path}: has no decoder.adaptive_softmax.version; expected one, as without it the "
-            "adaptive softmax is of a form that fairseq itself has given up"
+            "adaptive softmax has a form that fairseq itself no longer reads"
         )
 
 
 def _vocab_size(stored: Mapping[str, Tensor], bands: list[int], path: Path | str) -> int:
-    """Rows of the embedding; of an adaptive one, the last band's on top of the last cutoff."""
+    """Rows of the embedding; of an adaptive one, the last cutoff plus the rows of the last band."""
     name = f"decoder.embed_tokens.embeddings.{len(bands)}.0.weight"
     if bands and name not in stored:
         return bands[-1]  # the last cutoff may be the size of the vocabulary
@@ -295,7 +295,7 @@ def _vocab_size(stored: Mapping[str, Tensor], bands: list[int], path: Path | str
 
 
 def optimisation(args: Namespace) -> dict[str, Any]:
-    """What `Optimization` has too of fairseq's optimiser and schedule."""
+    """The settings of fairseq's optimiser and schedule that `Optimization` has as well."""
     found: dict[str, Any] = {}
     optimizer = getattr(args, "optimizer", None)
     if optimizer in ("nag", "adam"):
@@ -315,7 +315,7 @@ def optimisation(args: Namespace) -> dict[str, Any]:
 def _schedule(args: Namespace, lr: float) -> dict[str, Any]:
     warmup = getattr(args, "warmup_updates", None) or 0
     start = getattr(args, "warmup_init_lr", None)
-    given = start is not None and start >= 0
+    start_given = start is not None and start >= 0
     match getattr(args, "lr_scheduler", None):
         case "cosine":
             period = getattr(args, "lr_period_updates", -1)
@@ -326,7 +326,7 @@ def _schedule(args: Namespace, lr: float) -> dict[str, Any]:
                 "lr": getattr(args, "max_lr", None) or lr,
                 "min_lr": lr,
                 "warmup_updates": warmup,
-                "warmup_init_lr": start if given else lr,
+                "warmup_init_lr": start if start_given else lr,
                 "lr_period_updates": round(period),
                 "t_mult": getattr(args, "t_mult", 1.0),
                 "lr_shrink": getattr(args, "lr_shrink", 0.1),
@@ -336,7 +336,7 @@ def _schedule(args: Namespace, lr: float) -> dict[str, Any]:
                 "schedule": "constant" if kind == "fixed" else kind,
                 "lr": lr,
                 "warmup_updates": warmup,
-                "warmup_init_lr": start if given else 0.0,
+                "warmup_init_lr": start if start_given else 0.0,
             }
     return {}
 
@@ -346,15 +346,15 @@ def _schedule(args: Namespace, lr: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows that a tensor of fairseq's and one of ours have in common.
+    """Rows that a tensor of fairseq and one of ours have in common.
 
     Attributes:
-        theirs: fairseq's name.
-        ours: name in the state dict of our model.
+        theirs: name in fairseq's state dict.
+        ours: name in our state dict.
         their_start: first of the rows in fairseq's tensor.
-        our_start: first of the rows in ours.
-        rows: how many; None for all of ours.
-        transposed: fairseq's tensor is `[columns, rows]`.
+        our_start: first of the rows in our tensor.
+        rows: number of rows; None for all of ours.
+        transposed: whether fairseq's tensor is `[columns, rows]`.
     """
 
     theirs: str
@@ -366,11 +366,11 @@ class Piece:
 
 
 def pieces(hparams: Mapping[str, Any], prefix: str = "") -> list[Piece]:
-    """How the tensors of a checkpoint make those of a `TransformerLM`, in fairseq's order.
+    """Pairs the tensors of a checkpoint with those of a `TransformerLM`, in fairseq's order.
 
     Args:
-        hparams: of the model.
-        prefix: of the names in our state dict, for a model that holds a `TransformerLM`.
+        hparams: hyper-parameters of the model.
+        prefix: of the names in our state dict, for a model that contains a `TransformerLM`.
     """
     found = [*_embedding_pieces(hparams)]
     for layer in range(hparams["layers"]):
@@ -382,7 +382,7 @@ def pieces(hparams: Mapping[str, Any], prefix: str = "") -> list[Piece]:
 
 
 def pair(theirs: str, ours: str) -> list[Piece]:
-    """The weight and the bias of a module, all of them."""
+    """Pairs the whole weight and the whole bias of a module."""
     return [Piece(f"{theirs}.{part}", f"{ours}.{part}") for part in ("weight", "bias")]
 
 
@@ -420,11 +420,11 @@ def _layer_pieces(layer: int, width: int) -> Iterator[Piece]:
 
 
 def softmax_pieces(hparams: Mapping[str, Any]) -> Iterator[Piece]:
-    """How those of the output softmax make `softmax`.
+    """Pairs the tensors of the output softmax with those of `softmax`.
 
     Args:
-        hparams: vocab_size, adaptive_softmax_cutoffs, tie_weights, tie_projections and output_bias
-            of the model.
+        hparams: of the model: vocab_size, adaptive_softmax_cutoffs, tie_weights, tie_projections
+            and output_bias.
     """
     tied = hparams["tie_weights"]
     if not hparams["adaptive_softmax_cutoffs"]:
@@ -456,9 +456,9 @@ def _bands(hparams: Mapping[str, Any], side: str) -> int:
 
 
 def modern_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names of fairseq 0.9: those of older versions are renamed and fused
-    projections split; the output projection of later versions is renamed too, or left out where
-    it is the embedding."""
+    """Tensors under their names in fairseq 0.9. Those of older versions are renamed, and their
+    fused projections split; the output projection of later versions is renamed, or left out where
+    it equals the embedding."""
     found: dict[str, Tensor] = {}
     norms = {"0": "self_attn_layer_norm", "2": "final_layer_norm"}
     for name, tensor in model.items():
@@ -477,7 +477,7 @@ def modern_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _their_shapes(found: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of fairseq's tensors, from ours."""
+    """Shapes of fairseq's tensors, derived from ours."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in found:
         rows, *columns = ours[piece.ours].shape
@@ -496,20 +496,20 @@ def check_tensors(
     path: Path | str,
     besides: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Whether a checkpoint has every tensor that it should, in its shape, and no other.
+    """Checks that a checkpoint has all expected tensors, in their shapes, and no others.
 
     Args:
-        found: how its tensors make ours.
+        found: pairs its tensors with ours.
         ours: state dict of our model.
         stored: its tensors.
         path: for messages.
         besides: shapes of further tensors that it should have.
 
     Raises:
-        InputError: lists all that are missing, unexpected or misshapen.
+        InputError: lists all tensors that are missing, unexpected or misshapen.
     """
     shapes = _their_shapes(found, ours) | dict(besides or {})
-    known = {name for name in stored if not JUNK.fullmatch(name)}
+    known = {name for name in stored if not IGNORED.fullmatch(name)}
     problems = [
         *(f"{name} is missing" for name in shapes if name not in known),
         *(f"{name} is unexpected" for name in stored if name in known - shapes.keys()),
@@ -529,7 +529,7 @@ def check_tensors(
 def our_state(
     found: list[Piece], ours: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state dict of ours, in fp32, from the tensors of a checkpoint."""
+    """Our state dict, in fp32, from the tensors of a checkpoint."""
     state = {p.ours: torch.empty(ours[p.ours].shape, dtype=torch.float32) for p in found}
     for piece in found:
         source = stored[piece.theirs]
@@ -542,7 +542,7 @@ def our_state(
 
 
 def _check_ties(model: TrainableLM, state: Mapping[str, Tensor], path: Path | str) -> None:
-    """A file may hold what is one parameter here as two tensors: they must be the same."""
+    """Checks that tensors of a file are equal where they become one parameter of the model."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
@@ -560,16 +560,16 @@ def take_tensors(
     path: Path | str,
     besides: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Gives a model the weights of a checkpoint.
+    """Loads the weights of a checkpoint into a model.
 
     Args:
-        found: how its tensors make those of the model.
-        stored: its tensors.
+        found: pairs the tensors of the checkpoint with those of the model.
+        stored: tensors of the checkpoint.
         path: for messages.
-        besides: shapes of tensors that it has too, and that are no weights of the model.
+        besides: shapes of tensors in the checkpoint that are no weights of the model.
 
     Raises:
-        InputError: lists all tensors that do not fit; or those that should be the same differ.
+        InputError: lists all tensors that do not fit, or names two that should be equal and differ.
     """
     ours = model.state_dict()
     check_tensors(found, ours, stored, path, besides)
@@ -585,7 +585,7 @@ def transformer_lm(
 
     Args:
         settings: see `hyper_parameters`.
-        stored: its tensors, under the names of fairseq 0.9.
+        stored: tensors of the checkpoint, under the names of fairseq 0.9.
         path: for messages.
 
     Raises:
@@ -596,11 +596,11 @@ def transformer_lm(
     return model
 
 
-# -- the way out ---------------------------------------------------------------------------------
+# -- export --------------------------------------------------------------------------------------
 
 
 def export_state_dict(model: TransformerLM) -> dict[str, Tensor]:
-    """The model's tensors under fairseq's names and in its layout; tied ones share storage."""
+    """The tensors of a model under fairseq's names and in its layout; tied ones share storage."""
     ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     found = pieces(model.hparams)
     theirs: dict[str, Tensor] = {"decoder.version": torch.tensor([3.0])}
@@ -634,11 +634,11 @@ def _copy_out(piece: Piece, ours: Tensor, theirs: Tensor) -> None:
 def export_args(model: TransformerLM) -> Namespace:
     """The arguments that fairseq needs to build, train and evaluate the model.
 
-    `tokens_per_sample`, which `TransformerLM` does not know, is its longest row.
+    `tokens_per_sample`, which a `TransformerLM` does not store, is set to its longest row.
 
     Raises:
-        InputError: a post-norm model or one with a bias on its logits, which fairseq's
-            transformer_lm cannot be.
+        InputError: the model is post-norm or has a bias on its logits, which fairseq's
+            transformer_lm does not support.
     """
     h = model.hparams
     if not h.pre_norm:

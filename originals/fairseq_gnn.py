@@ -1,8 +1,8 @@
-"""Checkpoints of the original GNN-LM (Meng et al., ICLR 2022), a fork of fairseq 0.9, in as a
+"""Converts checkpoints of the original GNN-LM (Meng et al., ICLR 2022), a fork of fairseq 0.9, to a
 `GNNLM`.
 
-They are a `transformer_lm`'s with a graph network beside the decoder and, where its neighbours come
-as codes, their quantiser. `originals.fairseq` reads the files and the LM in them.
+They are checkpoints of a `transformer_lm` with a graph network beside the decoder and, where
+neighbours come as codes, a quantiser. `originals.fairseq` reads the files and the LM in them.
 """
 
 import re
@@ -31,10 +31,10 @@ from neighborlm.originals.fairseq import (
 NETWORK = "decoder.hgt_decoder"
 QUANTIZER = "decoder.tgt_quantizer"
 PROJECTIONS = {"key": "k", "query": "q", "value": "v", "output": "a"}  # ours: theirs
-OF_RELATIONS = {"prior": "pri", "attention": "att", "message": "msg"}
+RELATION_PARAMETERS = {"prior": "pri", "attention": "att", "message": "msg"}  # ours: theirs
 CODEC_ARRAYS = {"centroids": "centroids_torch", "A": "A", "b": "b"}
 
-# What the fork assumes of an argument that is not stored.
+# The fork's values of arguments that a checkpoint does not store.
 DEFAULTS = {
     "decoder_gcn_dim": 1024,
     "intra_context": 0,
@@ -42,8 +42,8 @@ DEFAULTS = {
     "quantizer_path": "",
     "short_cut": False,
 }
-# Gates without effect, biases that add the same to all scores of a softmax, and tables that serve
-# to compare codes.
+# Gates without effect, biases that add the same to all scores of a softmax, and tables for the
+# comparison of codes.
 UNUSED = re.compile(
     r"decoder\.hgt_decoder\.gcs\.\d+\.(skip|k_linears\.[01]\.bias)"
     r"|decoder\.tgt_quantizer\.(norm2_centroids_torch|sdc_table_torch)"
@@ -53,17 +53,17 @@ UNUSED = re.compile(
 def gnn_lm(
     args: Namespace, stored: Mapping[str, Tensor], lm: Mapping[str, Any], path: Path | str
 ) -> GNNLM:
-    """The model that a checkpoint with a graph network describes: its weights in fp32, and what
-    decodes its neighbours' codes. Which features these had in training, the file does not say.
+    """The model that a checkpoint with a graph network describes, with its weights in fp32 and the
+    decoder of its neighbours' codes. The file does not say which features these had in training.
 
     Args:
-        args: what the checkpoint stores.
+        args: the arguments in the checkpoint.
         stored: its tensors, under the names of fairseq 0.9.
         lm: settings of its LM.
         path: for messages.
 
     Raises:
-        InputError: it is a model that `GNNLM` is not, or its tensors do not fit its arguments.
+        InputError: `GNNLM` does not support the model, or its tensors do not fit its arguments.
     """
     args = Namespace(**(DEFAULTS | vars(args)))
     try:
@@ -82,11 +82,11 @@ def gnn_lm(
 
 
 def _settings(args: Namespace, lm: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `GNNLM`. Nothing is unfrozen: which parts a further training changes is that
-    training's choice."""
+    """Arguments of `GNNLM`. Nothing is unfrozen: a further training chooses the parts that it
+    trains."""
     if args.short_cut:
         raise InputError(
-            "--short-cut is True, a graph network that is passed by; expected a model without it"
+            "--short-cut is True, which bypasses the graph network; expected a model without it"
         )
     return {
         "layers": args.graph_layer,
@@ -94,15 +94,15 @@ def _settings(args: Namespace, lm: Mapping[str, Any]) -> dict[str, Any]:
         "heads": lm["heads"],
         "dropout": lm["dropout"],
         "attention_dropout": lm["attention_dropout"],
-        "intra_context": args.intra_context or None,  # theirs is 0 for all tokens before it
+        "intra_context": args.intra_context or None,  # 0 means all tokens before it there
         "lm_ratio": args.orig_prob_ratio,
         **optimisation(args),
     }
 
 
 def used(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that matter; those of the relations one by one, `NAME[0]` and
-    `NAME[1]`, as `network_pieces` names them."""
+    """The tensors of a checkpoint that have an effect. Those with a slice for each relation are
+    split into `NAME[0]` and `NAME[1]`, as `network_pieces` names them."""
     found: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         empty = name.startswith(f"{QUANTIZER}.") and tensor.numel() == 0
@@ -116,24 +116,24 @@ def used(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gnn_pieces(hparams: Mapping[str, Any]) -> list[Piece]:
-    """How the tensors of a checkpoint make those of a `GNNLM`; see `originals.fairseq.pieces`.
+    """Pairs the tensors of a checkpoint with those of a `GNNLM`; see `originals.fairseq.pieces`.
 
     Args:
-        hparams: of the model.
+        hparams: hyper-parameters of the model.
     """
     lm, width = hparams["lm"], hparams["width"]
     found = pieces(lm, "lm.")
-    found += softmax_pieces(lm)  # which the state has twice
+    found += softmax_pieces(lm)  # our state dict has the softmax twice
     return found + network_pieces(hparams["layers"], width != lm["width"], "network.")
 
 
 def network_pieces(layers: int, adapts: bool, prefix: str = "") -> list[Piece]:
-    """How those of the graph network make an `HGT`.
+    """Pairs the tensors of the graph network with those of an `HGT`.
 
     Args:
-        layers: of the network.
+        layers: number of layers of the network.
         adapts: whether its states have another width than the features.
-        prefix: of the names in our state dict, for a model that holds an `HGT`.
+        prefix: of the names in our state dict, for a model that contains an `HGT`.
     """
     found: list[Piece] = []
     for layer in range(layers):
@@ -153,7 +153,7 @@ def _layer_pieces(theirs: str, ours: str) -> list[Piece]:
             found += both[:1] if name == "key" else both
         found += pair(f"{theirs}.norms.{t}", f"{ours}.norm.{node_type}")
     for e, relation in enumerate(RELATIONS):
-        for name, short in OF_RELATIONS.items():
+        for name, short in RELATION_PARAMETERS.items():
             found.append(Piece(f"{theirs}.relation_{short}[{e}]", f"{ours}.{name}.{relation}"))
     return found
 
@@ -161,8 +161,8 @@ def _layer_pieces(theirs: str, ours: str) -> list[Piece]:
 def _codec_shapes(
     args: Namespace, stored: Mapping[str, Tensor], width: int
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes that the quantiser's tensors should have: none without one; its number of bytes and,
-    with a transform before it, its width are its own."""
+    """Shapes that the tensors of the quantiser should have; none without a quantiser. Its number of
+    bytes and, after a transform, its width are taken from the tensors themselves."""
     centroids, matrix, bias = (f"{QUANTIZER}.{theirs}" for theirs in CODEC_ARRAYS.values())
     if not args.quantizer_path and not any(name in stored for name in (centroids, matrix, bias)):
         return {}

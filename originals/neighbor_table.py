@@ -1,4 +1,4 @@
-"""Neighbour tables of the original GNN-LM, used in place: raw maps without a header."""
+"""Neighbour tables of the original GNN-LM, raw maps without a header, read in place."""
 
 import os
 from pathlib import Path
@@ -19,15 +19,15 @@ ROWS_AT_ONCE = 8192
 
 
 def imported_path(queries: Datastore, k: int | Literal["*"]) -> Path:
-    """Where the manifest of the original program's table of a split is; `*` for any k."""
+    """Path of the manifest of a split's imported table; `*` gives a pattern for any k."""
     return queries.path / f"neighbors-k{k}-imported.json"
 
 
 def open_imported(queries: Datastore, memory: Datastore, k: int) -> NeighborTable:
-    """Opens the smallest table that `import_table` took over and that has at least k neighbours.
+    """Opens the smallest imported table with at least k neighbours.
 
     Raises:
-        InputError: none was, or of other datastores.
+        InputError: there is none, or it is of other datastores.
     """
     paths = queries.path.glob(imported_path(queries, "*").name)
     found = {artifact_of(path).read()["k"]: path for path in paths}
@@ -35,7 +35,7 @@ def open_imported(queries: Datastore, memory: Datastore, k: int) -> NeighborTabl
     if not enough:
         raise InputError(
             f"{queries.path}: has imported tables of {sorted(found)} neighbours; expected one of "
-            f"{k} or more, which neighborlm neighbors takes over"
+            f"{k} or more, which neighborlm neighbors imports"
         )
     table = NeighborTable.open(found[min(enough)])
     fingerprints = {"queries": queries.fingerprint, "memory": memory.fingerprint}
@@ -50,21 +50,21 @@ def import_table(
     memory: Datastore,
     report: Report = lambda *_: None,
 ) -> NeighborTable:
-    """Takes over a raw table of the original program, in place: int64 `[N, k]` without a header.
+    """Registers a raw table of the original program, in place: int64 `[N, k]` without a header.
 
     Args:
-        path: its `neighbors.mmap.<k>`.
-        k: neighbours a token.
+        path: the file, `neighbors.mmap.<k>`.
+        k: neighbours per token.
         queries: datastore of the split; the manifest is written there.
         memory: datastore whose rows the table holds.
-        report: see `NeighborSearch.run`.
+        report: called with the progress; see `common.progress.Report`.
 
     Raises:
-        InputError: missing, of another size, or with rows that the memory does not have.
+        InputError: the file is missing, of another size, or holds rows that `memory` lacks.
     """
     layout = Layout(np.dtype(np.int64), (len(queries), k))
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected the original program's neighbours")
+        raise InputError(f"{path}: no such file; expected neighbours of the original program")
     rows, offset = map_raw(path, layout)
     _check_rows(path, rows, memory, report)
     sample = rows[np.unique(np.linspace(0, len(rows) - 1, 256).astype(np.int64))]
@@ -85,7 +85,7 @@ def import_table(
 
 
 def _check_rows(path: Path, rows: np.ndarray, memory: Datastore, report: Report) -> None:
-    """Refuses a table int64 `[N, k]` with a row that the memory does not have."""
+    """Raises InputError if a table int64 `[N, k]` holds a row that the memory lacks."""
     for first in range(0, len(rows), ROWS_AT_ONCE):
         block = rows[first : first + ROWS_AT_ONCE]
         last, lowest, highest = first + len(block), block.min(), block.max()

@@ -1,13 +1,14 @@
-"""Datastores of the original programs, used in place: nothing is copied.
+"""Datastores of the original programs, read in place without a copy.
 
-kNN-LM leaves `PREFIX_keys.npy` and `PREFIX_vals.npy`, raw memory maps without a header; GNN-LM a
-directory with `keys.npy`, `vals.npy` (raw too) and `info.json`. A manifest that points at them
-makes a `Datastore` of either.
+kNN-LM writes `PREFIX_keys.npy` and `PREFIX_vals.npy`, raw memory maps without a header; GNN-LM
+writes a directory with `keys.npy`, `vals.npy` (raw too) and `info.json`. A manifest that points at
+them makes either a `Datastore`.
 """
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from neighborlm.common.files import digest_of
 from neighborlm.retrieval.store.arrays import Layout, header_bytes, map_raw, save_array
 from neighborlm.retrieval.store.datastore import BLOCK_BYTES, DTYPES, Datastore, artifact_of
 
+INFO_SIZES = ("dstore_size", "hidden_size")
 VALUE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -34,23 +36,24 @@ def import_datastore(
 ) -> Datastore:
     """Writes a manifest for raw maps into `output` and opens it as a datastore.
 
-    Rows of zeros at the end, which the original leaves when it wrote fewer keys than it made room
-    for, are masked.
+    Rows of zeros at the end are masked: the original leaves them when it writes fewer keys than it
+    allocated.
 
     Args:
         source: prefix of `_keys.npy` and `_vals.npy`, or a directory with an info.json.
         output: directory for the manifest.
-        size: number of rows N; from info.json where there is one.
-        dim: width of the keys d; likewise.
-        dtype: fp16 or fp32 keys; likewise, and otherwise what fits the size of the file.
-        vocab_size: of the dictionary, to check the values against.
+        size: number of rows N; info.json takes precedence.
+        dim: width d of the keys; info.json takes precedence.
+        dtype: of the keys, fp16 or fp32; info.json takes precedence. None: inferred from the size
+            of the file.
+        vocab_size: of the dictionary, to check the values; None: that of info.json, if any.
 
     Raises:
-        InputError: a file's size or a value does not fit.
+        InputError: a file is missing, or its size or a value does not fit.
     """
     keys_path, values_path = Path(f"{source}_keys.npy"), Path(f"{source}_vals.npy")
     if (source / "info.json").is_file():
-        info = json.loads((source / "info.json").read_text())
+        info = _read_info(source / "info.json")
         keys_path, values_path = source / "keys.npy", source / "vals.npy"
         size, dim = info["dstore_size"], info["hidden_size"]
         dtype = "fp16" if info.get("dstore_fp16") else "fp32"
@@ -61,7 +64,10 @@ def import_datastore(
                 f"{path}: no such file; expected the datastore of the original program"
             )
     if size is None or dim is None:
-        raise InputError(f"{keys_path}: is a raw map; give its --knn.size and --knn.dim")
+        raise InputError(
+            f"{keys_path}: is a raw map without a header; expected its number of rows and their "
+            "width, as --knn.size and --knn.dim (--size and --dim of neighborlm datastore import)"
+        )
     dtype = dtype or _key_type(keys_path, size, dim)
     keys, offset = map_raw(keys_path, Layout(DTYPES[dtype], (size, dim)))
     values, value_offset = map_raw(values_path, Layout(_value_type(values_path, size), (size,)))
@@ -90,25 +96,42 @@ def import_datastore(
     return Datastore.open(output)
 
 
+def _read_info(path: Path) -> dict[str, Any]:
+    """What GNN-LM records of its datastore."""
+    try:
+        info = json.loads(path.read_bytes())
+        if all(type(info[name]) is int and info[name] > 0 for name in INFO_SIZES):
+            return info
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{path}: does not describe a datastore; expected JSON with positive integers "
+        f"{' and '.join(INFO_SIZES)}, as the original GNN-LM writes it"
+    )
+
+
 def _key_type(path: Path, size: int, dim: int) -> str:
-    """fp16 or fp32, whichever the file's size is nearer to."""
+    """fp16 or fp32, whichever is nearer to the size of the file."""
     return "fp16" if path.stat().st_size / (size * dim) < 3 else "fp32"
 
 
 def _value_type(path: Path, size: int) -> np.dtype:
-    """The integer type that fits the file's size."""
+    """The integer type that fits the size of the file."""
     found = path.stat().st_size - header_bytes(path)
     return np.dtype(VALUE_TYPES.get(found // size, np.int64))
 
 
 def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> None:
     lowest, highest = int(values.min()), int(values.max())
-    wraps = values.dtype == np.int16 and vocab_size is not None and vocab_size > 1 << 15
-    if lowest < 0 or wraps:
+    too_small = values.dtype == np.int16 and vocab_size is not None and vocab_size > 1 << 15
+    if values.dtype == np.int16 and (lowest < 0 or too_small):
         raise InputError(
-            f"{path}: holds {values.dtype} values from {lowest} to {highest}: a vocabulary above "
-            "32767 has wrapped in it, and which tokens they were cannot be told; dump it again"
+            f"{path}: holds int16 values from {lowest} to {highest}, in which ids above 32767 have "
+            "wrapped around and cannot be recovered; expected int32 or int64: write the datastore "
+            "again with the original program"
         )
+    if lowest < 0:
+        raise InputError(f"{path}: holds the value {lowest}; expected token ids from 0 on")
     if vocab_size is not None and highest >= vocab_size:
         raise InputError(
             f"{path}: holds the value {highest}, but the dictionary has only {vocab_size} symbols"
@@ -116,12 +139,13 @@ def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> Non
 
 
 def _sampled_content(keys: np.ndarray, values: np.ndarray) -> str:
-    """A hash of 256 rows spread over the store: tells one raw store from another."""
+    """A hash of 256 rows spread over the store, which tells raw stores apart."""
     rows = np.unique(np.linspace(0, len(keys) - 1, 256).astype(np.int64))
     return digest_of(keys[rows].tobytes(), values[rows].tobytes())
 
 
 def _trailing_zero_rows(keys: np.ndarray) -> int:
+    """How many rows of zeros `keys` `[N, d]` ends with."""
     step = max(BLOCK_BYTES // (keys.shape[1] * keys.dtype.itemsize), 1)
     zeros = 0
     while zeros < len(keys):

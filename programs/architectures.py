@@ -82,10 +82,10 @@ def make_gnn_lm(
 
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
-        lm_checkpoint: the trained LM, of train.py or of fairseq.
-        start_from: checkpoint of a GNN-LM whose weights to start from, the LM's included, as a
-            second stage does; settings from layers to output_bias are then the checkpoint's, and
-            need not be given.
+        lm_checkpoint: checkpoint of the trained LM, from train.py or from fairseq.
+        start_from: checkpoint of a GNN-LM to continue from in a second stage of training, in place
+            of lm_checkpoint. It gives all weights, the LM's included, and the settings from layers
+            to output_bias, which need not be repeated.
         lm: null in config files of earlier versions; leave it out.
 
     Raises:

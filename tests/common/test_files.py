@@ -1,4 +1,4 @@
-"""Files that appear whole, what killed processes left, locks, digests."""
+"""Files and folders that appear complete, leftovers of killed processes, locks and digests."""
 
 import errno
 import os

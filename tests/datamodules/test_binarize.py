@@ -141,7 +141,7 @@ def test_as_many_tokens_as_characters(tmp_path, level, length):
 
 
 def test_several_processes(tmp_path, monkeypatch):
-    """At word level, where chunks are uneven, and with more chunks than processes."""
+    """At word level, with uneven chunks and more chunks than processes."""
     pools = []
 
     class Recorded(module.ProcessPoolExecutor):
@@ -215,7 +215,7 @@ def test_a_growing_file_is_what_numpy_would_write(tmp_path, dtype, parts):
 
 
 def test_a_full_disk_tells_about_how_much_is_needed(tmp_path, monkeypatch):
-    """A file that may not grow ends in a sentence, where a memory map ended in a bus error."""
+    """A file that cannot grow gives one sentence; with a memory map it was a bus error."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
     path = tmp_path / "text.txt"
     path.write_text("the cat\n" * 10_000)

@@ -1,5 +1,5 @@
-"""A corpus as token ids: which files it is made from, when it is made again, that damage is seen,
-and what is said of it."""
+"""A corpus as token ids: the files it is made from, when it is made again, how damage is detected,
+and what is reported."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def refuse(*args, **kwargs):
 
 
 def refusal(corpus: Corpus, split: str = "train") -> str:
-    """The one sentence with which a corpus is refused."""
+    """The message with which a corpus is refused, which must be one sentence."""
     with pytest.raises(InputError) as error:
         corpus.stream(split)
     assert "\n" not in str(error.value)
@@ -101,7 +101,7 @@ def test_what_changes_the_ids_gets_a_folder_of_its_own(own, tmp_path, change):
 
 
 def test_a_corpus_of_an_older_version_is_used(own, tmp_path, monkeypatch):
-    """Its name and its fingerprints are what they were; it has no records besides them."""
+    """Its name and fingerprints are the same as then; its meta.json holds nothing else."""
     digest = hashlib.blake2b(json.dumps([1, "word", 0]).encode(), digest_size=8)
     for split in SPLITS:
         text = (tmp_path / "words" / f"{split}.txt").read_bytes()
@@ -171,7 +171,7 @@ def test_a_dictionary_that_is_none(own, tmp_path, name):
 
 
 def test_the_dictionary_of_a_run_at_another_level_is_refused(own, tmp_path):
-    """Forgotten --data.level: every word would be <unk>."""
+    """Without the right --data.level every word would be <unk>."""
     path = tmp_path / "dict.txt"
     own(level="char").dictionary.save(path)
     assert "expected --data.level char" in refusal(own(dictionary=str(path)))
@@ -335,7 +335,7 @@ def test_a_copy_is_checked_and_used(own, tmp_path, monkeypatch):
 
 
 def test_all_of_it_is_read_where_that_is_asked_for(own):
-    """Where damage has left no other trace."""
+    """Size, time and inode of a file may not show its damage."""
     corpus = own()
     path = corpus.folder / "train" / "tokens.npy"
     stat, data = path.stat(), bytearray(path.read_bytes())
@@ -381,7 +381,7 @@ def test_the_first_use_says_what_the_corpus_is(own, capsys):
         ({}, "prepare FILES --output FOLDER --tokenize"),
         ({"threshold": 3}, "lower --data.threshold 3"),
         ({"level": "char"}, "lacks these symbols"),
-        ({"dictionary": "dict.txt"}, "dict.txt is of another text"),
+        ({"dictionary": "dict.txt"}, "dict.txt was made from another text"),
     ],
 )
 @pytest.mark.parametrize("unknown", [10, 11])

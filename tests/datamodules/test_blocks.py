@@ -79,7 +79,7 @@ def test_rows(mode, shape):
     "shape", [(8, 0, 8), (12, 5, 12), (7, 3, 4), (12, 5, 30), (1, 0, 1)], ids=str
 )
 def test_long_lines_dropped(mode, shape):
-    """As if they were not in the text, but for the numbers of the offsets."""
+    """Rows are those of a text without the long lines, except that offsets count them."""
     tokens_per_sample, context_window, max_target_positions = shape
     longest = max(max_target_positions, tokens_per_sample - context_window)
     lengths = np.random.default_rng(5).integers(1, 25, 60)
@@ -127,7 +127,7 @@ def test_a_text_of_long_lines_only():
 
 
 def test_lines_without_tokens_make_no_rows():
-    """A data-bin of fairseq may hold them."""
+    """A fairseq data-bin may hold empty lines."""
     line_starts = np.array([0, 0, 3, 3, 5, 5])
     for mode in ("complete", "eos"):
         rows = make_rows(line_starts, mode, 4, 0, 4)

@@ -63,7 +63,7 @@ def test_a_folder_wins_over_a_known_name(tmp_path, monkeypatch):
 
 
 def refusal(corpus: object, cache_dir: Path) -> str:
-    """The one line with which a corpus is refused."""
+    """The message with which a corpus is refused, which must be one line."""
     with pytest.raises(InputError) as caught:
         resolve_corpus(str(corpus), cache_dir)
     message = str(caught.value)
@@ -218,7 +218,7 @@ def zipped(members: dict[str, bytes]) -> bytes:
 
 
 def move(monkeypatch, name: str, body: bytes, *urls: str) -> None:
-    """Makes `urls` the homes of a known corpus whose archive is `body`."""
+    """Makes `urls` the addresses of a known corpus whose archive is `body`."""
     unpack = corpora.DOWNLOADS[name].unpack
     download = Download(urls, hashlib.sha256(body).hexdigest(), unpack)
     monkeypatch.setitem(corpora.DOWNLOADS, name, download)
@@ -226,7 +226,7 @@ def move(monkeypatch, name: str, body: bytes, *urls: str) -> None:
 
 @pytest.fixture
 def wikitext(serve, monkeypatch):
-    """A home of wikitext-2."""
+    """An address that serves wikitext-2."""
     members = {f"wikitext-2/wiki.{split}.tokens": text for split, text in WIKI.items()}
     home = serve(zipped({"../evil.txt": b"evil", **members, "wikitext-2/README": b"read me"}))
     move(monkeypatch, "wikitext-2", home.body, home.url)

@@ -117,7 +117,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_symbol(tmp_path, content, sym
 
 
 def test_counts_below_zero_and_symbols_that_come_again_with_leave(tmp_path):
-    """As in dictionaries of fairseq's pretrained models: text gets the last id of a symbol."""
+    """As in dictionaries of fairseq's pretrained models, the last id of a symbol encodes it."""
     content = "a -1\n<unk> 3 #fairseq:overwrite\nb 2\na 1 #fairseq:overwrite\n"
     (tmp_path / "dict.txt").write_text(content)
     dictionary = Dictionary.load(tmp_path / "dict.txt")
@@ -170,7 +170,7 @@ WORDS, CHARACTERS, BYTES = ["the", "a"], ["▁", "a", "猫"], ["▁", "a", "Ã"]
 @pytest.mark.parametrize("recorded", ["word", "char", "byte"])
 @pytest.mark.parametrize("wanted", ["word", "char", "byte"])
 def test_a_dictionary_of_another_level_is_refused(tmp_path, recorded, wanted):
-    """Where it is recorded, whatever the symbols look like."""
+    """A recorded level counts, whatever the symbols look like."""
     path = tmp_path / "dict.txt"
     Dictionary(["a", "b"], [2, 1], recorded).save(path)
     assert Dictionary.load(path).level == recorded

@@ -1,5 +1,5 @@
-"""The data module on a small text: what batches hold, how they are shuffled, dealt and gone on
-with, and whose text they hold."""
+"""The data module on a small text: what batches hold, how they are shuffled, dealt and resumed, and
+which corpus they come from."""
 
 import shutil
 from pathlib import Path
@@ -157,7 +157,7 @@ def test_a_rank_without_rows_gets_a_batch_that_scores_nothing(make):
 
 
 def first_positions(batches) -> list[list[int]]:
-    """What tells batches and their order apart: the first offset of every row."""
+    """The first offset of every row, which identifies batches and their order."""
     return [batch.positions[:, 0].tolist() for batch in batches]
 
 
@@ -189,7 +189,7 @@ def test_epochs_are_shuffled_anew_and_seeds_repeat(make):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_goes_on_with_the_remaining_batches(make, workers):
-    """Also where a worker process has made batches ahead."""
+    """The position is right even if a worker process has made batches in advance."""
     settings = {"tokens_per_sample": 12, "max_tokens": 50, "num_workers": workers}
     first, whole, following = train_batches(make(**settings), 3)
     interrupted = make(**settings).train_dataloader()
@@ -251,7 +251,7 @@ BATCHES = 7  # of an epoch of the next test
 
 @pytest.mark.parametrize("stop", [2, BATCHES, BATCHES + 1])
 def test_training_goes_on_as_if_it_had_not_stopped(make, tmp_path, stop):
-    """From the checkpoint that train.py saves at the end, in the middle or at the end of an
+    """The checkpoint is the one that train.py saves at the end, within or at the end of an
     epoch."""
     settings = {"tokens_per_sample": 12, "max_tokens": 120}
     assert len(make(**settings).train_dataloader()) == BATCHES
@@ -343,7 +343,7 @@ def test_lines_that_are_all_dropped_are_one_sentence(make):
 
 
 class Counting:
-    """A corpus of no file: numbers in order, a line a hundred."""
+    """A corpus without files: consecutive numbers, a hundred per line."""
 
     name = "counting"
     dictionary = Dictionary(map(str, range(96)), [1] * 96)

@@ -1,4 +1,4 @@
-"""Data sets in other processes: small pickles, and batches that are the same there."""
+"""Data sets in other processes: their pickles are small, and their batches are the same."""
 
 import pickle
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_what_may_be_written_is_copied(tmp_path, mapped):
 
 
 def test_workers_that_are_spawned(tmp_path: Path, mapped):
-    """As on macOS, and with forkserver the default of Python 3.14."""
+    """spawn is the default of macOS, forkserver that of Python 3.14."""
     data = LMDataModule(
         str(write_corpus(tmp_path / "words")),
         tokens_per_sample=24,

@@ -1,5 +1,5 @@
-"""Folders appear whole or not at all, whatever ends the process that makes them; one that is there
-is used where nothing can be written; and what a disk refuses is one sentence."""
+"""Folders appear complete or not at all, however the process that makes them ends; existing ones
+need no writable place; and errors of a disk are one sentence."""
 
 import errno
 import os

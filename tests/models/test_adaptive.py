@@ -21,7 +21,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def naive_log_prob(softmax: AdaptiveSoftmax, hidden: np.ndarray) -> np.ndarray:
-    """Of the whole vocabulary, for one hidden vector: log p_head + log p_tail."""
+    """Log-probabilities of the whole vocabulary for one hidden vector: log p_head + log p_tail."""
     words, classes = [double(w) for w in softmax.words], double(softmax.classes)
     head = log_softmax(np.concatenate([words[0] @ hidden, classes @ hidden]))
     first = len(words[0])
@@ -57,7 +57,7 @@ def test_log_prob_is_the_formula(kind):
 
 @pytest.mark.parametrize("kind", ["untied", "projections tied", "plain"])
 def test_target_log_prob_is_its_column_also_in_parts(kind, monkeypatch):
-    """With the same gradients, and never more rows at once than allowed."""
+    """The gradients are equal too, and no more rows are computed at once than allowed."""
     softmax = make_softmax(kind)
     targets = torch.tensor([*range(VOCAB), 0, 0, 22, 7])  # every edge of a band
     hidden = torch.randn(len(targets), WIDTH, requires_grad=True)
@@ -87,7 +87,7 @@ def test_target_log_prob_is_its_column_also_in_parts(kind, monkeypatch):
 
 
 def test_parts_drop_the_same_in_both_passes(monkeypatch):
-    """What a part computes again in the backward pass has the dropout of the forward pass."""
+    """The recomputation in the backward pass uses the dropout of the forward pass."""
     softmax = AdaptiveSoftmax(VOCAB, WIDTH, CUTOFFS, FACTOR, dropout=0.5).train()
     hidden = torch.randn(VOCAB, WIDTH, requires_grad=True)
     targets = torch.arange(VOCAB)

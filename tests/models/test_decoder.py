@@ -1,4 +1,4 @@
-"""The decoder against a forward pass in plain numpy, and what it must not depend on."""
+"""The decoder against a forward pass in plain numpy, and its independence of later tokens."""
 
 import math
 
@@ -88,7 +88,7 @@ def naive_ffn(layer, x, activation):
 
 
 def naive_positions(length: int, width: int) -> np.ndarray:
-    """fairseq's SinusoidalPositionalEmbedding: places begin at padding_idx + 1."""
+    """fairseq's SinusoidalPositionalEmbedding: positions begin at padding_idx + 1."""
     half, table = width // 2, np.zeros((length, width))
     for t in range(length):
         for j in range(half):

@@ -1,4 +1,4 @@
-"""GNN-LM as a model: what it can see, that it is a distribution, and what of it is trained."""
+"""GNN-LM as a model: what a token can see, that it gives a distribution, and which parts train."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,7 +73,7 @@ def test_no_token_sees_what_follows_it(lm, settings, make_store):
 
 
 def scores_of(model, store, batch) -> dict[str, torch.Tensor]:
-    """Log-probabilities of all ways of predicting."""
+    """Log-probabilities of targets by each way of computing them."""
     knn = KNNMemory(store, FlatRetriever(store, "l2"), 8)
     with torch.inference_mode():
         scores = model.score(batch, knn.want)
@@ -96,7 +96,7 @@ def test_sums_to_one_over_the_vocabulary(lm):
 
 @pytest.mark.parametrize("settings", [{}, {"lm_ratio": 0.3}, {"output_bias": True}])
 def test_entropy_and_the_most_probable_tokens(settings):
-    """Of the mixture, where there is one."""
+    """They are those of the mixture, where there is one."""
     model = make_model(**settings).eval()
     batch = make_batch(torch.randint(VOCAB, (2, LENGTH + 1)))
     with torch.inference_mode():
@@ -208,7 +208,7 @@ def test_states_of_neighbours_are_kept_no_longer_than_they_are_right(how):
 
 @torch.no_grad()
 def test_lightning_has_states_forgotten():
-    """Those of a validation at its end, and of another pass when one begins and when it ends."""
+    """The cache is dropped at the end of a validation, and at both ends of every other pass."""
     model, batch = make_model(), make_batch(torch.randint(VOCAB, (2, LENGTH + 1)))
     loader = DataLoader([batch], batch_size=None)
     seen = []
@@ -233,7 +233,7 @@ def test_lightning_has_states_forgotten():
 
 
 class ForeignLM(torch.nn.Module):
-    """What a graph network needs of an LM, and no more; no file holds its weights."""
+    """Has what a graph network needs of an LM, and no more; no file holds its weights."""
 
     vocab_size, width, max_target_positions, fingerprint = VOCAB, WIDTH, 32, "foreign"
 
@@ -262,7 +262,7 @@ class ForeignLM(torch.nn.Module):
 
 
 class NoModule:
-    """The same, but no module of torch."""
+    """The same, but not a torch module."""
 
     def __init__(self, lm: ForeignLM) -> None:
         for name in (*("vocab_size", "width", "max_target_positions", "fingerprint", "key_width"),
@@ -317,7 +317,7 @@ def test_lm_path():
 
 
 def test_share_of_batches_that_take_the_lm_path():
-    """By their number alone, so that all ranks take the same."""
+    """A batch's number alone decides, so that all ranks take the same path."""
     model = make_model(unfreeze=["adaptive_softmax"], lm_path_probability=0.3)
     batch = make_batch(torch.randint(VOCAB, (2, LENGTH + 1)))
     by_lm = model.softmax.target_log_prob(
@@ -338,7 +338,7 @@ def test_share_of_batches_that_take_the_lm_path():
 
 
 def test_training_begins_near_the_lm():
-    """On texts that an LM is certain of: its own samples."""
+    """The distance from the LM shrinks; with `residual` it is zero from the start."""
     torch.manual_seed(0)
     model = GNNLM(TransformerLM(**LM), heads=2, dropout=0.0)
     torch.nn.init.normal_(model.lm.softmax.weight)
@@ -402,7 +402,7 @@ def test_checkpoint_round_trip(settings, tmp_path):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A checkpoint of a network that is by no setting what a new one is by default."""
+    """A checkpoint of a network none of whose settings is the default."""
     settings = {"layers": 2, "width": 8, "intra_context": 3, "residual": True, "values": True}
     model = make_model(**settings, lm_ratio=0.3, output_bias=True, unfreeze=["adaptive_softmax"])
     save(model, tmp_path / "gnn.ckpt")

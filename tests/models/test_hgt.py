@@ -1,5 +1,5 @@
-"""The fast computation of the graph network equals message passing over the graph as it is drawn,
-and that equals the formulas written out for one node at a time."""
+"""The fast computation of the graph network equals message passing over the explicit graph, which
+equals the formulas, evaluated node by node."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_fast_equals_message_passing_for_every_option(intra_context, width):
 
 def test_gathering_in_parts_changes_nothing(monkeypatch):
     monkeypatch.setattr(hgt, "GATHERED_AT_ONCE", 3 * 5 * WIDTH)
-    monkeypatch.setattr(hgt, "CACHED_NUMBERS", 3 * WIDTH)
+    monkeypatch.setattr(hgt, "QUERIES_AT_ONCE", 3 * WIDTH)
     check_equal(3, 2, 2, None, WIDTH)
 
 

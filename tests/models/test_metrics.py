@@ -1,4 +1,4 @@
-"""The token loss does not depend on how tokens were grouped."""
+"""The token loss does not depend on how tokens were batched."""
 
 import math
 
@@ -16,7 +16,7 @@ def loss_of(groups) -> dict[str, torch.Tensor]:
 
 
 def test_equal_whatever_the_grouping():
-    """To digits that a sum in single precision would not have."""
+    """The sums agree to digits that single precision would lose."""
     torch.manual_seed(0)
     log_probs = -20 * torch.rand(300_000)
     expected = -math.fsum(log_probs.tolist()) / len(log_probs)

@@ -1,5 +1,5 @@
-"""Any language model in Lightning's test and prediction runs: its figures and its keys are those of
-what is wanted, whatever was wanted before."""
+"""Any language model in Lightning's test and prediction runs: figures and keys follow the present
+want, whatever was wanted before."""
 
 import math
 from itertools import pairwise
@@ -21,7 +21,7 @@ VOCAB, WIDTH = 12, 8
 
 
 class Bigram:
-    """p(w | v) is the share of w among what follows v in a text, with one added to every count."""
+    """p(w | v) is the share of w among the tokens after v in a text, with add-one smoothing."""
 
     max_target_positions, fingerprint, vocab_size = 1 << 20, "bigram", VOCAB
 
@@ -40,7 +40,7 @@ class Bigram:
 
 
 def make_batches(with_neighbors: bool = False) -> list[LMBatch]:
-    """Four batches of two rows of a random text; of the first token of each row only context."""
+    """Four batches of two rows of a random text; the first token of each row only gives context."""
     text = torch.randint(VOCAB, (8, 7), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(48).view(8, 6)
     scored = (torch.arange(6) > 0).expand(8, 6)
@@ -127,7 +127,7 @@ def graph_network() -> tuple[GNNLM, list[LMBatch], tuple[str, str]]:
 @pytest.mark.parametrize("make", [transformer, graph_network])
 @pytest.mark.parametrize("order", [(0, 1, 0), (1, 0, 1)])
 def test_passes_of_different_wants_over_one_model(make, order):
-    """What one wants changes neither the figures nor the keys of another, in either order."""
+    """One want changes neither the figures nor the keys of another, in either order."""
     model, batches, types = make()
     wants = Want(types[:1]), Want((*types[1:], *types[:1]), entropy=True)
     with torch.enable_grad():  # so that no state of a neighbour is kept

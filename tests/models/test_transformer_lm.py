@@ -1,4 +1,4 @@
-"""The language model as a whole: what its steps return, what it learns, what it refuses."""
+"""The language model as a whole: what it returns, what it learns, which settings it refuses."""
 
 import copy
 import math
@@ -145,7 +145,7 @@ def distribution(model: TransformerLM, hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("logits_at_once", [1, 3 * VOCAB, 1 << 25])
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_entropy_and_the_most_probable_tokens(batch, settings, logits_at_once, monkeypatch):
-    """Whatever rows are computed at a time."""
+    """The result does not depend on how many rows are computed at a time."""
     monkeypatch.setattr(distributions, "LOGITS_AT_ONCE", logits_at_once)
     model = make(**settings).eval()
     for parameter in model.parameters():
@@ -175,7 +175,7 @@ def test_no_more_tokens_than_there_are(batch):
 
 @pytest.mark.parametrize("settings", [BANDS, {}], ids=["adaptive", "plain"])
 def test_a_batch_that_scores_nothing(settings):
-    """What a rank gets that has run out of batches."""
+    """A rank that has run out of batches gets such a batch."""
     model = make(**settings).eval()
     nothing = LMBatch(
         *(torch.full((1, 1), value) for value in (PAD, PAD, -1)), torch.zeros(1, 1, dtype=bool)
@@ -186,7 +186,7 @@ def test_a_batch_that_scores_nothing(settings):
 
 
 def test_validation_logs_the_perplexity_of_all_tokens(batch):
-    """Of tokens, not the mean of the batches'; each validation on its own."""
+    """It is the mean over tokens, not over batches, and each validation starts anew."""
     model = make(**BANDS)
     other = LMBatch(*(tensor[1:2] for tensor in batch[:4]))
     trainer = pl.Trainer(

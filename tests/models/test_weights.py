@@ -1,4 +1,4 @@
-"""A model's fingerprint is that of its weights as they are, and is computed only when needed."""
+"""A model's fingerprint follows its present weights, and is computed only when needed."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from neighborlm.models.transformer_lm import TransformerLM
 
 
 def make(**settings) -> TransformerLM:
-    """With weights that are the same everywhere."""
+    """A model whose weights are the same on every machine."""
     model = TransformerLM(9, 8, 12, 2, 2, **settings)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
@@ -19,7 +19,7 @@ def make(**settings) -> TransformerLM:
 
 
 def test_fingerprints_are_those_that_datastores_carry():
-    """They must never change: datastores would be refused."""
+    """They must never change, or existing datastores would be refused."""
     assert make().fingerprint == "734e523564152e28"
     assert make(pre_norm=False).fingerprint == "9645e93ca57d05ab"
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The data-bin against files that fairseq itself wrote, and what is said of bad ones."""
+"""The data-bin against files that fairseq itself wrote, and the errors for bad ones."""
 
 import shutil
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""fairseq checkpoints against the original's own numbers, and against the forward pass written
-out once more here; what goes in comes out again, and what cannot is refused."""
+"""fairseq checkpoints against the original's own numbers and against a forward pass in plain numpy;
+export reverses import, and unsupported files are refused."""
 
 import collections
 import json
@@ -47,7 +47,7 @@ def original():
 
 @torch.inference_mode()
 def score(model, split, break_mode, context_window, max_target_positions):
-    """Rows of a split; log-probabilities `[N]` of its tokens, and keys `[N, width]`."""
+    """Log-probabilities `[N]` of the tokens of a split, and keys `[N, width]`."""
     stream = open_databin(ORIGINAL / "data-bin" / split)
     rows = make_rows(stream.line_starts, break_mode, 256, context_window, max_target_positions)
     tokens = torch.from_numpy(stream.tokens.astype(np.int64))
@@ -68,7 +68,7 @@ def score(model, split, break_mode, context_window, max_target_positions):
 
 
 def originals_scores(name):
-    """Positions in the split, and the original's log-probabilities there."""
+    """Positions in the split, and the original's log-probabilities at them."""
     found = np.load(ORIGINAL / "npz" / f"{name}.npz")
     return np.cumsum(found["position"].astype(np.int64)), found["score"]
 
@@ -109,7 +109,7 @@ def test_log_probabilities_and_queries_where_the_original_drops_lines(original):
 
 @needs_original
 def test_every_key_is_the_originals(original):
-    """Its datastore begins after the first block."""
+    """The original's datastore begins after the first block."""
     stored = np.memmap(ORIGINAL / "dstore_mini_keys.npy", np.float32, "r").reshape(-1, 128)
     _, _, keys = score(original, "test1", "none", 128, 256)
     np.testing.assert_allclose(keys[128:], stored, rtol=0, atol=2e-5)
@@ -227,7 +227,7 @@ def log_softmax(args, state, x):
 
 
 def forward(args, state, tokens):
-    """One row of tokens to log-probabilities `[T, VOCAB]` and keys `[T, WIDTH]`."""
+    """From one row of tokens to log-probabilities `[T, VOCAB]` and keys `[T, WIDTH]`."""
     x = embed(args, state, tokens) * (1 if args.no_scale_embedding else math.sqrt(WIDTH))
     x = x + positions_of(args, state, len(tokens))
     activation = {"relu": F.relu, "gelu": F.gelu}[args.activation_fn]
@@ -463,7 +463,7 @@ def test_optimiser_and_schedule(tmp_path, stored, expected):
 
 @pytest.fixture
 def meters(monkeypatch):
-    """fairseq.meters, as long as a checkpoint is being written."""
+    """Provides a module fairseq.meters while a checkpoint is being written."""
     module = types.ModuleType("fairseq.meters")
     for name in ("AverageMeter", "TimeMeter", "StopwatchMeter", "Other"):
         setattr(module, name, type(name, (), {"__module__": "fairseq.meters"}))
@@ -485,7 +485,7 @@ def test_progress_meters_are_passed_over(tmp_path, meters, monkeypatch):
 
 
 class Harmful:
-    """Would write a file if it were loaded the usual way."""
+    """Writes a file when it is unpickled without restrictions."""
 
     def __init__(self, target):
         self.target = target
@@ -570,7 +570,7 @@ def test_models_that_ours_is_not(tmp_path, changes, message):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_bias_on_the_logits(tmp_path, tied):
-    """Of the original GNN-LM's fairseq."""
+    """Such a bias exists in the original GNN-LM's fairseq."""
     args = arguments(**PLAIN | {"add_bias": True, "share_decoder_input_output_embed": tied})
     bias = {"decoder.xl_bias": torch.randn(VOCAB)}
     model = load_fairseq_checkpoint(save(tmp_path / "lm.pt", args, tensors(args), bias))

@@ -1,5 +1,5 @@
-"""Checkpoints of the original GNN-LM: their network gives the original's numbers, every part of
-them arrives, and what cannot is refused."""
+"""Checkpoints of the original GNN-LM: the converted network gives the original's numbers, every
+part of a file arrives, and unsupported files are refused."""
 
 import json
 import re
@@ -41,7 +41,7 @@ needs_original = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def world():
-    """The fixture's config, its arrays, its decoder's weights and what that gave."""
+    """The fixture's config, its arrays, and its decoder's weights and outputs."""
     names = ("world", "decoder_state_dict", "decoder_outputs", "hgt_block0")
     arrays = [dict(np.load(ORIGINAL / f"{name}.npz")) for name in names]
     return json.loads((ORIGINAL / "config.json").read_text()), *arrays
@@ -49,7 +49,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def original(world, tmp_path_factory) -> Path:
-    """A checkpoint of the original's with the fixture's weights and invented layers."""
+    """A checkpoint of the original program with the fixture's weights and invented layers."""
     _, arrays, weights, _, _ = world
     codec = {"centroids_torch": "pq_centroids", "A": "pq_A", "b": "pq_b"}
     return save(
@@ -63,7 +63,7 @@ def original(world, tmp_path_factory) -> Path:
 
 
 def graph_output(model: GNNLM, world) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of block 0's tokens `[n, width]`, of the LM and of the network."""
+    """Features `[n, width]` of the tokens of block 0, from the LM and from the network."""
     config, arrays, _, _, block = world
     offsets = block["tgt_offsets"]
     table = arrays["neighbors_raw"][:, : config["k"]]
@@ -106,7 +106,7 @@ def test_network_and_softmax_give_the_originals_numbers(original, world):
 @needs_original
 def test_converted_it_gives_them_too(original, world, tmp_path, capsys):
     main(["from_fairseq", str(original), str(tmp_path / "gnn.ckpt")])
-    assert "gnn.ckpt: is without the quantiser of" in capsys.readouterr().out
+    assert "gnn.ckpt: does not hold the quantiser of" in capsys.readouterr().out
     model, expected = load_model(tmp_path / "gnn.ckpt"), load_model(original)
     assert (model.lm_fingerprint, model.neighbors, model.code_decoder) == (None, None, None)
     assert dict(model.hparams) == dict(expected.hparams)
@@ -145,7 +145,7 @@ def test_how_far_back_tokens_attend(tmp_path, theirs, ours):
 
 
 def test_every_weight_arrives(tmp_path):
-    """With a network of another width, and a bias on the logits."""
+    """The network has another width, and the logits have a bias."""
     words, layers, net = plain_words(), transformer_layers(), network(width=16, layers=2)
     bias = {"decoder.xl_bias": torch.randn(VOCAB)}
     changes = {"add_bias": True, "decoder_gcn_dim": 16, "graph_layer": 2}
@@ -222,7 +222,7 @@ def test_without_layers_it_is_a_plain_lm(tmp_path, graph_layer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"short_cut": True}, "--short-cut is True, a graph network that is passed by; expected a"),
+        ({"short_cut": True}, "--short-cut is True, which bypasses the graph network; expected a"),
         ({"decoder_gcn_dim": 30}, "--model.width 30 is not a multiple of --model.heads 4"),
         ({"orig_prob_ratio": 1.0}, "--model.lm_ratio is 1.0; expected 0 <= lm_ratio < 1"),
         ({"graph_layer": -1}, "--model.layers is -1; expected more than 0"),
@@ -266,5 +266,5 @@ def test_no_way_out(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["to_fairseq", str(tmp_path / "gnn.ckpt"), str(tmp_path / "out.pt")])
     assert stopped.value.code == 2
-    assert "gnn.ckpt: holds a GNNLM; expected a TransformerLM, all" in capsys.readouterr().err
+    assert "gnn.ckpt: holds a GNNLM; expected a TransformerLM, as" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()

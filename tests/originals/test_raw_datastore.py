@@ -1,4 +1,4 @@
-"""Raw datastores of the original programs: opened in place, checked, their zero rows masked."""
+"""Raw datastores of the original programs: opened in place, checked, with zero rows masked."""
 
 import json
 
@@ -78,6 +78,21 @@ def test_wrapped_values_are_refused(tmp_path):
 def test_what_does_not_fit(raw, tmp_path, size, dim, vocab_size, message):
     with pytest.raises(InputError, match=message):
         import_datastore(raw[0], tmp_path / "out", size, dim, vocab_size=vocab_size)
+
+
+def test_negative_values_of_a_wide_type_are_not_called_wrapped(raw, tmp_path):
+    values = np.fromfile(f"{raw[0]}_vals.npy", np.int64)
+    values[3] = -7
+    values.tofile(f"{raw[0]}_vals.npy")
+    with pytest.raises(InputError, match="holds the value -7; expected token ids from 0 on"):
+        import_datastore(raw[0], tmp_path / "out", 40, 8)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"dstore_size": 20}', '{"dstore_size": 0}'])
+def test_an_info_json_that_describes_no_datastore(tmp_path, text):
+    (tmp_path / "info.json").write_text(text)
+    with pytest.raises(InputError, match=r"info.json: does not describe a datastore"):
+        import_datastore(tmp_path, tmp_path / "out")
 
 
 def test_truncated_later(raw, tmp_path):
