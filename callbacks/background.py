@@ -21,8 +21,8 @@ class Background:
 
     def __init__(self, ahead: int = 2, threads: int | None = None) -> None:
         self.ahead = ahead
-        # These counts are a thread's own, but that of torch's matrix products is everyone's: the
-        # thread runs already, so that whoever sets it next has the last word.
+        # These counts belong to a thread, except that of torch's matrix products, which all threads
+        # share: the thread starts now, so that whoever sets that count later has the last word.
         self.pool = thread_pool(1, partial(_take_threads, threads) if threads is not None else None)
         self.tasks: deque[Future] = deque()
 

@@ -2,7 +2,8 @@
 thread beside it asks.
 
 Each part of the model takes the threads that are free when it begins; Python lets the two threads
-take turns more often than it would. Whatever was changed is given back, also on an exception.
+take turns more often than by default. `end` restores everything; `Interpolation` calls it on an
+exception too.
 """
 
 import sys
@@ -24,7 +25,7 @@ class CoreSharing:
         on_cpu: whether the model computes on the CPU too; else the memories have all threads.
 
     Attributes:
-        threads: of both together, and of a memory that the model is not ahead of.
+        threads: of both together, and of a memory behind whose question another one waits.
         share: threads of a memory while the model computes.
     """
 
@@ -53,7 +54,7 @@ class CoreSharing:
             ]
 
     def end(self) -> None:
-        """Gives everything back; once or more."""
+        """Restores everything; may be called more than once."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []

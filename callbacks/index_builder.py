@@ -1,5 +1,5 @@
-"""`IndexBuilder`: builds the index when a datastore has been written, or on its own; once for all
-processes."""
+"""`IndexBuilder`: builds the index of a datastore, when this has been written or at any time; one
+process builds for all."""
 
 from collections import Counter
 from functools import partial
@@ -20,10 +20,11 @@ class IndexBuilder(Callback):
 
     Args:
         datastore: directory of the datastore, complete by the time the index is built.
-        search: by what; kinds of index that need no building and files are left alone.
+        search: which index and metric; kinds of index that need no building, and files, are left
+            alone.
         seed: of the training sample.
-        shard: index this one alone, by a quantiser trained on its keys unless one lies beside the
-            manifest of the whole.
+        shard: index this shard alone, by a quantiser trained on its keys unless one lies beside
+            the manifest of the whole.
     """
 
     def __init__(

@@ -30,8 +30,9 @@ from neighborlm.retrieval.memories.mixers import (
 )
 
 FIRST_TOKENS, TOKENS_AT_ONCE = 2048, 10240
-"""Tokens that memories are first asked about, so that they begin soon, and at most: lists that many
-queries visit are read once. Each time there are twice as many as the time before."""
+"""Tokens that memories are asked about the first time, few so that they begin soon, and at most,
+many so that an inverted list is read once for all queries that visit it. The number doubles from
+one question to the next."""
 
 
 class Interpolation(Callback):

@@ -1,4 +1,5 @@
-"""`NeighborTableWriter`: searches the neighbours of every token of a split, once for all ranks."""
+"""`NeighborTableWriter`: searches the neighbours of every token of a split; the ranks share the
+result."""
 
 import time
 from contextlib import suppress
@@ -28,11 +29,11 @@ class NeighborTableWriter:
     Args:
         queries: directory of the split's own datastore, complete by the time of the search.
         memory: directory of the datastore to search; so must its index be.
-        search: how.
+        search: by which index, metric and number of probes.
         k: neighbours a token.
         exclude_window: of a split that searches itself, leave out the rows less than this many
             tokens away.
-        shard: the one of the memory's shards that this host has, where others have the others; of
+        shard: the one of the memory's shards that this host has, where hosts have one each; of
             `queries` too where that is the same datastore.
     """
 

@@ -1,4 +1,4 @@
-"""`Tally`: adds up what a mixture says of the tokens of a pass, and what its memories were like."""
+"""`Tally`: the loss of a mixture over a pass, and means of its memories' features and weights."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neighborlm.callbacks.token_scores import ScoreTable
+from neighborlm.callbacks.token_scores import ScoreTable, model_columns
 from neighborlm.common.contracts import Opinion, Scored
 from neighborlm.models.metrics import TokenLoss
 from neighborlm.retrieval.memories.mixers import LM, features_of, lm_opinion
@@ -48,12 +48,7 @@ class Tally:
             mixed: fp64 `[n]`, the mixture's log-probabilities, if there is a mixture.
             weights: fp64 `[n]` of the model, under `lm`, and of each memory.
         """
-        columns = {"position": asked.positions, "target": asked.targets}
-        if asked.lm_log_probs is None:
-            columns["lm_log_prob"] = asked.log_probs.float()
-        else:
-            columns["lm_log_prob"] = asked.lm_log_probs.float()
-            columns["gnn_log_prob"] = asked.log_probs.float()
+        columns = {"position": asked.positions, "target": asked.targets, **model_columns(asked)}
         for name, opinion in opinions.items():
             columns[f"{name}_log_prob"] = opinion.log_probs.float()
             possible = ~opinion.log_probs.isneginf()
@@ -92,13 +87,13 @@ class Tally:
         }
 
     def to(self, device: torch.device) -> None:
-        """Where ranks add up their losses."""
+        """Moves the loss to the device on which ranks add up theirs."""
         self.loss.to(device)
 
     def statistics(self) -> dict[str, float]:
-        """Means over the tokens of all ranks: of each memory's features, where they are finite,
-        under `<memory>.has_target` the share of tokens to which it gives a probability, and under
-        `weight.<source>` the weight."""
+        """Means over the tokens of all ranks: of each memory's features, where they are finite;
+        under `<memory>.has_target` the share of tokens that it gives a probability; and under
+        `weight.<source>` the weights."""
         sums, counts = self.sums, self.counts
         if dist.is_available() and dist.is_initialized():
             parts: list = [None] * dist.get_world_size()

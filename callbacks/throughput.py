@@ -1,4 +1,4 @@
-"""How many tokens a second: while training to the log, while evaluating for the results."""
+"""`Throughput`: tokens per second of a training, for the log, and times of an evaluation."""
 
 import time
 
@@ -12,7 +12,7 @@ class Throughput(Callback):
         trained_tokens: tokens of all ranks trained on by this process's run.
         trained_seconds: wall time of that, validation left out.
         seconds: wall time of the last test or predict run.
-        model_seconds: how much of it passed between the start and the end of a batch's step.
+        model_seconds: the part of it that the steps of batches took.
     """
 
     def __init__(self) -> None:

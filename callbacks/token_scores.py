@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from neighborlm.common.contracts import Scored, Want
 
@@ -31,6 +32,17 @@ class ScoreTable:
         return {name: column[order] for name, column in columns.items()}
 
 
+def model_columns(scored: Scored) -> dict[str, Tensor]:
+    """The log-probabilities fp32 `[n]` that a model gives: `lm_log_prob`, and `gnn_log_prob` where
+    a graph network sits on the LM."""
+    if scored.lm_log_probs is None:
+        return {"lm_log_prob": scored.log_probs.float()}
+    return {
+        "lm_log_prob": scored.lm_log_probs.float(),
+        "gnn_log_prob": scored.log_probs.float(),
+    }
+
+
 class LMScores(Callback):
     """Keeps `position`, `target` and `lm_log_prob` of every token of a test run, and
     `gnn_log_prob` where a graph network sits on the LM."""
@@ -44,18 +56,15 @@ class LMScores(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Scored, batch, batch_idx, *_
     ) -> None:
         """Adds what the test step of a `Scorer` returned."""
-        log_probs = {"lm_log_prob": outputs.log_probs}
-        if outputs.lm_log_probs is not None:
-            log_probs = {"lm_log_prob": outputs.lm_log_probs, "gnn_log_prob": outputs.log_probs}
         self.table.add(
             position=outputs.positions.cpu().numpy(),
             target=outputs.targets.cpu().numpy(),
-            **{name: column.float().cpu().numpy() for name, column in log_probs.items()},
+            **{name: column.cpu().numpy() for name, column in model_columns(outputs).items()},
         )
 
 
 def save_scores(path: Path, *tables: ScoreTable) -> None:
-    """Writes the columns of tables over the same tokens to one .npz file, once for all ranks."""
+    """Writes the columns of tables over the same tokens to one `.npz` file; rank 0 does."""
     columns = {name: column for table in tables for name, column in table.gathered().items()}
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return

@@ -21,10 +21,10 @@ from neighborlm.programs.settings import NeighborSettings
 
 
 class ProgramCLI(LightningCLI):
-    """Sections trainer, model and data in YAML, each overridable by flags of the same name; `arch`
-    says which model the section is of, and a GNN-LM adds the section neighbors.
+    """Sections trainer, model and data in YAML, each overridable by flags of the same name. `arch`
+    says which kind of model the section model describes; a GNN-LM adds the section neighbors.
 
-    The data module is made at once, trainers by `Run.trainer`, as often as a program has stages.
+    The data module is made at once; `Run.trainer` makes a trainer for each stage of a program.
 
     Args:
         args: the command line of `neighborlm train` or `evaluate`; by default that of the process.
@@ -53,24 +53,27 @@ class ProgramCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What is not a section."""
+        """Adds what is no section, and the section neighbors of a GNN-LM."""
         parser.add_argument(
             "--arch",
             type=Literal[tuple(ARCHITECTURES)],
             default="lm",
-            help="what --model.* describes: a transformer LM, or a graph network on top of one",
+            help="what --model.* describes: lm, a transformer LM, or gnn_lm, a graph network on "
+            "top of one (default: what the config file says, else lm)",
         )
         parser.add_argument(
             "--threads",
             type=PositiveInt | None,
             default=None,
-            help="cores that a process takes, model and search together (default: all there are)",
+            help="cores of a process, for model and memories together (default: all there are); "
+            "fewer where several processes share a machine",
         )
         parser.add_argument(
             "--lost_after",
             type=PositiveInt,
             default=30,
-            help="seconds without an answer from another host until the run stops",
+            help="seconds without an answer from another host until the run stops (default: 30); "
+            "more on a slow network",
         )
         if self.architecture.has_neighbors:
             parser.add_class_arguments(NeighborSettings, "neighbors")
@@ -110,7 +113,7 @@ class ProgramCLI(LightningCLI):
 
 
 def chosen_architecture(args: list[str]) -> str:
-    """`--arch`, or else what the config files say: it decides which flags there are."""
+    """`--arch`, or else what the config files say; it decides which flags exist."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--arch")
     parser.add_argument("--config", "-c", action="append", default=[])

@@ -1,5 +1,5 @@
-"""What the programs make of a model and a corpus, once, and find again: datastores, their indexes,
-and for the graph network neighbour tables and codes.
+"""What the programs make once of a model and a corpus, and find again: datastores, their indexes,
+and for a GNN-LM neighbour tables and codes.
 """
 
 import time
@@ -59,7 +59,8 @@ class Products:
         knn: which keys, and how they are indexed.
         root: folder of the datastores; by default datastores/<corpus>.
         fingerprint: of the model that made them; by default that of `model`.
-        shown: what a graph network is shown of neighbours, where its features are the keys.
+        shown: the settings by which a graph network sees neighbours, where the keys are its
+            outputs.
     """
 
     def __init__(

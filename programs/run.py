@@ -26,7 +26,7 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # batches are dealt by the data module
     "accelerator": "auto" if torch.cuda.is_available() else "cpu",
 }
-"""What every stage's trainer is told unless the user says otherwise."""
+"""Settings of every stage's trainer unless the user gives others."""
 
 
 class Run:
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def precision(self) -> str:
-        """What Lightning computes in."""
+        """Lightning's precision."""
         return str(self.settings.get("precision") or "32-true")
 
     @property
     def hosts(self) -> int:
-        """How many machines it runs on."""
+        """Number of machines."""
         return self.settings.get("num_nodes", 1)
 
     def trainer(
@@ -76,13 +76,13 @@ class Run:
         """A trainer for one stage, with the user's settings and these callbacks.
 
         Args:
-            callbacks: of ours.
+            callbacks: the stage's own, behind those that the user gives.
             stage: the subdirectory of what is logged.
-            trained: the model, where the stage is a training: `fsdp` shares out what that needs; in
-                all other stages each rank has the whole model.
+            trained: the model, where the stage is a training: `fsdp` shares out its parameters,
+                gradients and optimiser state. In all other stages each rank has the whole model.
 
         Raises:
-            InputError: Lightning cannot do it here.
+            InputError: Lightning refuses these settings on this machine.
         """
         settings = {**self.settings, "default_root_dir": self.directory}
         for name in ("strategy", "plugins"):  # a trainer makes them its own
@@ -112,11 +112,10 @@ class Run:
         return trainer
 
     def join_ranks(self, model: LanguageModel) -> Ranks:
-        """Has all processes of this run started and joined, for what they do together between the
-        stages.
+        """Starts and connects all processes of this run, for what they do together between stages.
 
         Args:
-            model: that one of the stages is of.
+            model: the one that the stages work with.
         """
         if self.ranks is None:
             self.trainer().predict(Scorer(model, Want()), [], return_predictions=False)

@@ -1,4 +1,6 @@
-"""Everything that `--knn.*` and `--neighbors.*` set, and the checks that need no file."""
+"""The settings `--knn.*` and `--neighbors.*`, and those of all memories together, with the checks
+that need no file.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -18,32 +20,44 @@ class KNNSettings:
     """How the datastore is made, searched and mixed.
 
     Args:
-        datastore: its directory; by default datastores/<corpus>/<split>.
-        index: `auto` (by size), `flat` (exact), `torch` (exact, on the model's device), a faiss
-            factory string or the path of an index.
-        k: neighbours per token.
-        lmbda: weight of p_kNN, or `auto`: tuned with the temperature on the validation split.
-        temperature: divides the scores of the neighbours.
-        nprobe: inverted lists to visit, for indexes that have them; `auto` visits 8 to 32, those
-            that are not much farther than the nearest one.
-        metric: squared Euclidean distance, inner product or cosine.
-        distances: `exact` computes them again from the stored keys, `index` takes the index's own.
-        key_type: last_ffn_input, last_hidden, layer:<i>:ffn_input or layer:<i>:output.
-        rescore_key_type: score what the keys have found by the distances between these instead,
-            such as `gnn`.
-        dtype: of the stored keys.
-        similarity: what exact distances are computed with, where it is not the metric.
-        missing: neighbours that an index does not find are left out; `last_row` gives their votes
-            to the last row of the datastore, as the original program does.
-        size: rows of a datastore of the original program (raw maps); needs `dim` too.
-        dim: width of its keys.
-        min_context: leave out keys of tokens with less left context than this.
-        shards: directories that a new datastore is dealt into; one that is there is used as it is.
-        placement: of its rows: `contiguous` pieces, or blocks dealt `round_robin`.
-        shard: make and use this one of the shards alone, from 0: where hosts share no file system,
-            each makes its own.
-        cache: directory that keeps what is retrieved for each split: other values of lmbda and
-            temperature, and of k up to this one, then need neither the model nor a search.
+        datastore: directory of the datastore, by default datastores/<corpus>/<split>; another one
+            to use what was made elsewhere, the original program's raw maps too.
+        index: what searches: `auto`, the default, chooses by size; `flat` is exact, `torch` too, on
+            the model's device; or a faiss factory string, or the path of an index.
+        k: neighbours of each token that vote; fewer are faster, and better where only the nearest
+            are like the context.
+        lmbda: weight of p_kNN; `auto` tunes it with the temperature on the validation split, which
+            any new corpus or model asks for.
+        temperature: divides the scores of the neighbours; a higher one lets farther neighbours
+            weigh more.
+        nprobe: inverted lists that a query visits, where the index has them; `auto`, the default,
+            visits the near ones, 8 to 32. A larger number finds more and takes longer.
+        metric: how keys are compared: squared Euclidean distance, inner product or cosine; l2 is
+            the papers'.
+        distances: `exact`, the default, computes distances from the stored keys; `index` takes the
+            index's own, which saves reading keys from disk.
+        key_type: which vector is the key: last_ffn_input (the default and the paper's best),
+            last_hidden, layer:<i>:ffn_input, layer:<i>:output, or gnn, a graph network's output;
+            `neighborlm recall` compares them.
+        rescore_key_type: weigh what the keys have found by distances between vectors of this type
+            instead, such as gnn; none by default.
+        dtype: of the stored keys; fp32 takes twice the disk, for where half precision hurts.
+        similarity: what exact distances are computed with; by default the metric. For the original
+            program's --knn-sim-func, such as ip over an l2 index.
+        missing: neighbours that an index does not find are left out; last_row lets the last row of
+            the datastore vote instead, only to compare with the original program.
+        size: rows of a datastore of the original program (raw maps), which needs `dim` too.
+        dim: width of the keys of such a datastore.
+        min_context: leave out keys of tokens with less left context than this; 0, the default,
+            keeps all.
+        shards: directories that a new datastore is dealt into; more than 1 for several disks or
+            hosts. A datastore that exists is used as it is.
+        placement: how its rows are dealt: contiguous pieces, or blocks round_robin, with which
+            hosts send each other less.
+        shard: make and use this one of the shards alone, numbered from 0; for hosts that share no
+            file system, each of which makes its own.
+        cache: directory that keeps what is retrieved of each split; another lmbda, temperature or
+            smaller k then needs neither the model nor a search. None by default.
     """
 
     datastore: str | None = None
@@ -103,30 +117,36 @@ class NeighborSettings:
     """What the graph network of GNN-LM sees of each token's neighbours.
 
     Args:
-        k: neighbours per token.
-        left_context: tokens before each neighbour.
-        right_context: tokens after it.
-        key_type: of the keys that are compared, and of the neighbours' features.
-        metric: cosine, inner product or squared Euclidean distance.
-        index: `auto` (by size), `flat` or `torch` (exact) or a faiss factory string; `imported` for
-            tables of the original program (see retrieval/neighbors.py).
-        nprobe: inverted lists to visit, for indexes that have them, or `auto`.
-        features: of neighbours: `codes`, the keys quantised; `keys` as they are; `embeddings`, word
-            vectors of the tokens.
-        codec: faiss string of the codes, by default OPQ and PQ with a byte for eight dimensions;
-            `imported` for those of the original program (see retrieval/codec.py).
-        token_features: of the tokens themselves: `stored`, from the split's datastore, whose keys
-            must be last_hidden, or `online`, computed by the LM; by default stored in training,
-            where the keys are, and online in evaluation.
-        exclude_window: in training, neighbours nearer than this to the token or to one that it can
-            be seen by are left out; by default all that could show it.
-        dtype: of the stored keys.
-        shards: directories that new datastores are dealt into, with their tables and codes;
-            one that is there is used as it is.
-        placement: of their rows, see `KNNSettings`.
-        shard: the one of the training split's shards that this host has, from 0, where hosts share
-            no file system: what lies in the others is exchanged batch by batch.
-        datastores: their folder; by default datastores/<corpus>.
+        k: neighbours of each token; more cost time and memory in proportion.
+        left_context: tokens before each neighbour that the network sees.
+        right_context: tokens after each neighbour that the network sees.
+        key_type: which vector is compared, and stands for a neighbour; last_hidden by default. See
+            `--knn.key_type`.
+        metric: how keys are compared: cosine (the default), inner product or squared Euclidean
+            distance. With last_ffn_input and l2 the datastores of kNN-LM are used as they are.
+        index: what searches: `auto`, the default, chooses by size; flat and torch are exact; or a
+            faiss factory string. `imported` takes tables of the original program
+            (`neighborlm neighbors`).
+        nprobe: inverted lists that a query visits, where the index has them, or `auto`; more find
+            more and take longer.
+        features: what stands for a neighbour: its key quantised (codes, the default), as it is
+            stored (keys), or the word vector of its token (embeddings). keys lose nothing and take
+            many times the memory.
+        codec: faiss factory string of the codes; by default OPQ and PQ with a byte for eight
+            dimensions. `neighborlm codec compare` shows what others lose; `imported` takes the
+            codes of the original program (`neighborlm codec import`).
+        token_features: of the tokens themselves: stored, from the split's datastore, whose keys
+            must be last_hidden, or online, computed by the LM. By default stored in training, where
+            the keys allow it, and online in evaluation.
+        exclude_window: in training, neighbours nearer than this many tokens to a token that could
+            see them are left out; by default all that could show what is to be predicted.
+        dtype: of the stored keys; fp32 takes twice the disk, for where half precision hurts.
+        shards: directories that new datastores are dealt into, with their tables and codes; more
+            than 1 for several disks or hosts. Datastores that exist are used as they are.
+        placement: how their rows are dealt; see `--knn.placement`.
+        shard: the one of the training split's shards that this host has, numbered from 0, where
+            hosts share no file system: what lies in the others is exchanged batch by batch.
+        datastores: folder of the datastores; by default datastores/<corpus>.
     """
 
     k: int = 32
@@ -178,7 +198,7 @@ class NeighborSettings:
 
 @dataclass
 class MemorySettings:
-    """What the memories of an evaluation go by, a section of the command line each.
+    """The settings of an evaluation's memories, each a section of the command line.
 
     Args:
         knn: of the memory `knn`, and of every other that searches the datastore.
@@ -197,7 +217,7 @@ class MemorySettings:
 
 
 def check_counts(section: str, settings: KNNSettings | NeighborSettings) -> None:
-    """Raises InputError where there are none of something."""
+    """Raises InputError where a count is less than one."""
     for name in ("k", "nprobe", "shards"):
         value = getattr(settings, name)
         if value != "auto" and value < 1:
@@ -206,7 +226,7 @@ def check_counts(section: str, settings: KNNSettings | NeighborSettings) -> None
 
 
 def check_shard(section: str, shard: int | None, shards: int) -> None:
-    """Raises InputError where there is no shard of this number."""
+    """Raises InputError where no shard has this number."""
     if shard is not None and not 0 <= shard < shards:
         raise InputError(
             f"--{section}.shard is {shard} and --{section}.shards {shards}; expected a number from "

@@ -1,5 +1,4 @@
-"""`neighborlm TOOL ...`: the commands beside train.py and evaluate.py, and these too, in one table
-from names to functions."""
+"""`neighborlm TOOL ...`: one table of all commands, train.py and evaluate.py among them."""
 
 import sys
 from difflib import get_close_matches
@@ -17,7 +16,7 @@ class Tool(NamedTuple):
 
     Attributes:
         module: below `neighborlm`, whose `main` takes the command line as a list of strings.
-        purpose: of the command, in a line.
+        purpose: what it does, in a line.
     """
 
     module: str
@@ -25,16 +24,16 @@ class Tool(NamedTuple):
 
 
 TOOLS = {
-    "prepare": Tool("tools.prepare", "a corpus folder from raw text files, split by document"),
+    "prepare": Tool("tools.prepare", "make a corpus folder from raw text files, split by document"),
     "datastore": Tool("tools.datastore", "list, show, verify, split, merge, assemble datastores"),
     "recall": Tool("tools.recall", "how often the target is among the nearest keys, by any index"),
     "sweep": Tool("tools.sweep", "kNN-LM's perplexity over k, temperature and lmbda, from a cache"),
-    "plan": Tool("tools.plan", "bytes that a memory will take, and what would make it fit"),
-    "codec": Tool("tools.codec", "what a GNN-LM's quantised features cost and lose"),
+    "plan": Tool("tools.plan", "bytes that a datastore will take, and what would make it fit"),
+    "codec": Tool("tools.codec", "compare or take over quantised features of a GNN-LM"),
     "neighbors": Tool("tools.neighbors", "take over neighbour tables of the original GNN-LM"),
-    "convert": Tool("tools.convert", "checkpoints of fairseq to ours and back"),
-    "train": Tool("programs.train", "fit a model from a config, as train.py does"),
-    "evaluate": Tool("programs.evaluate", "perplexity, plain or with a memory, as evaluate.py"),
+    "convert": Tool("tools.convert", "convert checkpoints of fairseq to ours and back"),
+    "train": Tool("programs.train", "train a model from a config, as train.py does"),
+    "evaluate": Tool("programs.evaluate", "perplexity, plain or with memories, as evaluate.py"),
 }
 
 
@@ -67,7 +66,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def usage() -> str:
-    """What the command can do."""
+    """The help of `neighborlm` itself."""
     width = max(map(len, TOOLS)) + 2
     lines = (f"  {name:<{width}}{tool.purpose}" for name, tool in TOOLS.items())
     return "\n".join(

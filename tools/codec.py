@@ -26,14 +26,14 @@ def main(args: list[str] | None = None) -> None:
     def compare(
         datastore: Path, codecs: list[str], seed: int = 1, output: Path | None = None
     ) -> None:
-        """Prints what codecs cost in bytes and lose in precision, to choose --neighbors.codec by.
+        """Compares codecs in bytes and relative error, to choose --neighbors.codec by.
 
         Args:
             datastore: directory of a datastore, whose keys are encoded.
-            codecs: faiss factory strings, such as '["OPQ16_128,PQ16", "SQ8"]'.
+            codecs: faiss factory strings to compare, such as '["OPQ16_128,PQ16", "SQ8"]'.
             seed: of the sample of keys that codecs are trained and measured on; another one shows
                 how much of a difference is chance.
-            output: JSON file for the results.
+            output: JSON file for the results; none by default.
         """
         results = compare_codecs(Datastore.open(datastore), codecs, seed)
         table = Table("codec", "bytes a row", "relative error", "seconds to train")
@@ -46,12 +46,12 @@ def main(args: list[str] | None = None) -> None:
             output.write_text(json.dumps(found, indent=1) + "\n")
 
     def take_over(datastore: Path, codes: Path, quantizer: Path) -> None:
-        """Takes over the original's codes where they lie: `--neighbors.codec imported` uses them.
+        """Takes over codes of the original GNN-LM for `--neighbors.codec imported`; copies nothing.
 
         Args:
             datastore: directory of the datastore whose keys were encoded.
-            codes: file of the codes, uint8, raw or .npy.
-            quantizer: file of the faiss codec that made them.
+            codes: the original's file of codes, uint8, raw or .npy.
+            quantizer: the original's file of the faiss codec that made them.
         """
         taken = import_codes(Datastore.open(datastore), codes, quantizer)
         error = taken.manifest["relative_error"]
@@ -62,5 +62,5 @@ def main(args: list[str] | None = None) -> None:
         args=args,
         as_positional=False,
         prog="neighborlm codec",
-        description="What a GNN-LM's quantised features cost and lose.",
+        description="Compares codecs of a GNN-LM's features, and takes over codes of the original.",
     )

@@ -1,4 +1,5 @@
-"""`neighborlm datastore ...`: looks at datastores, verifies, deals, merges and assembles them."""
+"""`neighborlm datastore ...`: lists datastores, verifies them, deals them into shards and merges
+these, makes smaller ones, and takes over those of the original programs."""
 
 import json
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ from neighborlm.retrieval.store.thinning import merged, random_rows, write_thinn
 
 
 def below(folder: Path) -> Iterator[Path]:
-    """Directories of the datastores under a folder, shards of one that is there too left out."""
+    """Directories of the datastores under a folder, without the shards of a whole that is there."""
     for path in sorted(folder.rglob("manifest.json")):
         text = path.read_text(encoding="utf-8", errors="replace")
         of_a_whole = '"shard": {' in text and (path.parent.parent / "manifest.json").exists()
@@ -90,7 +91,7 @@ def list_datastores(path: Path) -> None:
     """Prints a line for every datastore under a folder.
 
     Args:
-        path: the folder; all folders in it are looked through.
+        path: the folder, searched with all folders in it.
     """
     for place in below(path):
         try:
@@ -100,7 +101,7 @@ def list_datastores(path: Path) -> None:
 
 
 def show(path: Path) -> None:
-    """Prints what a datastore is and what it was made from, as JSON.
+    """Prints the manifest of a datastore and its state, as JSON.
 
     Args:
         path: its directory, with a manifest.json.
@@ -115,12 +116,12 @@ def show(path: Path) -> None:
 
 
 def verify(path: Path, record: bool = False) -> None:
-    """Reads a datastore and compares it with its checksums; names the first damaged rows.
+    """Compares a datastore with its checksums, and names the first damaged rows.
 
     Args:
         path: its directory, with a manifest.json.
-        record: give checksums to a datastore or a shard that has none, instead of refusing it;
-            for those of original programs, which had none.
+        record: give checksums to a datastore or shard that has none, instead of refusing it; for
+            datastores of the original programs, which have none.
     """
     datastore = Datastore.open(path)
     with progress_bars(str(path), transient=True) as report:
@@ -173,11 +174,11 @@ def _copy(source: Path, output: Path, shards: int, kind: Kind, block_rows: int) 
 
 
 def assemble(shards: list[Path], output: Path) -> None:
-    """Makes one datastore of shards where they lie; nothing is copied.
+    """Makes one datastore of shards where they lie; copies nothing.
 
     Args:
         shards: their directories, as '[DIR, DIR]'.
-        output: directory for the manifest of the whole; to be given again once shards were moved.
+        output: directory for the manifest of the whole; give it again after moving shards.
     """
     print(line_of(put_together(shards, output).path))
 
@@ -190,7 +191,7 @@ def take_over(
     dtype: Literal["fp16", "fp32"] | None = None,
     vocab_size: int | None = None,
 ) -> None:
-    """Makes a datastore of the raw maps of an original program, where they lie.
+    """Makes a datastore of the raw maps of an original program; copies nothing.
 
     Args:
         source: prefix of _keys.npy and _vals.npy (kNN-LM), or a directory with an info.json
@@ -198,8 +199,8 @@ def take_over(
         output: directory for the manifest.
         size: number of rows, where there is no info.json: --dstore-size of the original.
         dim: width of the keys, where there is no info.json.
-        dtype: of the keys; by default what the size of the file tells.
-        vocab_size: of the dictionary, to check the values against; not checked by default.
+        dtype: of the keys; by default what the size of the file implies.
+        vocab_size: of the dictionary, to check the values against; by default they are not checked.
     """
     datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
     print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
@@ -216,17 +217,19 @@ def merge_entries(
     nprobe: NProbe = 32,
     table: Path | None = None,
 ) -> None:
-    """Makes a smaller datastore, in which near entries of one value are one that counts for all of
-    them; repeated, it goes on where it stopped.
+    """Makes a smaller datastore by merging near entries of one value.
+
+    One entry stays and counts for all that were merged into it. Repeated, the command goes on where
+    it stopped.
 
     Args:
         source: directory of a datastore.
         output: directory of the new one.
-        k: nearest entries that each may take over.
-        seed: of the order in which they do.
-        index: of the source, where it is searched for its own neighbours; see --knn.index.
-        nprobe: see --knn.nprobe.
-        table: neighbour table of the source in itself, in place of one that is made.
+        k: nearest entries that each may take over; more make it smaller.
+        seed: of the order in which entries take over others.
+        index: how the source is searched for the neighbours of its own entries; see --knn.index.
+        nprobe: inverted lists that such a search visits; see --knn.nprobe.
+        table: neighbour table of the source in itself; by default one is made.
     """
     opened = Datastore.open(source)
     if table is None:
@@ -251,8 +254,8 @@ def thin(source: Path, output: Path, share: float, seed: int = 1) -> None:
     Args:
         source: directory of a datastore.
         output: directory of the new one.
-        share: of the entries that are kept.
-        seed: of which.
+        share: share of the entries that is kept, such as .5.
+        seed: of the draw of these entries.
     """
     opened = Datastore.open(source)
     rows = random_rows(opened, share, seed)

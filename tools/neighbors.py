@@ -18,13 +18,14 @@ def main(args: list[str] | None = None) -> None:
     """
 
     def take_over(table: Path, k: int, queries: Path, memory: Path) -> None:
-        """Takes over an original table, where it lies: `--neighbors.index imported` uses it.
+        """Takes over a table of the original GNN-LM for `--neighbors.index imported`.
 
         Args:
-            table: its neighbors.mmap.<k>.
-            k: neighbours of a token in it.
-            queries: directory of the datastore of the split whose tokens it is of.
-            memory: directory of the datastore whose rows it names, that of the training split.
+            table: the original's file neighbors.mmap.<k>.
+            k: neighbours of a token in the table.
+            queries: directory of the datastore of the split whose tokens the table is of.
+            memory: directory of the datastore whose rows the table names, that of the training
+                split.
         """
         with progress_bars(f"neighbours k={k}", transient=True) as report:
             taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory), report)

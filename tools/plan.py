@@ -1,7 +1,7 @@
-"""`neighborlm plan`: the bytes that a memory takes on the disk and in the memory of each host and
-sends over the network, before anything is run; and what would make it fit where it does not.
+"""`neighborlm plan`: the bytes that a datastore and all that is made of it take on the disk and in
+the memory of each host and on the network, before anything is run; and what would make them fit.
 
-The formulas stand in a table in docs/scaling.md. How long each stage takes is not foretold.
+docs/scaling.md has the formulas in a table. How long each stage takes is not predicted.
 """
 
 import json
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from neighborlm.common.errors import InputError
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.search.building import PART_BYTES, sample_size
 from neighborlm.retrieval.search.index import INDEX_KINDS, auto_factory, make_index
 from neighborlm.retrieval.store.checksums import rows_of_chunk
@@ -40,27 +41,28 @@ PAGE_CACHE = 0.9
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is planned; all sizes are of one host.
+    """What is planned.
 
     Args:
-        tokens: of the training text, each of which gives a key; `103e6` is understood.
+        tokens: tokens of the training text, each of which gives a key; such as 103e6.
         dim: width of the keys, that is of the language model.
         k: neighbours of a query, as in `--knn.k`.
         index: as in `--knn.index`: `auto`, `flat`, `torch` or a faiss factory string with inverted
             lists; try another one where memory binds.
-        hosts: machines that hold a shard of the datastore each; with one, nothing is sent.
-        memory: of a host, such as 64GB or 60GiB.
-        disk: of a host, such as 2TB.
+        hosts: machines, each of which holds a shard of the datastore; more where one is too small.
+        memory: of one host, such as 64GB or 60GiB.
+        disk: of one host, such as 2TB.
         dtype: of the stored keys; fp32 only where half precision is known to hurt.
-        vocab: size of the vocabulary; up to 65,536 a value takes two bytes, beyond that four.
-        distances: as in `--knn.distances`; `index` leaves stored keys alone, and sends less.
+        vocab: size of the vocabulary; a value takes one byte up to 256 words, two up to 65,536,
+            else four.
+        distances: as in `--knn.distances`; `index` reads no stored keys and sends less.
         table_k: neighbours of a token in the tables of a GNN-LM; 0 for kNN-LM alone.
         codec: faiss factory string of a GNN-LM's features; by default OPQ and PQ with a byte for
             eight dimensions.
         cache: plan for `--knn.cache` too, which keeps all that is retrieved.
         queries: tokens that are evaluated, all of which such a cache keeps.
         parameters: of the language model's layers; by default those of 16 layers, as in the papers.
-        output: JSON file for the plan.
+        output: JSON file for the plan; none by default.
     """
 
     tokens: float
@@ -118,7 +120,7 @@ class Wanted:
 
     @property
     def shape(self) -> "Shape | None":
-        """Of the index, None where the keys themselves are searched."""
+        """Of the index; None where the keys themselves are searched."""
         return None if self.factory in INDEX_KINDS else index_shape(self.dim, self.factory)
 
 
@@ -149,7 +151,7 @@ class Shape(NamedTuple):
 
 @lru_cache
 def index_shape(dim: int, factory: str) -> Shape:
-    """Told by an empty index.
+    """The shape of an index, read from an empty one.
 
     Raises:
         InputError: faiss does not know the factory string, or it has no inverted lists.
@@ -183,7 +185,7 @@ def on_disk(w: Wanted) -> dict[str, float]:
         "index": w.shape.bytes_of(w.keys) + MANIFEST if w.shape else 0,
     }
     if w.table_k:
-        codec = w.codec or f"OPQ{max(w.dim // 8, 1)}_{w.dim},PQ{max(w.dim // 8, 1)}"
+        codec = NeighborSettings(codec=w.codec).codec_for(w.dim)
         code = faiss.index_factory(w.dim, codec).sa_code_size()
         codebook = 4 * 256 * w.dim + 4 * w.dim**2 * codec.startswith("OPQ")
         found["neighbour table"] = HEADER + MANIFEST + w.keys * w.table_k * w.row_bytes
@@ -225,7 +227,7 @@ def in_memory(w: Wanted) -> dict[str, float]:
 
 
 def sent(w: Wanted) -> float:
-    """Bytes for a query of any host, into each host and as many out of it: the vectors of others'
+    """Bytes that a query costs each host, inwards and as many outwards: the vectors of the others'
     queries, and for its own at most k distances, rows and values from each of the others, with
     distances to stored keys beside them. A share 1 / hosts of all queries is its own."""
     of_keys = w.factory == "torch" or (w.shape is not None and w.dtype in w.shape.exact)
@@ -326,12 +328,12 @@ def show(w: Wanted, console: Console) -> None:
 
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
-    """Prints the plan, and writes it as JSON where that is wanted."""
+    """Prints the plan, and writes it as JSON with `--output`."""
     parser = ArgumentParser(
         prog="neighborlm plan",
-        description="The bytes that a memory takes on the disk and in the memory of each host and "
-        "sends over the network, before anything is run, and what would make it fit where it does "
-        "not. docs/scaling.md has the formulas.",
+        description="The bytes that a datastore and all that is made of it take on the disk and in "
+        "the memory of each host and on the network, before anything is run; and what would make "
+        "them fit where they do not. docs/scaling.md has the formulas.",
     )
     parser.add_class_arguments(Wanted)
     w = Wanted(**parser.parse_args(args).as_dict())

@@ -3,8 +3,8 @@
     neighborlm prepare books/ --output corpora/books --tokenize
     neighborlm prepare dump.txt --separator '<|endoftext|>' --output corpora/dump --split 98,1,1
 
-A document goes into one split whole: neighbours found in the training text would otherwise be the
-rest of the very document that is predicted. Copies of a document are left out for the same reason.
+A document goes into one split whole: otherwise the neighbours found in the training text would be
+the rest of the very document that is predicted. Copies of a document are left out for that reason.
 """
 
 import hashlib
@@ -204,25 +204,27 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokenize",
         action="store_true",
-        help="separate words from punctuation marks, and leave out blank lines; without it lines "
-        "stay as they are, which is what a model of characters wants",
+        help="separate words from punctuation marks, and leave out blank lines, for a model of "
+        "words (default: lines stay as they are, for a model of characters or bytes, or where "
+        "words are separated already)",
     )
     parser.add_argument(
         "--split",
         default="90,5,5",
         metavar="TRAIN,VALID,TEST",
-        help="shares of the text (default: 90,5,5)",
+        help="shares of the text (default: 90,5,5); more for training where the text is large",
     )
     parser.add_argument(
         "--separator",
         metavar="LINE",
-        help="a line that stands between documents of one file, '' for a blank one",
+        help="a line that stands between documents of one file, '' for a blank one (default: each "
+        "file is one document)",
     )
     parser.add_argument(
-        "--seed", type=int, default=1, help="of the draw that deals the documents (default: 1)"
+        "--seed",
+        type=int,
+        default=1,
+        help="of the draw that deals documents to splits (default: 1); another one gives other "
+        "splits",
     )
     prepare(**vars(parser.parse_args(args)))
-
-
-if __name__ == "__main__":
-    main()

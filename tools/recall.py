@@ -1,10 +1,10 @@
-"""Which hidden state retrieves best, and what an index loses: how often the token that follows is
-among the values of a query's nearest keys.
+"""Which hidden state retrieves best, and what an index loses: how often a query's target is among
+the values of its nearest keys.
 
     neighborlm recall --memory datastores/text/train --queries datastores/text/valid
 
-A pair of datastores, of the training split and of another one, for each kind of hidden state; every
-pair is searched with every metric, index and number of probes.
+Each key type needs a pair of datastores, of the training split and of another one; every pair is
+searched with every metric, index and number of probes.
 """
 
 import json
@@ -255,8 +255,8 @@ def measure(
 
 
 def check_pair(memory: Datastore, queries: Datastore, k: int) -> None:
-    """Refuses queries of another width, model, dictionary or key type, those of the memory's own
-    text, and a memory of fewer than k keys."""
+    """Refuses queries of another width, model, dictionary or key type than the memory, or of its
+    own text, and a memory of fewer than k keys."""
     refuse_mismatch(queries.path, {"dim": queries.dim}, {"dim": memory.dim})
     theirs, ours = memory.manifest["made_from"], queries.manifest["made_from"]
     both = ours.keys() & theirs.keys() & {"model", "dictionary", "key_type"}
@@ -357,9 +357,9 @@ def parsed(args: list[str] | None) -> Namespace:
     """The command line, and all about it that can be wrong before anything is opened."""
     parser = ArgumentParser(
         "neighborlm recall",
-        description="How often the token that follows is among the values of the nearest keys: "
-        "compares kinds of hidden states, each a pair of datastores, and what indexes lose. An "
-        "index that is missing is built.",
+        description="How often a query's target is among the values of its nearest keys: compares "
+        "key types, each a pair of datastores, and what indexes lose. An index that is missing is "
+        "built.",
     )
     add = parser.add_argument
     add(
@@ -367,20 +367,22 @@ def parsed(args: list[str] | None) -> Namespace:
         type=Path,
         action="append",
         required=True,
-        help="datastore of the training split; may be given several times, with as many --queries",
+        help="datastore of the training split, which is searched; may be given several times, with "
+        "as many --queries",
     )
     add(
         "--queries",
         type=Path,
         action="append",
         required=True,
-        help="datastore of another split, of the same model and kind of hidden state",
+        help="datastore of another split, of the same model and key type; its keys are the queries",
     )
     add(
         "--indexes",
         nargs="+",
         default=["flat"],
-        help="what searches: flat, torch, auto, faiss factory strings or paths (default: flat)",
+        help="what searches: flat, torch, auto, faiss factory strings or paths (default: flat, "
+        "which is exact); name others to see what they lose",
     )
     add(
         "--nprobes",
@@ -395,14 +397,14 @@ def parsed(args: list[str] | None) -> Namespace:
         nargs="+",
         default=["l2"],
         choices=list(FAISS_METRICS),
-        help="how keys are compared (default: l2)",
+        help="how keys are compared (default: l2); several to compare them",
     )
     add(
         "--ks",
         nargs="+",
         type=int,
         default=[1, 8, 32, 128, 1024],
-        help="numbers of neighbours (default: 1 8 32 128 1024)",
+        help="numbers of neighbours to report for (default: 1 8 32 128 1024)",
     )
     add(
         "--limit",
@@ -410,9 +412,9 @@ def parsed(args: list[str] | None) -> Namespace:
         default=2000,
         help="queries of each pair, a random sample; more for finer differences (default: 2000)",
     )
-    add("--seed", type=int, default=1, help="of that sample (default: 1)")
+    add("--seed", type=int, default=1, help="of the sample of queries (default: 1)")
     add("--output", type=Path, help="JSON file for the results (default: none)")
-    add("--plot", type=Path, help="PNG file for a picture of them, needs matplotlib")
+    add("--plot", type=Path, help="PNG file for a picture (default: none); needs matplotlib")
     options = parser.parse_args(args)
     if len(options.memory) != len(options.queries):
         raise InputError(

@@ -66,26 +66,31 @@ def parsed(args: list[str] | None) -> Namespace:
         "model nor datastore is needed. Prints the best pair for each k.",
     )
     add = parser.add_argument
-    add("--cache", type=Path, required=True, help="what is read: DIR/<split> of --knn.cache DIR")
+    add(
+        "--cache",
+        type=Path,
+        required=True,
+        help="folder to read: DIR/<split> of --knn.cache DIR",
+    )
     add(
         "--k",
         nargs="+",
         type=int,
-        help="numbers of neighbours, at most the cache's (default: powers of two up to that)",
+        help="numbers of neighbours, at most the cache's k (default: powers of two up to that)",
     )
     add(
         "--temperature",
         nargs="+",
         type=float,
-        help="what scores are divided by (default: half octaves around the spread of the scores; "
-        "to be given where the best one is the first or the last of these)",
+        help="what scores are divided by (default: half octaves around the spread of the scores); "
+        "name others where the best is the first or the last of these",
     )
     add(
         "--lmbda",
         nargs="+",
         type=float,
         default=(np.arange(19) / 20).tolist(),
-        help="weights of p_kNN (default: 0 to 0.9 in steps of 0.05)",
+        help="weights of p_kNN (default: 0 to 0.9 in steps of 0.05); finer ones around the best",
     )
     add("--output", type=Path, help="JSON file for the whole grid (default: none)")
     options = parser.parse_args(args)
