@@ -5,6 +5,7 @@ from small import ROOT
 
 from neighborlm.retrieval.engine import loops, suffix_loops
 from neighborlm.retrieval.engine.loops import compiled, kth_smallest, round_to_bytes, shift_halves
+from neighborlm.retrieval.store import thinning
 
 
 def test_where_nothing_can_be_kept_functions_are_compiled_anew():
@@ -16,14 +17,14 @@ def test_where_nothing_can_be_kept_functions_are_compiled_anew():
 
 def test_what_is_compiled_calls_nothing_of_another_file():
     """numba would not see that a function there has changed."""
-    for module in (loops, suffix_loops):
+    for module in (loops, suffix_loops, thinning):
         functions = [f for f in vars(module).values() if isinstance(f, Dispatcher)]
         assert functions
         assert {f.py_func.__module__ for f in functions} == {module.__name__}
     rooms = ("retrieval", "models", "callbacks", "datamodules", "programs", "originals", "tools")
     files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
     users = [path.name for path in files if "numba" in path.read_text("utf-8")]
-    assert sorted(users) == ["loops.py", "suffix_loops.py"]
+    assert sorted(users) == ["loops.py", "suffix_loops.py", "thinning.py"]
 
 
 @pytest.mark.parametrize("size", [1e-37, 1e-31, 1.0, 1e25, 3e37])
