@@ -3,8 +3,10 @@
 `--save_datastore` and `--build_index` do one stage as a job of its own.
 """
 
+from functools import cached_property
 from pathlib import Path
 
+import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
 from neighborlm.common.errors import InputError
@@ -12,9 +14,12 @@ from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import Source
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.corpora import CorpusDataModule
+from neighborlm.programs.effects import check_effects
 from neighborlm.programs.evaluation import Evaluated, Subject, evaluate, make_products
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.records import Record
 from neighborlm.programs.reports import publish
+from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
 from neighborlm.retrieval.memories.automaton import AutomatonSettings
@@ -79,7 +84,8 @@ class EvaluateCLI(ProgramCLI):
             "--output",
             type=str | None,
             default=None,
-            help="where results are written (default: results.json in the run directory)",
+            help="where the latest results are written besides their record in evaluations/ "
+            "(default: results.json; both in the run directory)",
         )
         parser.add_argument(
             "--token_scores",
@@ -98,6 +104,35 @@ class EvaluateCLI(ProgramCLI):
             return ["knn"] if self.config.knnlm else []
         return [name.strip() for name in self.config.memories.split(",")]
 
+    @property
+    def run_dir(self) -> Path:
+        """`--trainer.default_root_dir`, else the run that the checkpoint lies in, else
+        runs/<corpus>[-<arch>]."""
+        checkpoint = Path(self.config.ckpt_path or "")
+        in_a_run = checkpoint.suffix == ".ckpt" and checkpoint.parent.name == "checkpoints"
+        if in_a_run and not self.config.trainer.default_root_dir:
+            return checkpoint.parent.parent
+        return super().run_dir
+
+    @cached_property
+    def record(self) -> Record:
+        """Of the evaluation that this command line describes."""
+        settings = self.parser.dump(self.config, skip_unset=False, skip_link_targets=True)
+        return Record(
+            self.run_dir,
+            self.config.split or "test",
+            self.arch,
+            self.memories,
+            yaml.safe_load(settings),
+            self.config.mixer,
+        )
+
+    def make_run(self) -> Run:
+        """A run that logs this evaluation beside others."""
+        run = super().make_run()
+        run.evaluation = self.record.name
+        return run
+
     def instantiate_classes(self) -> None:
         """Makes the settings, then the data module; the model comes from the checkpoint."""
         self.settings = MemorySettings(
@@ -106,6 +141,8 @@ class EvaluateCLI(ProgramCLI):
             AutomatonSettings(**self.config.automaton.as_dict()),
         )
         self.settings.check()
+        makes_products = self.config.save_datastore or self.config.build_index
+        check_effects(self.settings, self.memories, self.config.mixer, makes_products)
         self.knn = self.settings.knn
         path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
         self.ckpt_path = Path(path)
@@ -113,7 +150,7 @@ class EvaluateCLI(ProgramCLI):
         self.datamodule: LMDataModule = self.config_init.data
         source = Source(self.datamodule, self.ckpt_path, self.config.model)
         self.model = self.architecture.load(source)
-        if self.memories or self.config.save_datastore or self.config.build_index:
+        if self.memories or makes_products:
             for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
                 self.model.key_width(key_type)
         check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
@@ -168,4 +205,4 @@ def main(args: list[str] | None = None) -> None:
         checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
         made_by = {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
         updates = getattr(cli.model, "updates", 0)
-        publish(evaluated.results | made_by, output, updates, evaluated.trainer.loggers)
+        publish(evaluated.results | made_by, cli.record, output, updates, evaluated.trainer.loggers)

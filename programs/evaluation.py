@@ -313,7 +313,8 @@ class Evaluated:
     """What came of an evaluation.
 
     Attributes:
-        results: JSON-able: `split`, `tokens` and the figures of the LM; under `gnn` those of a
+        results: JSON-able: `split`, its `unit` (`word`, `char` or `byte`), the `window` that rows
+            are read in, `tokens` and the figures of the LM; under `gnn` those of a
             graph network on top of it, and under `knn` (the one memory) or `mixture` those with
             memories.
         seconds: of each stage that was not done before.
@@ -353,12 +354,37 @@ def evaluate(
     settings = settings or MemorySettings()
     settings.check()
     subject.data.stream(split)
-    if not memories:
-        lm_scores = [LMScores()] if token_scores else []
-        alone = score(subject, split, callbacks=lm_scores)
-        for callback in lm_scores:
-            save_scores(token_scores, callback.table)
-        return Evaluated(alone.results, seconds_of(subject), alone.trainer)
+    if memories:
+        evaluated = evaluate_with_memories(subject, split, memories, mixer, settings, token_scores)
+    else:
+        evaluated = evaluate_alone(subject, split, token_scores)
+    return replace(evaluated, results=measure_of(subject.data) | evaluated.results)
+
+
+def measure_of(data: LMDataModule) -> dict[str, Any]:
+    """What figures of a corpus are figures of: a token's level, and the rows that it is read in."""
+    window = ("tokens_per_sample", "context_window", "break_mode")
+    return {"unit": data.settings.level, "window": {name: getattr(data, name) for name in window}}
+
+
+def evaluate_alone(subject: Subject, split: str, token_scores: Path | None) -> Evaluated:
+    """The model without memories."""
+    lm_scores = [LMScores()] if token_scores else []
+    alone = score(subject, split, callbacks=lm_scores)
+    for callback in lm_scores:
+        save_scores(token_scores, callback.table)
+    return Evaluated(alone.results, seconds_of(subject), alone.trainer)
+
+
+def evaluate_with_memories(
+    subject: Subject,
+    split: str,
+    memories: Sequence[str],
+    mixer: str,
+    settings: MemorySettings,
+    token_scores: Path | None,
+) -> Evaluated:
+    """The model and its mixture with memories."""
     check_names(memories, mixer)
     given = tuple(memories) == ("knn",) and mixer == "constant" and settings.knn.lmbda != "auto"
     if {"knn", "automaton"} & set(memories):

@@ -1,7 +1,6 @@
 """The figures of an evaluation, and where the user sees them: a table, a JSON file and what the
 trainer logs to, TensorBoard as a rule."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
+from neighborlm.programs.places import write_json
+from neighborlm.programs.records import Record
 from neighborlm.retrieval.memories.tuning import Tuning
 
 
@@ -44,37 +45,56 @@ def log(values: dict[str, float], step: int, loggers: Sequence[Logger]) -> None:
         logger.log_metrics(values, step)
 
 
-def publish(results: dict[str, Any], output: Path, step: int, loggers: Sequence[Logger]) -> None:
-    """Writes the results as JSON, logs the figures and prints a table.
+def publish(
+    results: dict[str, Any], record: Record, output: Path, step: int, loggers: Sequence[Logger]
+) -> None:
+    """Prints a table, logs the figures and writes the results with their record.
 
     Args:
         results: see `programs.evaluation.Evaluated`.
-        output: JSON file.
+        record: of the evaluation.
+        output: JSON file of the latest results.
         step: updates that the model was trained with.
         loggers: of the trainer.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    split, gnn, knn = results["split"], results.get("gnn"), results.get("knn")
-    logged = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
-    table = Table("", "perplexity", "nats / token", "tokens / s", title=f"{split} split")
+    Console().print(as_table(results))
+    log(logged(results), step, loggers)
+    for logger in loggers:
+        logger.finalize("success")
+    write_json(record.path, record.content(results))
+    write_json(output, results | {"record": str(record.path)})
+    Console().print(f"results: {output}, {record.path}", soft_wrap=True)
+
+
+def as_table(results: dict[str, Any]) -> Table:
+    """The figures of each way of predicting, a row each."""
+    gnn, knn, mixture = (results.get(name) for name in ("gnn", "knn", "mixture"))
     rows = [("LM", results)]
     if gnn:
-        logged |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
         rows += [("GNN-LM", gnn)]
+    if knn:
+        name = "GNN-LM + kNN" if gnn else "kNN-LM"
+        rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
+    if mixture:
+        rows += [(" + ".join(["GNN-LM" if gnn else "LM", *mixture["memories"]]), mixture)]
+    title = f"{results['split']} split, {results['unit']} level"
+    table = Table("", "perplexity", "nats / token", "tokens / s", title=title)
+    for name, r in rows:
+        table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
+    return table
+
+
+def logged(results: dict[str, Any]) -> dict[str, float]:
+    """The figures by the names that TensorBoard shows."""
+    split, gnn, knn = results["split"], results.get("gnn"), results.get("knn")
+    found = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
+    if gnn:
+        found |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
     if knn:
         names = ("loss", "ppl", "lmbda", "temperature", "nearest_distance")
         names += ("kth_distance", "target_among_neighbors")
-        logged |= {f"{split}/knn/{name}": knn[name] for name in names}
-        name = "GNN-LM + kNN" if gnn else "kNN-LM"
-        rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
+        found |= {f"{split}/knn/{name}": knn[name] for name in names}
     if mixture := results.get("mixture"):
         means = [name for name in mixture if "." in name]
-        logged |= {f"{split}/mixture/{name}": mixture[name] for name in ("loss", "ppl", *means)}
-        rows += [(" + ".join(["GNN-LM" if gnn else "LM", *mixture["memories"]]), mixture)]
-    log(logged, step, loggers)
-    for logger in loggers:
-        logger.finalize("success")
-    for name, r in rows:
-        table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
-    Console().print(table, f"results: {output}")
+        found |= {f"{split}/mixture/{name}": mixture[name] for name in ("loss", "ppl", *means)}
+    return found

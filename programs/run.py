@@ -41,6 +41,7 @@ class Run:
     Attributes:
         device: this process's, once there has been a trainer.
         ranks: all processes, once `join_ranks` has been called.
+        evaluation: name under which an evaluation logs, beside others of the run.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Run:
         self.lost_after = lost_after
         self.device = torch.device("cpu")
         self.ranks: Ranks | None = None
+        self.evaluation = ""
 
     @property
     def precision(self) -> str:
@@ -89,7 +91,8 @@ class Run:
             if settings.get(name) is not None:
                 settings[name] = deepcopy(settings[name])
         if settings.get("logger") in (None, True):
-            settings["logger"] = TensorBoardLogger(self.directory, name="", version=stage)
+            place = Path(stage, self.evaluation if stage == "evaluate" else "")
+            settings["logger"] = TensorBoardLogger(self.directory, name="", version=str(place))
         strategy = settings.setdefault("strategy", "auto")
         if strategy == "fsdp":
             one_file = ModelParallelStrategy(save_distributed_checkpoint=False)

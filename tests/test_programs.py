@@ -85,7 +85,7 @@ def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
     results = json.loads((workplace / "auto.json").read_text())
     assert results["knn"]["tuned"]
     assert results["knn"]["ppl"] < results["ppl"]
-    logged = scalars(workplace / "runs/words/evaluate")
+    logged = scalars(max((workplace / "runs/words/evaluate").glob("valid-lm-knn-*")))
     assert {"valid/ppl", "valid/knn/ppl", "valid/knn/nearest_distance"} <= set(logged)
     assert len(logged["tuning/valid_ppl_over_lmbda_percent"]) == 100
 
