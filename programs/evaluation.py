@@ -180,7 +180,7 @@ class MadeOnDemand:
 
     Args:
         subject: what is evaluated.
-        settings: of the memories.
+        settings: of the memories; a temperature that is to be tuned is 1 until it is.
 
     Attributes:
         products: the datastores, and how long each stage took that was not done before.
@@ -189,6 +189,8 @@ class MadeOnDemand:
     def __init__(self, subject: Subject, settings: MemorySettings) -> None:
         self.subject = subject
         self.settings = settings
+        if settings.knn.temperature == "auto":
+            self.mix_by(temperature=1.0)
         self.products = subject.products(settings.knn)
         self.vocab_size = subject.data.vocab_size
         self.device = subject.run.device
@@ -386,13 +388,19 @@ def evaluate_with_memories(
 ) -> Evaluated:
     """The model and its mixture with memories."""
     check_names(memories, mixer)
+    check_mixing(memories, mixer, settings.knn)
     given = tuple(memories) == ("knn",) and mixer == "constant" and settings.knn.lmbda != "auto"
     if {"knn", "automaton"} & set(memories):
         check_search(subject, settings.knn, [split] if given else sorted({split, "valid"}))
     resources = MadeOnDemand(subject, settings)
     if tuple(memories) == ("knn",) and mixer == "constant":
         return evaluate_knn(subject, split, resources, token_scores)
-    return evaluate_mixture(subject, split, memories, MIXERS[mixer](), resources, token_scores)
+    fitted = MIXERS[mixer]()
+    if fitted.needs_fitting and split == "valid":
+        raise InputError("--split valid: is what the mixer is fitted on; expected another")
+    if settings.knn.temperature == "auto" and {"knn", "automaton"} & set(memories):
+        resources.mix_by(temperature=tuned_knn(subject, resources).temperature)
+    return evaluate_mixture(subject, split, memories, fitted, resources, token_scores)
 
 
 def check_names(memories: Sequence[str], mixer: str) -> None:
@@ -405,6 +413,26 @@ def check_names(memories: Sequence[str], mixer: str) -> None:
         raise InputError(f"--memories are {','.join(memories)}; expected each once")
     if mixer not in MIXERS:
         raise InputError(f"--mixer is {mixer}; expected one of {', '.join(MIXERS)}")
+
+
+def check_mixing(memories: Sequence[str], mixer: str, knn: KNNSettings) -> None:
+    """Refuses weights and temperatures that something else decides on."""
+    alone = tuple(memories) == ("knn",) and mixer == "constant"
+    if alone and knn.lmbda == "auto" and knn.temperature != "auto":
+        raise InputError(
+            f"--knn.temperature {knn.temperature}: has no effect with --knn.lmbda auto, which "
+            "tunes both; expected a number as --knn.lmbda too, or no such flag"
+        )
+    if not alone and knn.cache is not None:
+        raise InputError(
+            f"--knn.cache {knn.cache}: keeps what the memory knn alone retrieves; expected no such "
+            f"flag with --memories {','.join(memories)} and --mixer {mixer}"
+        )
+    if not alone and knn.lmbda != "auto":
+        raise InputError(
+            f"--knn.lmbda {knn.lmbda}: has no effect with --memories {','.join(memories)} and "
+            f"--mixer {mixer}, which weighs them; expected no such flag"
+        )
 
 
 def seconds_of(subject: Subject, *products: Products) -> dict[str, float]:
@@ -422,22 +450,11 @@ def evaluate_mixture(
     token_scores: Path | None,
 ) -> Evaluated:
     """A mixture of any memories, weighed by a mixer that is fitted on the validation split."""
-    knn = resources.knn
-    if knn.cache is not None:
-        raise InputError(
-            f"--knn.cache {knn.cache}: keeps what the memory knn alone retrieves; expected no such "
-            f"flag with --memories {','.join(names)}"
-        )
-    if "knn" in names and knn.lmbda == "auto":  # for the temperature
-        tuned = tuned_knn(subject, resources)
-        resources.mix_by(temperature=tuned.temperature)
     memories = {name: MEMORIES[name](resources) for name in names}
     check_order(subject, memories)
     keep_scores = token_scores is not None
     mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     if mixer.needs_fitting:
-        if split == "valid":
-            raise InputError("--split valid: is what the mixer is fitted on; expected another")
         hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
         score(subject, "valid", mixing.want, [hearing])
         opinions = hearing.tally.opinions(names)
@@ -449,6 +466,8 @@ def evaluate_mixture(
     if token_scores is not None:
         save_scores(token_scores, mixing.tally.table)
     described = {"memories": list(names), "mixer": type(mixer).__name__}
+    if {"knn", "automaton"} & set(names):
+        described["knn_temperature"] = resources.knn.temperature
     results = {"mixture": described | mixed_figures(mixing.tally, made) | seconds_in(mixing)}
     seconds = seconds_of(subject, resources.products)
     return Evaluated(made.results | results, seconds, made.trainer, memories, mixer)

@@ -58,12 +58,14 @@ def publish(
         loggers: of the trainer.
     """
     Console().print(as_table(results))
+    for remark in remarks(results):
+        print(remark)
     log(logged(results), step, loggers)
     for logger in loggers:
         logger.finalize("success")
     write_json(record.path, record.content(results))
     write_json(output, results | {"record": str(record.path)})
-    Console().print(f"results: {output}, {record.path}", soft_wrap=True)
+    print(f"results: {output}, {record.path}")
 
 
 def as_table(results: dict[str, Any]) -> Table:
@@ -82,6 +84,38 @@ def as_table(results: dict[str, Any]) -> Table:
     for name, r in rows:
         table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
     return table
+
+
+def remarks(results: dict[str, Any]) -> list[str]:
+    """What must be said of figures lest they be misread, a sentence each."""
+    name = "GNN-LM" if "gnn" in results else "LM"
+    base = results.get("gnn", results)
+    said = []
+    for mixture in filter(None, (results.get("knn"), results.get("mixture"))):
+        if mixture["ppl"] > base["ppl"]:
+            figures = f"{mixture['ppl']:.2f} against {base['ppl']:.2f}"
+            said.append(
+                f"The mixture is worse than the {name} ({figures}): {_reason_of_worse(mixture)}."
+            )
+    if results["split"] == "valid" and results.get("knn", {}).get("tuned"):
+        said.append(
+            "lmbda and temperature were tuned on this very split, so expect a little less of "
+            "others: --split test evaluates one."
+        )
+    return said
+
+
+def _reason_of_worse(mixture: dict[str, Any]) -> str:
+    """And the flag to try."""
+    if "mixer" in mixture:
+        return f"so {mixture['mixer']} weighs the memories; --mixer names others"
+    chosen = f"lmbda {mixture['lmbda']:g} and temperature {mixture['temperature']:g}"
+    if mixture["tuned"]:
+        return (
+            f"{chosen} are the best of the validation split, but not of this one; a smaller "
+            "--knn.lmbda trusts the neighbours less"
+        )
+    return f"{chosen} were not tuned; --knn.lmbda auto finds the best of the validation split"
 
 
 def logged(results: dict[str, Any]) -> dict[str, float]:

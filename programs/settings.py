@@ -23,7 +23,8 @@ class KNNSettings:
             factory string or the path of an index.
         k: neighbours per token.
         lmbda: weight of p_kNN, or `auto`: tuned with the temperature on the validation split.
-        temperature: divides the scores of the neighbours.
+        temperature: divides the scores of the neighbours; `auto` is 1 where a number is given as
+            lmbda, and tuned where none is.
         nprobe: inverted lists to visit, for indexes that have them; `auto` visits 8 to 32, those
             that are not much farther than the nearest one.
         metric: squared Euclidean distance, inner product or cosine.
@@ -49,8 +50,8 @@ class KNNSettings:
     datastore: str | None = None
     index: str = "auto"
     k: int = 1024
-    lmbda: float | Literal["auto"] = 0.25
-    temperature: float = 1.0
+    lmbda: float | Literal["auto"] = "auto"
+    temperature: float | Literal["auto"] = "auto"
     nprobe: NProbe = "auto"
     metric: Literal["l2", "ip", "cosine"] = "l2"
     distances: Literal["exact", "index"] = "exact"
@@ -79,9 +80,10 @@ class KNNSettings:
         """Raises InputError where a value alone cannot be right."""
         if self.lmbda != "auto" and not 0 <= self.lmbda <= 1:
             raise InputError(f"--knn.lmbda is {self.lmbda}; expected auto or a number from 0 to 1")
-        if not 0 < self.temperature < math.inf:
+        if self.temperature != "auto" and not 0 < self.temperature < math.inf:
             raise InputError(
-                f"--knn.temperature is {self.temperature}; expected a finite number, more than 0"
+                f"--knn.temperature is {self.temperature}; expected auto or a finite number, more "
+                "than 0"
             )
         check_counts("knn", self)
         if self.similarity is not None and self.distances == "index":
