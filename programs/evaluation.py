@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,11 @@ from neighborlm.common.contracts import (
     Want,
 )
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import digest_of
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.scorer import Scorer
+from neighborlm.programs.places import check_writable
 from neighborlm.programs.products import NeighborProducts, Products
 from neighborlm.programs.reports import figures, log_tuning
 from neighborlm.programs.run import Run
@@ -148,17 +149,27 @@ def score(
     """Scores every token of a split once.
 
     Times are those of the whole pass, or of the model's steps alone where memories are asked beside
-    it.
+    it. Where Lightning is told to leave out batches, those that are scored are the first of the
+    text.
+
+    Raises:
+        InputError: it is told to leave out all.
     """
     subject.give_neighbors(split)
     throughput, scorer = Throughput(), Scorer(subject.model, want)
     trainer = subject.run.trainer([throughput, *callbacks])
     asking = [callback for callback in callbacks if isinstance(callback, Interpolation)]
-    in_order = any(memory.in_order for callback in asking for memory in callback.memories.values())
+    in_order = subject.run.evaluates_part
+    in_order |= any(memory.in_order for callback in asking for memory in callback.memories.values())
     loader = subject.data.evaluation_dataloader(split, in_text_order=in_order)
     trainer.test(scorer, loader, verbose=False)
     total = scorer.test_loss.compute()
     tokens = int(total["tokens"])
+    if tokens == 0:
+        raise InputError(
+            f"--trainer.limit_test_batches leaves no token of the {split} split; expected a batch "
+            "at least"
+        )
     seconds = throughput.model_seconds if asking else throughput.seconds
     results = {"split": split, "tokens": tokens}
     own = figures(total["loss"].item(), tokens, seconds)
@@ -287,6 +298,28 @@ def check_search(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> N
         products.check_index()
 
 
+def check_cache(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> None:
+    """Refuses a `--knn.cache` that keeps a part of a split where all of it is wanted, and one that
+    is missing where it cannot be written."""
+    for split in splits if knn.cache is not None else ():
+        path = cache_path(Path(knn.cache), split)
+        if not RetrievalCache.is_complete(path):
+            check_writable(path, "--knn.cache", "folder")
+            continue
+        kept, whole = RetrievalCache.open(path).n_scored, tokens_of(subject.data, split)
+        if kept < whole and not subject.run.evaluates_part:
+            raise InputError(
+                f"--knn.cache {path}: keeps the first {kept} of {whole} tokens, as it was made "
+                "with --trainer.limit_test_batches or --trainer.fast_dev_run; remove it, or choose "
+                "another place"
+            )
+
+
+def cache_path(folder: Path, split: str) -> Path:
+    """Where what is retrieved for a split is kept."""
+    return folder / split.replace(":", "_")
+
+
 def check_search_by_hosts(run: Run, knn: KNNSettings) -> None:
     """What hosts that have one shard each can do."""
     given = f"--knn.shard {knn.shard} of {knn.shards}: this host has that shard alone"
@@ -315,10 +348,10 @@ class Evaluated:
     """What came of an evaluation.
 
     Attributes:
-        results: JSON-able: `split`, its `unit` (`word`, `char` or `byte`), the `window` that rows
-            are read in, `tokens` and the figures of the LM; under `gnn` those of a
-            graph network on top of it, and under `knn` (the one memory) or `mixture` those with
-            memories.
+        results: JSON-able: `split`, which `part` of it where that is not all, its `unit` (`word`,
+            `char` or `byte`), the `window` that rows are read in, `tokens` and the figures of the
+            LM; under `gnn` those of a graph network on top of it, and under `knn` (the one memory)
+            or `mixture` those with memories.
         seconds: of each stage that was not done before.
         trainer: of the last pass.
         memories: that were asked, by name.
@@ -360,7 +393,15 @@ def evaluate(
         evaluated = evaluate_with_memories(subject, split, memories, mixer, settings, token_scores)
     else:
         evaluated = evaluate_alone(subject, split, token_scores)
-    return replace(evaluated, results=measure_of(subject.data) | evaluated.results)
+    tokens, whole = evaluated.results["tokens"], tokens_of(subject.data, split)
+    part = {"part": f"first {tokens} of {whole} tokens"} if tokens < whole else {}
+    return replace(evaluated, results=measure_of(subject.data) | part | evaluated.results)
+
+
+def tokens_of(data: LMDataModule, split: str) -> int:
+    """How many tokens of a split are scored."""
+    rows = data.rows(split, data.context_window)
+    return int((rows.ends - rows.starts).sum())
 
 
 def measure_of(data: LMDataModule) -> dict[str, Any]:
@@ -391,7 +432,9 @@ def evaluate_with_memories(
     check_mixing(memories, mixer, settings.knn)
     given = tuple(memories) == ("knn",) and mixer == "constant" and settings.knn.lmbda != "auto"
     if {"knn", "automaton"} & set(memories):
-        check_search(subject, settings.knn, [split] if given else sorted({split, "valid"}))
+        splits = [split] if given else sorted({split, "valid"})
+        check_search(subject, settings.knn, splits)
+        check_cache(subject, settings.knn, splits)
     resources = MadeOnDemand(subject, settings)
     if tuple(memories) == ("knn",) and mixer == "constant":
         return evaluate_knn(subject, split, resources, token_scores)
@@ -604,8 +647,8 @@ def tuned_knn(subject: Subject, resources: MadeOnDemand) -> Tuning:
 
 def temporary_folder(subject: Subject, resources: MadeOnDemand, split: str) -> Path:
     """Where all ranks keep what is retrieved until the command ends."""
-    content = json.dumps(retrieved_from(subject, split, resources)).encode()
-    name = f"retrieved-{blake2b(content, digest_size=8).hexdigest()}"
+    content = [retrieved_from(subject, split, resources), subject.run.evaluates_part]
+    name = f"retrieved-{digest_of(json.dumps(content))}"
     return subject.run.directory / name
 
 
@@ -615,7 +658,7 @@ def retrieved(
     """What the search finds for a split, kept in a folder, found there again or retrieved now; and
     the pass that retrieved it, which took no time where it was there."""
     knn, data = resources.knn, subject.data
-    path = folder / split.replace(":", "_")
+    path = cache_path(folder, split)
     made_from = retrieved_from(subject, split, resources)
     sizes = {"rows": len(data.stream(split).tokens), "vocab_size": data.vocab_size}
     if RetrievalCache.is_complete(path):

@@ -79,7 +79,8 @@ def as_table(results: dict[str, Any]) -> Table:
         rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
     if mixture:
         rows += [(" + ".join(["GNN-LM" if gnn else "LM", *mixture["memories"]]), mixture)]
-    title = f"{results['split']} split, {results['unit']} level"
+    title = ", ".join(filter(None, (f"{results['split']} split", results.get("part"))))
+    title += f", {results['unit']} level"
     table = Table("", "perplexity", "nats / token", "tokens / s", title=title)
     for name, r in rows:
         table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
@@ -120,7 +121,8 @@ def _reason_of_worse(mixture: dict[str, Any]) -> str:
 
 def logged(results: dict[str, Any]) -> dict[str, float]:
     """The figures by the names that TensorBoard shows."""
-    split, gnn, knn = results["split"], results.get("gnn"), results.get("knn")
+    split = f"{results['split']}-part" if "part" in results else results["split"]
+    gnn, knn = results.get("gnn"), results.get("knn")
     found = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
     if gnn:
         found |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}

@@ -65,6 +65,14 @@ class Run:
         return str(self.settings.get("precision") or "32-true")
 
     @property
+    def evaluates_part(self) -> bool:
+        """Whether Lightning is told to leave out batches of what it evaluates."""
+        limit = self.settings.get("limit_test_batches")
+        is_count = isinstance(limit, int)  # 1 is a batch, and 1.0 all of them
+        is_limited = limit is not None and (is_count or limit < 1.0)
+        return is_limited or bool(self.settings.get("fast_dev_run"))
+
+    @property
     def hosts(self) -> int:
         """How many machines it runs on."""
         return self.settings.get("num_nodes", 1)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small import SMALL, scalars
 
@@ -88,3 +89,28 @@ def test_what_has_an_effect_is_not():
     check_effects(MemorySettings(knn), [], "constant", makes_products=True)
     check_effects(MemorySettings(knn), ["knn"], "gate", makes_products=False)
     check_effects(MemorySettings(knn, recent), ["knn", "recent"], "gate", makes_products=False)
+
+
+def test_a_part_is_said_to_be_one(workplace, run_program, tmp_path):
+    """And what it retrieved is not taken for the whole split's."""
+    knn = ("--knnlm", "--knn.k", 8, "--knn.lmbda", 0.25, "--knn.cache", tmp_path / "cache")
+    flags = (*HERE, *knn, "--output", tmp_path / "part.json", "--token_scores", tmp_path / "s.npz")
+    done = run_program(workplace, "evaluate.py", *flags, "--trainer.limit_test_batches", 1)
+    results = json.loads((tmp_path / "part.json").read_text())
+    text = (workplace / "words/test.txt").read_text()
+    whole = len(text.split()) + text.count("\n")
+    assert results["part"] == f"first {results['tokens']} of {whole} tokens"
+    assert 0 < results["tokens"] < whole
+    assert results["part"] in " ".join(done.stdout.split())
+    refused = run_program(workplace, "evaluate.py", *flags, status=2)
+    assert f"keeps the first {results['tokens']} of {whole} tokens" in refused.stderr
+    again = run_program(workplace, "evaluate.py", *flags, "--trainer.limit_test_batches", 1)
+    assert results["part"] in " ".join(again.stdout.split())
+    positions = np.load(tmp_path / "s.npz")["position"]
+    np.testing.assert_array_equal(positions, np.arange(results["tokens"]))
+
+
+def test_no_batch_is_no_evaluation(workplace, run_program):
+    flags = (*HERE, "--trainer.limit_test_batches", 0)
+    refused = run_program(workplace, "evaluate.py", *flags, status=2)
+    assert "--trainer.limit_test_batches leaves no token of the test split" in refused.stderr
