@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.utilities import rank_zero_only
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
@@ -17,8 +18,9 @@ from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.effects import check_effects
 from neighborlm.programs.evaluation import Evaluated, Subject, evaluate, make_products
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
 from neighborlm.programs.records import Record
-from neighborlm.programs.reports import publish
+from neighborlm.programs.reports import log_figures, show
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
@@ -114,6 +116,21 @@ class EvaluateCLI(ProgramCLI):
             return checkpoint.parent.parent
         return super().run_dir
 
+    @property
+    def output(self) -> Path:
+        """Where the latest results are written."""
+        return Path(self.config.output or self.run_dir / "results.json")
+
+    def check_places(self) -> None:
+        """Refuses places that cannot be written at; one process writes for all."""
+        if rank_zero_only.rank != 0:
+            return
+        check_writable(self.run_dir, "--trainer.default_root_dir", "folder")
+        check_writable(self.record.path, "the record")
+        check_writable(self.output, "--output")
+        if self.config.token_scores is not None:
+            check_writable(Path(self.config.token_scores), "--token_scores")
+
     @cached_property
     def record(self) -> Record:
         """Of the evaluation that this command line describes."""
@@ -143,6 +160,8 @@ class EvaluateCLI(ProgramCLI):
         self.settings.check()
         makes_products = self.config.save_datastore or self.config.build_index
         check_effects(self.settings, self.memories, self.config.mixer, makes_products)
+        if self.memories or not makes_products:
+            self.check_places()
         self.knn = self.settings.knn
         path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
         self.ckpt_path = Path(path)
@@ -185,9 +204,27 @@ def make_stages(cli: EvaluateCLI, subject: Subject, split: str) -> dict[str, flo
 
 def evaluate_subject(cli: EvaluateCLI, subject: Subject) -> Evaluated:
     """The evaluation that the command line describes."""
-    scores = Path(cli.config.token_scores) if cli.config.token_scores else None
-    split = cli.config.split or "test"
-    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.settings, scores)
+    split, keep_scores = cli.config.split or "test", cli.config.token_scores is not None
+    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.settings, keep_scores)
+
+
+def publish(cli: EvaluateCLI, evaluated: Evaluated) -> None:
+    """Shows the figures, writes them and logs them, in this order, as a disk may be full.
+
+    Raises:
+        InputError: something cannot be written.
+    """
+    checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
+    made_by = {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
+    results, record = evaluated.results | made_by, cli.record
+    show(results)
+    latest = results | {"record": str(record.path)}
+    files = {record.path: as_json(record.content(results)), cli.output: as_json(latest)}
+    if evaluated.scores is not None:
+        files[Path(cli.config.token_scores)] = as_npz(evaluated.scores)
+    write_all(files)
+    print(f"results: {cli.output}, {record.path}")
+    log_figures(results, getattr(cli.model, "updates", 0), evaluated.trainer.loggers)
 
 
 @exit_with_one_sentence
@@ -201,8 +238,4 @@ def main(args: list[str] | None = None) -> None:
             return
     evaluated = evaluate_subject(cli, subject)
     if evaluated.trainer.is_global_zero:
-        output = Path(cli.config.output or cli.run_dir / "results.json")
-        checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
-        made_by = {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
-        updates = getattr(cli.model, "updates", 0)
-        publish(evaluated.results | made_by, cli.record, output, updates, evaluated.trainer.loggers)
+        publish(cli, evaluated)

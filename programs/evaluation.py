@@ -21,7 +21,7 @@ from pytorch_lightning import Callback, Trainer
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.callbacks.throughput import Throughput
-from neighborlm.callbacks.token_scores import LMScores, save_scores
+from neighborlm.callbacks.token_scores import LMScores
 from neighborlm.common.contracts import (
     LanguageModel,
     Memory,
@@ -356,6 +356,8 @@ class Evaluated:
         trainer: of the last pass.
         memories: that were asked, by name.
         mixer: that weighed them.
+        scores: of every token in the order of the text, the columns of `Tally.table`; None where
+            they were not kept.
     """
 
     results: dict[str, Any]
@@ -363,6 +365,7 @@ class Evaluated:
     trainer: Trainer
     memories: dict[str, Memory] = field(default_factory=dict)
     mixer: Mixer | None = None
+    scores: dict[str, np.ndarray] | None = None
 
 
 def evaluate(
@@ -371,7 +374,7 @@ def evaluate(
     memories: Sequence[str] = (),
     mixer: str = "constant",
     settings: MemorySettings | None = None,
-    token_scores: Path | None = None,
+    keep_scores: bool = False,
 ) -> Evaluated:
     """The perplexity of a model on a split, and with memories the mixture's.
 
@@ -381,7 +384,7 @@ def evaluate(
         memories: names of `MEMORIES`; none for the model alone.
         mixer: a name of `MIXERS`.
         settings: of the memories.
-        token_scores: `.npz` file for every token's log-probabilities.
+        keep_scores: keep every token's log-probabilities.
 
     Raises:
         InputError: something does not fit together; before any long work.
@@ -390,9 +393,9 @@ def evaluate(
     settings.check()
     subject.data.stream(split)
     if memories:
-        evaluated = evaluate_with_memories(subject, split, memories, mixer, settings, token_scores)
+        evaluated = evaluate_with_memories(subject, split, memories, mixer, settings, keep_scores)
     else:
-        evaluated = evaluate_alone(subject, split, token_scores)
+        evaluated = evaluate_alone(subject, split, keep_scores)
     tokens, whole = evaluated.results["tokens"], tokens_of(subject.data, split)
     part = {"part": f"first {tokens} of {whole} tokens"} if tokens < whole else {}
     return replace(evaluated, results=measure_of(subject.data) | part | evaluated.results)
@@ -410,13 +413,12 @@ def measure_of(data: LMDataModule) -> dict[str, Any]:
     return {"unit": data.settings.level, "window": {name: getattr(data, name) for name in window}}
 
 
-def evaluate_alone(subject: Subject, split: str, token_scores: Path | None) -> Evaluated:
+def evaluate_alone(subject: Subject, split: str, keep_scores: bool) -> Evaluated:
     """The model without memories."""
-    lm_scores = [LMScores()] if token_scores else []
-    alone = score(subject, split, callbacks=lm_scores)
-    for callback in lm_scores:
-        save_scores(token_scores, callback.table)
-    return Evaluated(alone.results, seconds_of(subject), alone.trainer)
+    lm_scores = LMScores()
+    alone = score(subject, split, callbacks=[lm_scores] if keep_scores else [])
+    scores = lm_scores.table.gathered() if keep_scores else None
+    return Evaluated(alone.results, seconds_of(subject), alone.trainer, scores=scores)
 
 
 def evaluate_with_memories(
@@ -425,7 +427,7 @@ def evaluate_with_memories(
     memories: Sequence[str],
     mixer: str,
     settings: MemorySettings,
-    token_scores: Path | None,
+    keep_scores: bool,
 ) -> Evaluated:
     """The model and its mixture with memories."""
     check_names(memories, mixer)
@@ -437,13 +439,13 @@ def evaluate_with_memories(
         check_cache(subject, settings.knn, splits)
     resources = MadeOnDemand(subject, settings)
     if tuple(memories) == ("knn",) and mixer == "constant":
-        return evaluate_knn(subject, split, resources, token_scores)
+        return evaluate_knn(subject, split, resources, keep_scores)
     fitted = MIXERS[mixer]()
     if fitted.needs_fitting and split == "valid":
         raise InputError("--split valid: is what the mixer is fitted on; expected another")
     if settings.knn.temperature == "auto" and {"knn", "automaton"} & set(memories):
         resources.mix_by(temperature=tuned_knn(subject, resources).temperature)
-    return evaluate_mixture(subject, split, memories, fitted, resources, token_scores)
+    return evaluate_mixture(subject, split, memories, fitted, resources, keep_scores)
 
 
 def check_names(memories: Sequence[str], mixer: str) -> None:
@@ -490,12 +492,11 @@ def evaluate_mixture(
     names: Sequence[str],
     mixer: Mixer,
     resources: MadeOnDemand,
-    token_scores: Path | None,
+    keep_scores: bool,
 ) -> Evaluated:
     """A mixture of any memories, weighed by a mixer that is fitted on the validation split."""
     memories = {name: MEMORIES[name](resources) for name in names}
     check_order(subject, memories)
-    keep_scores = token_scores is not None
     mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     if mixer.needs_fitting:
         hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
@@ -506,14 +507,13 @@ def evaluate_mixture(
                 opinions[name] = memory.tune()
         mixer.fit(opinions)
     made = score(subject, split, mixing.want, [mixing])
-    if token_scores is not None:
-        save_scores(token_scores, mixing.tally.table)
     described = {"memories": list(names), "mixer": type(mixer).__name__}
     if {"knn", "automaton"} & set(names):
         described["knn_temperature"] = resources.knn.temperature
     results = {"mixture": described | mixed_figures(mixing.tally, made) | seconds_in(mixing)}
     seconds = seconds_of(subject, resources.products)
-    return Evaluated(made.results | results, seconds, made.trainer, memories, mixer)
+    scores = mixing.tally.table.gathered() if keep_scores else None
+    return Evaluated(made.results | results, seconds, made.trainer, memories, mixer, scores)
 
 
 def check_order(subject: Subject, memories: Mapping[str, Memory]) -> None:
@@ -545,7 +545,7 @@ def seconds_in(mixing: Interpolation) -> dict[str, dict[str, float]]:
 
 
 def evaluate_knn(
-    subject: Subject, split: str, resources: MadeOnDemand, token_scores: Path | None
+    subject: Subject, split: str, resources: MadeOnDemand, keep_scores: bool
 ) -> Evaluated:
     """kNN-LM, or a GNN-LM with the same memory: one weight for all tokens, given or tuned with the
     temperature; from `--knn.cache` where that is given, so that no model and no search is needed.
@@ -560,14 +560,11 @@ def evaluate_knn(
     memory = KNNMemory.of(resources)
     mixer = ConstantMixer((1 - mixed_by["lmbda"], mixed_by["lmbda"]))
     if knn.cache is None:
-        keep_scores = token_scores is not None
         mixing = Interpolation({"knn": memory}, mixer, resources.tokens(split), keep_scores)
         made = score(subject, split, memory.want, [mixing])
         tally, how = mixing.tally, seconds_in(mixing)
     else:
-        made, tally, how = mixed_from_cache(subject, split, resources, mixer, token_scores)
-    if token_scores is not None:
-        save_scores(token_scores, tally.table)
+        made, tally, how = mixed_from_cache(subject, split, resources, mixer, keep_scores)
     figures_of_knn = mixed_figures(tally, made)
     for ours, reported in REPORTED.items():
         figures_of_knn[reported] = figures_of_knn.pop(f"knn.{ours}", float("nan"))
@@ -585,7 +582,8 @@ def evaluate_knn(
         how["communication"] = dict(communication)
     results = made.results | {"knn": figures_of_knn | described | how}
     seconds = seconds_of(subject, resources.products)
-    return Evaluated(results, seconds, made.trainer, {"knn": memory}, mixer)
+    scores = tally.table.gathered() if keep_scores else None
+    return Evaluated(results, seconds, made.trainer, {"knn": memory}, mixer, scores)
 
 
 REPORTED = {
@@ -601,10 +599,10 @@ def mixed_from_cache(
     split: str,
     resources: MadeOnDemand,
     mixer: ConstantMixer,
-    token_scores: Path | None,
+    keep_scores: bool,
 ) -> tuple[Pass, Tally, dict[str, Any]]:
     """A pass over what `--knn.cache` keeps, retrieved first where it is missing."""
-    if token_scores is not None and subject.neighbors is not None:
+    if keep_scores and subject.neighbors is not None:
         raise InputError(
             "--token_scores of a GNN-LM cannot come from --knn.cache, which does not keep what the "
             "LM says alone; expected one of the two"
@@ -612,7 +610,7 @@ def mixed_from_cache(
     knn = resources.knn
     cache, made = retrieved(subject, split, resources, Path(knn.cache))
     start = time.perf_counter()
-    tally = Tally(keep_scores=token_scores is not None)
+    tally = Tally(keep_scores)
     for block in islice(cache, *own_part()):
         opinion = opinion_from_cache(block, knn.temperature, knn.similarity or knn.metric)
         asked = Scored(block.positions, block.targets, block.lm_log_prob)

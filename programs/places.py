@@ -1,12 +1,16 @@
 """Places that a command is going to write at: whether it can is found before any work, and files
 appear there whole."""
 
+import io
 import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import publishing
@@ -42,15 +46,44 @@ def check_writable(path: Path, flag: str, kind: Literal["file", "folder"] = "fil
         ) from None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON that every reader takes: what is not finite is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-    if path.exists() and not path.is_file():  # a device or a pipe
-        path.write_text(text, encoding="utf-8")
-        return
-    with publishing(path) as making:
-        making.write_text(text, encoding="utf-8")
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Writes files, each whole or not at all.
+
+    Raises:
+        InputError: some could not be written; all others are.
+    """
+    failed = []
+    for path, content in contents.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():  # a device or a pipe
+                path.write_bytes(content)
+            else:
+                with publishing(path) as making:
+                    making.write_bytes(content)
+        except OSError as error:
+            failed.append(f"{path} ({error.strerror})")
+    if failed:
+        raise InputError(
+            f"{', '.join(failed)}: could not be written; what could be is, and the figures stand "
+            "above"
+        )
+
+
+def as_npz(columns: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays by name as an .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **columns)
+    return file.getvalue()
+
+
+def as_json(content: Any) -> bytes:
+    """JSON that every reader takes: what is not finite is null.
+
+    >>> as_json({"ppl": math.inf, "of": [math.nan, 1.5]}).decode().split()
+    ['{', '"ppl":', 'null,', '"of":', '[', 'null,', '1.5', ']', '}']
+    """
+    return (json.dumps(_finite(content), indent=1, allow_nan=False) + "\n").encode()
 
 
 def _finite(content: Any) -> Any:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-import neighborlm
-
 
 def code() -> dict[str, str | None]:
     """The version of this code and its commit, `-dirty` behind it where files differ from it; None
     of code that is no checkout."""
-    return {"neighborlm": neighborlm.__version__, "commit": _commit()}
+    return {"neighborlm": import_module("neighborlm").__version__, "commit": _commit()}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    checkout = Path(neighborlm.__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
         return None
     command = ("git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40")

@@ -3,15 +3,12 @@ trainer logs to, TensorBoard as a rule."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
-from neighborlm.programs.places import write_json
-from neighborlm.programs.records import Record
 from neighborlm.retrieval.memories.tuning import Tuning
 
 
@@ -45,27 +42,28 @@ def log(values: dict[str, float], step: int, loggers: Sequence[Logger]) -> None:
         logger.log_metrics(values, step)
 
 
-def publish(
-    results: dict[str, Any], record: Record, output: Path, step: int, loggers: Sequence[Logger]
-) -> None:
-    """Prints a table, logs the figures and writes the results with their record.
+def show(results: dict[str, Any]) -> None:
+    """Prints the figures.
 
     Args:
         results: see `programs.evaluation.Evaluated`.
-        record: of the evaluation.
-        output: JSON file of the latest results.
-        step: updates that the model was trained with.
-        loggers: of the trainer.
     """
     Console().print(as_table(results))
     for remark in remarks(results):
         print(remark)
+
+
+def log_figures(results: dict[str, Any], step: int, loggers: Sequence[Logger]) -> None:
+    """Logs the figures.
+
+    Args:
+        results: see `programs.evaluation.Evaluated`.
+        step: updates that the model was trained with.
+        loggers: of the trainer.
+    """
     log(logged(results), step, loggers)
     for logger in loggers:
         logger.finalize("success")
-    write_json(record.path, record.content(results))
-    write_json(output, results | {"record": str(record.path)})
-    print(f"results: {output}, {record.path}")
 
 
 def as_table(results: dict[str, Any]) -> Table:

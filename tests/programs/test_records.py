@@ -10,7 +10,6 @@ from small import SMALL, scalars
 import neighborlm
 from neighborlm.common.errors import InputError
 from neighborlm.programs.effects import check_effects
-from neighborlm.programs.places import write_json
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.retrieval.memories.recent import RecentSettings
 
@@ -57,16 +56,6 @@ def test_evaluations_stand_side_by_side(workplace, run_program, tmp_path):
     assert logged == {record["name"] for record in (valid, plain, mixed)}
     assert "test/knn/ppl" in scalars(run / "evaluate" / mixed["name"])
     assert "test/knn/ppl" not in scalars(run / "evaluate" / plain["name"])
-
-
-def test_json_has_null_for_what_is_not_finite(tmp_path):
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    path = tmp_path / "new/results.json"
-    write_json(path, {"ppl": float("inf"), "of": [float("nan"), 1.5, {"x": -float("inf")}]})
-    found = json.loads(path.read_text(), parse_constant=refuse)
-    assert found == {"ppl": None, "of": [None, 1.5, {"x": None}]}
 
 
 @pytest.mark.parametrize(
