@@ -14,19 +14,18 @@ from rich.table import Table
 CONFIGS = Path("configs/python_docs")
 RUN, GNN_RUN = Path("runs/python_docs"), Path("runs/python_docs-gnn_lm")
 LM = f"{RUN}/checkpoints/best.ckpt"
-KNN = ("--knnlm", "--knn.lmbda", "auto")
 STAGES = {
     "LM": ["train.py", "--config", f"{CONFIGS}/lm.yaml"],
     "datastore, index, kNN-LM": [
         *("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", LM),
-        *KNN,
+        "--knnlm",
     ],
     "neighbour tables, GNN-LM": [
         *("train.py", "--config", f"{CONFIGS}/gnn_lm.yaml", "--model.lm_checkpoint", LM)
     ],
     "GNN-LM + kNN": [
         *("evaluate.py", "--config", f"{CONFIGS}/gnn_lm.yaml"),
-        *("--ckpt_path", f"{GNN_RUN}/checkpoints/best.ckpt", *KNN),
+        *("--ckpt_path", f"{GNN_RUN}/checkpoints/best.ckpt", "--knnlm"),
     ],
 }
 

@@ -25,7 +25,7 @@ from neighborlm.programs.exits import exit_with_one_sentence
 STAGES = {
     "datastore": ["--save_datastore"],
     "index": ["--build_index"],
-    "kNN evaluation": ["--knnlm", "--knn.k", "64"],
+    "kNN evaluation": ["--knnlm", "--knn.k", "64", "--knn.lmbda", "0.25"],
 }
 FIELDS = {"RssAnon": "resident", "VmData": "allocated"}
 

@@ -169,7 +169,9 @@ class Workplace:
         s = self.settings
         flags = [f"--data.{name}={value}" for name, value in self.data.items()]
         if command[0] == "evaluate.py":
-            flags += ["--split", s.split, "--knn.lmbda", str(s.lmbda)]
+            flags += ["--split", s.split]
+        if "--knnlm" in command:
+            flags += ["--knn.lmbda", str(s.lmbda)]
         command = [*command[:3], *flags, *command[3:]]  # what the stage sets comes last
         run_dir = self.folder / "runs" / f"{name}-{run}"
         return apart(self.folder / f"{name}.log", program, command, run_dir, s.threads)

@@ -1,6 +1,4 @@
-"""Per-token scores of an evaluation: gathered from all ranks, in corpus order, as `scores.npz`."""
-
-from pathlib import Path
+"""Per-token scores of an evaluation: gathered from all ranks, in corpus order."""
 
 import numpy as np
 import torch.distributed as dist
@@ -61,13 +59,3 @@ class LMScores(Callback):
             target=outputs.targets.cpu().numpy(),
             **{name: column.cpu().numpy() for name, column in model_columns(outputs).items()},
         )
-
-
-def save_scores(path: Path, *tables: ScoreTable) -> None:
-    """Writes the columns of tables over the same tokens to one `.npz` file; rank 0 does."""
-    columns = {name: column for table in tables for name, column in table.gathered().items()}
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        np.savez(file, **columns)

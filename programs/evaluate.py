@@ -3,18 +3,25 @@
 `--save_datastore` and `--build_index` do one stage as a job of its own.
 """
 
+from functools import cached_property
 from pathlib import Path
 
+import yaml
 from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.utilities import rank_zero_only
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import Source
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.corpora import CorpusDataModule
+from neighborlm.programs.effects import check_effects
 from neighborlm.programs.evaluation import Evaluated, Subject, evaluate, make_products
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.reports import publish
+from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
+from neighborlm.programs.records import Record
+from neighborlm.programs.reports import log_figures, show
+from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
 from neighborlm.retrieval.memories.automaton import AutomatonSettings
@@ -79,7 +86,8 @@ class EvaluateCLI(ProgramCLI):
             "--output",
             type=str | None,
             default=None,
-            help="where results are written (default: results.json in the run directory)",
+            help="where the latest results are written besides their record in evaluations/ "
+            "(default: results.json; both in the run directory)",
         )
         parser.add_argument(
             "--token_scores",
@@ -98,6 +106,50 @@ class EvaluateCLI(ProgramCLI):
             return ["knn"] if self.config.knnlm else []
         return [name.strip() for name in self.config.memories.split(",")]
 
+    @property
+    def run_dir(self) -> Path:
+        """`--trainer.default_root_dir`, else the run that the checkpoint lies in, else
+        runs/<corpus>[-<arch>]."""
+        checkpoint = Path(self.config.ckpt_path or "")
+        in_a_run = checkpoint.suffix == ".ckpt" and checkpoint.parent.name == "checkpoints"
+        if in_a_run and not self.config.trainer.default_root_dir:
+            return checkpoint.parent.parent
+        return super().run_dir
+
+    @property
+    def output(self) -> Path:
+        """Where the latest results are written."""
+        return Path(self.config.output or self.run_dir / "results.json")
+
+    def check_places(self) -> None:
+        """Refuses places that cannot be written at; one process writes for all."""
+        if rank_zero_only.rank != 0:
+            return
+        check_writable(self.run_dir, "--trainer.default_root_dir", "folder")
+        check_writable(self.record.path, "the record")
+        check_writable(self.output, "--output")
+        if self.config.token_scores is not None:
+            check_writable(Path(self.config.token_scores), "--token_scores")
+
+    @cached_property
+    def record(self) -> Record:
+        """Of the evaluation that this command line describes."""
+        settings = self.parser.dump(self.config, skip_unset=False, skip_link_targets=True)
+        return Record(
+            self.run_dir,
+            self.config.split or "test",
+            self.arch,
+            self.memories,
+            yaml.safe_load(settings),
+            self.config.mixer,
+        )
+
+    def make_run(self) -> Run:
+        """A run that logs this evaluation beside others."""
+        run = super().make_run()
+        run.evaluation = self.record.name
+        return run
+
     def instantiate_classes(self) -> None:
         """Makes the settings, then the data module; the model comes from the checkpoint."""
         self.settings = MemorySettings(
@@ -106,6 +158,10 @@ class EvaluateCLI(ProgramCLI):
             AutomatonSettings(**self.config.automaton.as_dict()),
         )
         self.settings.check()
+        makes_products = self.config.save_datastore or self.config.build_index
+        check_effects(self.settings, self.memories, self.config.mixer, makes_products)
+        if self.memories or not makes_products:
+            self.check_places()
         self.knn = self.settings.knn
         path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
         self.ckpt_path = Path(path)
@@ -113,7 +169,7 @@ class EvaluateCLI(ProgramCLI):
         self.datamodule: LMDataModule = self.config_init.data
         source = Source(self.datamodule, self.ckpt_path, self.config.model)
         self.model = self.architecture.load(source)
-        if self.memories or self.config.save_datastore or self.config.build_index:
+        if self.memories or makes_products:
             for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
                 self.model.key_width(key_type)
         check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
@@ -148,9 +204,27 @@ def make_stages(cli: EvaluateCLI, subject: Subject, split: str) -> dict[str, flo
 
 def evaluate_subject(cli: EvaluateCLI, subject: Subject) -> Evaluated:
     """The evaluation that the command line describes."""
-    scores = Path(cli.config.token_scores) if cli.config.token_scores else None
-    split = cli.config.split or "test"
-    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.settings, scores)
+    split, keep_scores = cli.config.split or "test", cli.config.token_scores is not None
+    return evaluate(subject, split, cli.memories, cli.config.mixer, cli.settings, keep_scores)
+
+
+def publish(cli: EvaluateCLI, evaluated: Evaluated) -> None:
+    """Shows the figures, writes them and logs them, in this order, as a disk may be full.
+
+    Raises:
+        InputError: something cannot be written.
+    """
+    checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
+    made_by = {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
+    results, record = evaluated.results | made_by, cli.record
+    show(results)
+    latest = results | {"record": str(record.path)}
+    files = {record.path: as_json(record.content(results)), cli.output: as_json(latest)}
+    if evaluated.scores is not None:
+        files[Path(cli.config.token_scores)] = as_npz(evaluated.scores)
+    write_all(files)
+    print(f"results: {cli.output}, {record.path}")
+    log_figures(results, getattr(cli.model, "updates", 0), evaluated.trainer.loggers)
 
 
 @exit_with_one_sentence
@@ -164,8 +238,4 @@ def main(args: list[str] | None = None) -> None:
             return
     evaluated = evaluate_subject(cli, subject)
     if evaluated.trainer.is_global_zero:
-        output = Path(cli.config.output or cli.run_dir / "results.json")
-        checkpoint = str(cli.ckpt_path) if cli.ckpt_path.exists() else None
-        made_by = {"checkpoint": checkpoint, "stage_seconds": evaluated.seconds}
-        updates = getattr(cli.model, "updates", 0)
-        publish(evaluated.results | made_by, output, updates, evaluated.trainer.loggers)
+        publish(cli, evaluated)

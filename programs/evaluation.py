@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pytorch_lightning import Callback, Trainer
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.callbacks.throughput import Throughput
-from neighborlm.callbacks.token_scores import LMScores, save_scores
+from neighborlm.callbacks.token_scores import LMScores
 from neighborlm.common.contracts import (
     LanguageModel,
     Memory,
@@ -32,9 +31,11 @@ from neighborlm.common.contracts import (
     Want,
 )
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import digest_of
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.scorer import Scorer
+from neighborlm.programs.places import check_writable
 from neighborlm.programs.products import NeighborProducts, Products
 from neighborlm.programs.reports import figures, log_tuning
 from neighborlm.programs.run import Run
@@ -148,17 +149,27 @@ def score(
     """Scores every token of a split once.
 
     Times are those of the whole pass, or of the model's steps alone where memories are asked beside
-    it.
+    it. Where Lightning is told to leave out batches, those that are scored are the first of the
+    text.
+
+    Raises:
+        InputError: it is told to leave out all.
     """
     subject.give_neighbors(split)
     throughput, scorer = Throughput(), Scorer(subject.model, want)
     trainer = subject.run.trainer([throughput, *callbacks])
     asking = [callback for callback in callbacks if isinstance(callback, Interpolation)]
-    in_order = any(memory.in_order for callback in asking for memory in callback.memories.values())
+    in_order = subject.run.evaluates_part
+    in_order |= any(memory.in_order for callback in asking for memory in callback.memories.values())
     loader = subject.data.evaluation_dataloader(split, in_text_order=in_order)
     trainer.test(scorer, loader, verbose=False)
     total = scorer.test_loss.compute()
     tokens = int(total["tokens"])
+    if tokens == 0:
+        raise InputError(
+            f"--trainer.limit_test_batches leaves no token of the {split} split; expected a batch "
+            "at least"
+        )
     seconds = throughput.model_seconds if asking else throughput.seconds
     results = {"split": split, "tokens": tokens}
     own = figures(total["loss"].item(), tokens, seconds)
@@ -180,7 +191,7 @@ class MadeOnDemand:
 
     Args:
         subject: what is evaluated.
-        settings: of the memories.
+        settings: of the memories; a temperature that is to be tuned is 1 until it is.
 
     Attributes:
         products: the datastores, and how long each stage took that was not done before.
@@ -189,6 +200,8 @@ class MadeOnDemand:
     def __init__(self, subject: Subject, settings: MemorySettings) -> None:
         self.subject = subject
         self.settings = settings
+        if settings.knn.temperature == "auto":
+            self.mix_by(temperature=1.0)
         self.products = subject.products(settings.knn)
         self.vocab_size = subject.data.vocab_size
         self.device = subject.run.device
@@ -285,6 +298,28 @@ def check_search(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> N
         products.check_index()
 
 
+def check_cache(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> None:
+    """Refuses a `--knn.cache` that keeps a part of a split where all of it is wanted, and one that
+    is missing where it cannot be written."""
+    for split in splits if knn.cache is not None else ():
+        path = cache_path(Path(knn.cache), split)
+        if not RetrievalCache.is_complete(path):
+            check_writable(path, "--knn.cache", "folder")
+            continue
+        kept, whole = RetrievalCache.open(path).n_scored, tokens_of(subject.data, split)
+        if kept < whole and not subject.run.evaluates_part:
+            raise InputError(
+                f"--knn.cache {path}: keeps the first {kept} of {whole} tokens, as it was made "
+                "with --trainer.limit_test_batches or --trainer.fast_dev_run; remove it, or choose "
+                "another place"
+            )
+
+
+def cache_path(folder: Path, split: str) -> Path:
+    """Where what is retrieved for a split is kept."""
+    return folder / split.replace(":", "_")
+
+
 def check_search_by_hosts(run: Run, knn: KNNSettings) -> None:
     """What hosts that have one shard each can do."""
     given = f"--knn.shard {knn.shard} of {knn.shards}: this host has that shard alone"
@@ -313,13 +348,16 @@ class Evaluated:
     """What came of an evaluation.
 
     Attributes:
-        results: JSON-able: `split`, `tokens` and the figures of the LM; under `gnn` those of a
-            graph network on top of it, and under `knn` (the one memory) or `mixture` those with
-            memories.
+        results: JSON-able: `split`, which `part` of it where that is not all, its `unit` (`word`,
+            `char` or `byte`), the `window` that rows are read in, `tokens` and the figures of the
+            LM; under `gnn` those of a graph network on top of it, and under `knn` (the one memory)
+            or `mixture` those with memories.
         seconds: of each stage that was not done before.
         trainer: of the last pass.
         memories: that were asked, by name.
         mixer: that weighed them.
+        scores: of every token in the order of the text, the columns of `Tally.table`; None where
+            they were not kept.
     """
 
     results: dict[str, Any]
@@ -327,6 +365,7 @@ class Evaluated:
     trainer: Trainer
     memories: dict[str, Memory] = field(default_factory=dict)
     mixer: Mixer | None = None
+    scores: dict[str, np.ndarray] | None = None
 
 
 def evaluate(
@@ -335,7 +374,7 @@ def evaluate(
     memories: Sequence[str] = (),
     mixer: str = "constant",
     settings: MemorySettings | None = None,
-    token_scores: Path | None = None,
+    keep_scores: bool = False,
 ) -> Evaluated:
     """The perplexity of a model on a split, and with memories the mixture's.
 
@@ -345,7 +384,7 @@ def evaluate(
         memories: names of `MEMORIES`; none for the model alone.
         mixer: a name of `MIXERS`.
         settings: of the memories.
-        token_scores: `.npz` file for every token's log-probabilities.
+        keep_scores: keep every token's log-probabilities.
 
     Raises:
         InputError: something does not fit together; before any long work.
@@ -353,20 +392,60 @@ def evaluate(
     settings = settings or MemorySettings()
     settings.check()
     subject.data.stream(split)
-    if not memories:
-        lm_scores = [LMScores()] if token_scores else []
-        alone = score(subject, split, callbacks=lm_scores)
-        for callback in lm_scores:
-            save_scores(token_scores, callback.table)
-        return Evaluated(alone.results, seconds_of(subject), alone.trainer)
+    if memories:
+        evaluated = evaluate_with_memories(subject, split, memories, mixer, settings, keep_scores)
+    else:
+        evaluated = evaluate_alone(subject, split, keep_scores)
+    tokens, whole = evaluated.results["tokens"], tokens_of(subject.data, split)
+    part = {"part": f"first {tokens} of {whole} tokens"} if tokens < whole else {}
+    return replace(evaluated, results=measure_of(subject.data) | part | evaluated.results)
+
+
+def tokens_of(data: LMDataModule, split: str) -> int:
+    """How many tokens of a split are scored."""
+    rows = data.rows(split, data.context_window)
+    return int((rows.ends - rows.starts).sum())
+
+
+def measure_of(data: LMDataModule) -> dict[str, Any]:
+    """What figures of a corpus are figures of: a token's level, and the rows that it is read in."""
+    window = ("tokens_per_sample", "context_window", "break_mode")
+    return {"unit": data.settings.level, "window": {name: getattr(data, name) for name in window}}
+
+
+def evaluate_alone(subject: Subject, split: str, keep_scores: bool) -> Evaluated:
+    """The model without memories."""
+    lm_scores = LMScores()
+    alone = score(subject, split, callbacks=[lm_scores] if keep_scores else [])
+    scores = lm_scores.table.gathered() if keep_scores else None
+    return Evaluated(alone.results, seconds_of(subject), alone.trainer, scores=scores)
+
+
+def evaluate_with_memories(
+    subject: Subject,
+    split: str,
+    memories: Sequence[str],
+    mixer: str,
+    settings: MemorySettings,
+    keep_scores: bool,
+) -> Evaluated:
+    """The model and its mixture with memories."""
     check_names(memories, mixer)
+    check_mixing(memories, mixer, settings.knn)
     given = tuple(memories) == ("knn",) and mixer == "constant" and settings.knn.lmbda != "auto"
     if {"knn", "automaton"} & set(memories):
-        check_search(subject, settings.knn, [split] if given else sorted({split, "valid"}))
+        splits = [split] if given else sorted({split, "valid"})
+        check_search(subject, settings.knn, splits)
+        check_cache(subject, settings.knn, splits)
     resources = MadeOnDemand(subject, settings)
     if tuple(memories) == ("knn",) and mixer == "constant":
-        return evaluate_knn(subject, split, resources, token_scores)
-    return evaluate_mixture(subject, split, memories, MIXERS[mixer](), resources, token_scores)
+        return evaluate_knn(subject, split, resources, keep_scores)
+    fitted = MIXERS[mixer]()
+    if fitted.needs_fitting and split == "valid":
+        raise InputError("--split valid: is what the mixer is fitted on; expected another")
+    if settings.knn.temperature == "auto" and {"knn", "automaton"} & set(memories):
+        resources.mix_by(temperature=tuned_knn(subject, resources).temperature)
+    return evaluate_mixture(subject, split, memories, fitted, resources, keep_scores)
 
 
 def check_names(memories: Sequence[str], mixer: str) -> None:
@@ -381,6 +460,26 @@ def check_names(memories: Sequence[str], mixer: str) -> None:
         raise InputError(f"--mixer is {mixer}; expected one of {', '.join(MIXERS)}")
 
 
+def check_mixing(memories: Sequence[str], mixer: str, knn: KNNSettings) -> None:
+    """Refuses weights and temperatures that something else decides on."""
+    alone = tuple(memories) == ("knn",) and mixer == "constant"
+    if alone and knn.lmbda == "auto" and knn.temperature != "auto":
+        raise InputError(
+            f"--knn.temperature {knn.temperature}: has no effect with --knn.lmbda auto, which "
+            "tunes both; expected a number as --knn.lmbda too, or no such flag"
+        )
+    if not alone and knn.cache is not None:
+        raise InputError(
+            f"--knn.cache {knn.cache}: keeps what the memory knn alone retrieves; expected no such "
+            f"flag with --memories {','.join(memories)} and --mixer {mixer}"
+        )
+    if not alone and knn.lmbda != "auto":
+        raise InputError(
+            f"--knn.lmbda {knn.lmbda}: has no effect with --memories {','.join(memories)} and "
+            f"--mixer {mixer}, which weighs them; expected no such flag"
+        )
+
+
 def seconds_of(subject: Subject, *products: Products) -> dict[str, float]:
     """How long each stage took that was not done before."""
     own = subject.neighbors.seconds if subject.neighbors else {}
@@ -393,25 +492,13 @@ def evaluate_mixture(
     names: Sequence[str],
     mixer: Mixer,
     resources: MadeOnDemand,
-    token_scores: Path | None,
+    keep_scores: bool,
 ) -> Evaluated:
     """A mixture of any memories, weighed by a mixer that is fitted on the validation split."""
-    knn = resources.knn
-    if knn.cache is not None:
-        raise InputError(
-            f"--knn.cache {knn.cache}: keeps what the memory knn alone retrieves; expected no such "
-            f"flag with --memories {','.join(names)}"
-        )
-    if "knn" in names and knn.lmbda == "auto":  # for the temperature
-        tuned = tuned_knn(subject, resources)
-        resources.mix_by(temperature=tuned.temperature)
     memories = {name: MEMORIES[name](resources) for name in names}
     check_order(subject, memories)
-    keep_scores = token_scores is not None
     mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     if mixer.needs_fitting:
-        if split == "valid":
-            raise InputError("--split valid: is what the mixer is fitted on; expected another")
         hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
         score(subject, "valid", mixing.want, [hearing])
         opinions = hearing.tally.opinions(names)
@@ -420,12 +507,13 @@ def evaluate_mixture(
                 opinions[name] = memory.tune()
         mixer.fit(opinions)
     made = score(subject, split, mixing.want, [mixing])
-    if token_scores is not None:
-        save_scores(token_scores, mixing.tally.table)
     described = {"memories": list(names), "mixer": type(mixer).__name__}
+    if {"knn", "automaton"} & set(names):
+        described["knn_temperature"] = resources.knn.temperature
     results = {"mixture": described | mixed_figures(mixing.tally, made) | seconds_in(mixing)}
     seconds = seconds_of(subject, resources.products)
-    return Evaluated(made.results | results, seconds, made.trainer, memories, mixer)
+    scores = mixing.tally.table.gathered() if keep_scores else None
+    return Evaluated(made.results | results, seconds, made.trainer, memories, mixer, scores)
 
 
 def check_order(subject: Subject, memories: Mapping[str, Memory]) -> None:
@@ -457,7 +545,7 @@ def seconds_in(mixing: Interpolation) -> dict[str, dict[str, float]]:
 
 
 def evaluate_knn(
-    subject: Subject, split: str, resources: MadeOnDemand, token_scores: Path | None
+    subject: Subject, split: str, resources: MadeOnDemand, keep_scores: bool
 ) -> Evaluated:
     """kNN-LM, or a GNN-LM with the same memory: one weight for all tokens, given or tuned with the
     temperature; from `--knn.cache` where that is given, so that no model and no search is needed.
@@ -472,14 +560,11 @@ def evaluate_knn(
     memory = KNNMemory.of(resources)
     mixer = ConstantMixer((1 - mixed_by["lmbda"], mixed_by["lmbda"]))
     if knn.cache is None:
-        keep_scores = token_scores is not None
         mixing = Interpolation({"knn": memory}, mixer, resources.tokens(split), keep_scores)
         made = score(subject, split, memory.want, [mixing])
         tally, how = mixing.tally, seconds_in(mixing)
     else:
-        made, tally, how = mixed_from_cache(subject, split, resources, mixer, token_scores)
-    if token_scores is not None:
-        save_scores(token_scores, tally.table)
+        made, tally, how = mixed_from_cache(subject, split, resources, mixer, keep_scores)
     figures_of_knn = mixed_figures(tally, made)
     for ours, reported in REPORTED.items():
         figures_of_knn[reported] = figures_of_knn.pop(f"knn.{ours}", float("nan"))
@@ -497,7 +582,8 @@ def evaluate_knn(
         how["communication"] = dict(communication)
     results = made.results | {"knn": figures_of_knn | described | how}
     seconds = seconds_of(subject, resources.products)
-    return Evaluated(results, seconds, made.trainer, {"knn": memory}, mixer)
+    scores = tally.table.gathered() if keep_scores else None
+    return Evaluated(results, seconds, made.trainer, {"knn": memory}, mixer, scores)
 
 
 REPORTED = {
@@ -513,10 +599,10 @@ def mixed_from_cache(
     split: str,
     resources: MadeOnDemand,
     mixer: ConstantMixer,
-    token_scores: Path | None,
+    keep_scores: bool,
 ) -> tuple[Pass, Tally, dict[str, Any]]:
     """A pass over what `--knn.cache` keeps, retrieved first where it is missing."""
-    if token_scores is not None and subject.neighbors is not None:
+    if keep_scores and subject.neighbors is not None:
         raise InputError(
             "--token_scores of a GNN-LM cannot come from --knn.cache, which does not keep what the "
             "LM says alone; expected one of the two"
@@ -524,7 +610,7 @@ def mixed_from_cache(
     knn = resources.knn
     cache, made = retrieved(subject, split, resources, Path(knn.cache))
     start = time.perf_counter()
-    tally = Tally(keep_scores=token_scores is not None)
+    tally = Tally(keep_scores)
     for block in islice(cache, *own_part()):
         opinion = opinion_from_cache(block, knn.temperature, knn.similarity or knn.metric)
         asked = Scored(block.positions, block.targets, block.lm_log_prob)
@@ -559,8 +645,8 @@ def tuned_knn(subject: Subject, resources: MadeOnDemand) -> Tuning:
 
 def temporary_folder(subject: Subject, resources: MadeOnDemand, split: str) -> Path:
     """Where all ranks keep what is retrieved until the command ends."""
-    content = json.dumps(retrieved_from(subject, split, resources)).encode()
-    name = f"retrieved-{blake2b(content, digest_size=8).hexdigest()}"
+    content = [retrieved_from(subject, split, resources), subject.run.evaluates_part]
+    name = f"retrieved-{digest_of(json.dumps(content))}"
     return subject.run.directory / name
 
 
@@ -570,7 +656,7 @@ def retrieved(
     """What the search finds for a split, kept in a folder, found there again or retrieved now; and
     the pass that retrieved it, which took no time where it was there."""
     knn, data = resources.knn, subject.data
-    path = folder / split.replace(":", "_")
+    path = cache_path(folder, split)
     made_from = retrieved_from(subject, split, resources)
     sizes = {"rows": len(data.stream(split).tokens), "vocab_size": data.vocab_size}
     if RetrievalCache.is_complete(path):

@@ -1,10 +1,8 @@
 """The figures of an evaluation, and where the user sees them: a table, a JSON file and what the
 trainer logs to, TensorBoard as a rule."""
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
@@ -44,37 +42,93 @@ def log(values: dict[str, float], step: int, loggers: Sequence[Logger]) -> None:
         logger.log_metrics(values, step)
 
 
-def publish(results: dict[str, Any], output: Path, step: int, loggers: Sequence[Logger]) -> None:
-    """Writes the results as JSON, logs the figures and prints a table.
+def show(results: dict[str, Any]) -> None:
+    """Prints the figures.
 
     Args:
         results: see `programs.evaluation.Evaluated`.
-        output: JSON file.
+    """
+    Console().print(as_table(results))
+    for remark in remarks(results):
+        print(remark)
+
+
+def log_figures(results: dict[str, Any], step: int, loggers: Sequence[Logger]) -> None:
+    """Logs the figures.
+
+    Args:
+        results: see `programs.evaluation.Evaluated`.
         step: updates that the model was trained with.
         loggers: of the trainer.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    split, gnn, knn = results["split"], results.get("gnn"), results.get("knn")
-    logged = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
-    table = Table("", "perplexity", "nats / token", "tokens / s", title=f"{split} split")
+    log(logged(results), step, loggers)
+    for logger in loggers:
+        logger.finalize("success")
+
+
+def as_table(results: dict[str, Any]) -> Table:
+    """The figures of each way of predicting, a row each."""
+    gnn, knn, mixture = (results.get(name) for name in ("gnn", "knn", "mixture"))
     rows = [("LM", results)]
     if gnn:
-        logged |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
         rows += [("GNN-LM", gnn)]
+    if knn:
+        name = "GNN-LM + kNN" if gnn else "kNN-LM"
+        rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
+    if mixture:
+        rows += [(" + ".join(["GNN-LM" if gnn else "LM", *mixture["memories"]]), mixture)]
+    title = ", ".join(filter(None, (f"{results['split']} split", results.get("part"))))
+    title += f", {results['unit']} level"
+    table = Table("", "perplexity", "nats / token", "tokens / s", title=title)
+    for name, r in rows:
+        table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
+    return table
+
+
+def remarks(results: dict[str, Any]) -> list[str]:
+    """What must be said of figures lest they be misread, a sentence each."""
+    name = "GNN-LM" if "gnn" in results else "LM"
+    base = results.get("gnn", results)
+    said = []
+    for mixture in filter(None, (results.get("knn"), results.get("mixture"))):
+        if mixture["ppl"] > base["ppl"]:
+            figures = f"{mixture['ppl']:.2f} against {base['ppl']:.2f}"
+            said.append(
+                f"The mixture is worse than the {name} ({figures}): {_reason_of_worse(mixture)}."
+            )
+    if results["split"] == "valid" and results.get("knn", {}).get("tuned"):
+        said.append(
+            "lmbda and temperature were tuned on this very split, so expect a little less of "
+            "others: --split test evaluates one."
+        )
+    return said
+
+
+def _reason_of_worse(mixture: dict[str, Any]) -> str:
+    """And the flag to try."""
+    if "mixer" in mixture:
+        return f"so {mixture['mixer']} weighs the memories; --mixer names others"
+    chosen = f"lmbda {mixture['lmbda']:g} and temperature {mixture['temperature']:g}"
+    if mixture["tuned"]:
+        return (
+            f"{chosen} are the best of the validation split, but not of this one; a smaller "
+            "--knn.lmbda trusts the neighbours less"
+        )
+    return f"{chosen} were not tuned; --knn.lmbda auto finds the best of the validation split"
+
+
+def logged(results: dict[str, Any]) -> dict[str, float]:
+    """The figures by the names that TensorBoard shows."""
+    split = f"{results['split']}-part" if "part" in results else results["split"]
+    gnn, knn = results.get("gnn"), results.get("knn")
+    found = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
+    if gnn:
+        found |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
     if knn:
         names = ("loss", "ppl", "lmbda", "temperature", "nearest_distance")
         names += ("kth_distance", "target_among_neighbors")
-        logged |= {f"{split}/knn/{name}": knn[name] for name in names}
-        name = "GNN-LM + kNN" if gnn else "kNN-LM"
-        rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
+        found |= {f"{split}/knn/{name}": knn[name] for name in names}
     if mixture := results.get("mixture"):
         means = [name for name in mixture if "." in name]
-        logged |= {f"{split}/mixture/{name}": mixture[name] for name in ("loss", "ppl", *means)}
-        rows += [(" + ".join(["GNN-LM" if gnn else "LM", *mixture["memories"]]), mixture)]
-    log(logged, step, loggers)
-    for logger in loggers:
-        logger.finalize("success")
-    for name, r in rows:
-        table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
-    Console().print(table, f"results: {output}")
+        found |= {f"{split}/mixture/{name}": mixture[name] for name in ("loss", "ppl", *means)}
+    return found

@@ -41,6 +41,7 @@ class Run:
     Attributes:
         device: this process's, once there has been a trainer.
         ranks: all processes, once `join_ranks` has been called.
+        evaluation: name under which an evaluation logs, beside others of the run.
     """
 
     def __init__(
@@ -56,11 +57,20 @@ class Run:
         self.lost_after = lost_after
         self.device = torch.device("cpu")
         self.ranks: Ranks | None = None
+        self.evaluation = ""
 
     @property
     def precision(self) -> str:
         """Lightning's precision."""
         return str(self.settings.get("precision") or "32-true")
+
+    @property
+    def evaluates_part(self) -> bool:
+        """Whether Lightning is told to leave out batches of what it evaluates."""
+        limit = self.settings.get("limit_test_batches")
+        is_count = isinstance(limit, int)  # 1 is a batch, and 1.0 all of them
+        is_limited = limit is not None and (is_count or limit < 1.0)
+        return is_limited or bool(self.settings.get("fast_dev_run"))
 
     @property
     def hosts(self) -> int:
@@ -89,7 +99,8 @@ class Run:
             if settings.get(name) is not None:
                 settings[name] = deepcopy(settings[name])
         if settings.get("logger") in (None, True):
-            settings["logger"] = TensorBoardLogger(self.directory, name="", version=stage)
+            place = Path(stage, self.evaluation if stage == "evaluate" else "")
+            settings["logger"] = TensorBoardLogger(self.directory, name="", version=str(place))
         strategy = settings.setdefault("strategy", "auto")
         if strategy == "fsdp":
             one_file = ModelParallelStrategy(save_distributed_checkpoint=False)

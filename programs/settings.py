@@ -26,10 +26,11 @@ class KNNSettings:
             the model's device; or a faiss factory string, or the path of an index.
         k: neighbours of each token that vote; fewer are faster, and better where only the nearest
             are like the context.
-        lmbda: weight of p_kNN; `auto` tunes it with the temperature on the validation split, which
-            any new corpus or model asks for.
+        lmbda: weight of p_kNN; `auto`, the default, tunes it with the temperature on the validation
+            split; a number compares with published figures, or saves the tuning.
         temperature: divides the scores of the neighbours; a higher one lets farther neighbours
-            weigh more.
+            weigh more. `auto`, the default, is 1 where lmbda is a number, and tuned where it is
+            not.
         nprobe: inverted lists that a query visits, where the index has them; `auto`, the default,
             visits the near ones, 8 to 32. A larger number finds more and takes longer.
         metric: how keys are compared: squared Euclidean distance, inner product or cosine; l2 is
@@ -63,8 +64,8 @@ class KNNSettings:
     datastore: str | None = None
     index: str = "auto"
     k: int = 1024
-    lmbda: float | Literal["auto"] = 0.25
-    temperature: float = 1.0
+    lmbda: float | Literal["auto"] = "auto"
+    temperature: float | Literal["auto"] = "auto"
     nprobe: NProbe = "auto"
     metric: Literal["l2", "ip", "cosine"] = "l2"
     distances: Literal["exact", "index"] = "exact"
@@ -93,9 +94,10 @@ class KNNSettings:
         """Raises InputError where a value alone cannot be right."""
         if self.lmbda != "auto" and not 0 <= self.lmbda <= 1:
             raise InputError(f"--knn.lmbda is {self.lmbda}; expected auto or a number from 0 to 1")
-        if not 0 < self.temperature < math.inf:
+        if self.temperature != "auto" and not 0 < self.temperature < math.inf:
             raise InputError(
-                f"--knn.temperature is {self.temperature}; expected a finite number, more than 0"
+                f"--knn.temperature is {self.temperature}; expected auto or a finite number, more "
+                "than 0"
             )
         check_counts("knn", self)
         if self.similarity is not None and self.distances == "index":

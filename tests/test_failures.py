@@ -1,5 +1,6 @@
 """Bad input is refused in one sentence before any work; killed stages go on where they stopped."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +17,9 @@ import torch
 from small import ROOT, SMALL, scalars, write_corpus
 
 from neighborlm.callbacks.lightning_internals import Continuation
+from neighborlm.common.files import publishing
 from neighborlm.datamodules.lm import ResumableLoader
-from neighborlm.programs import evaluate, train
+from neighborlm.programs import evaluate, places, train
 from neighborlm.programs.checkpoints import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
@@ -55,6 +58,9 @@ def store(workplace, run_program):
         (("--ckpt_path", "none.ckpt"), ("none.ckpt", "no such checkpoint")),
         (("--ckpt_path", "words/train.txt"), ("words/train.txt", "cannot be read")),
         (("--knn.lmbda", "1.5"), ("--knn.lmbda", "1.5", "from 0 to 1")),
+        (("--knn.temperature", "4"), ("--knn.temperature 4", "no effect with --knn.lmbda auto")),
+        (("--mixer", "gate", "--knn.lmbda", "0.3"), ("--knn.lmbda 0.3", "--mixer gate")),
+        (("--recent.size", "9"), ("--recent.size 9", "no effect")),
         (("--knn.k", "100000"), ("--knn.k", "100000", "keys")),
         (("--split", "train"), ("--split train", "its own key")),
         (("--trainer.strategy", "ddpp"), ("--trainer.*", "ddpp")),
@@ -74,6 +80,51 @@ def test_wrong_flags(refused, workplace, flags, words):
     sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *flags)
     assert all(word in sentence for word in words), sentence
     assert sorted(workplace.glob("datastores/**")) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "place", "words"),
+    [
+        ("--output", "words", ("--output words", "is a folder")),
+        ("--output", "words/train.txt/x.json", ("words/train.txt is no folder",)),
+        ("--token_scores", "/proc/none/x.npz", ("--token_scores /proc/none/x.npz", "cannot be")),
+        ("--knn.cache", "words/train.txt", ("--knn.cache words/train.txt", "is no folder")),
+        ("--trainer.default_root_dir", "words/train.txt", ("words/train.txt", "is no folder")),
+        ("--trainer.default_root_dir", "taken", ("taken/evaluations is no folder",)),
+    ],
+)
+def test_places_that_cannot_be_written(refused, workplace, flag, place, words):
+    """Are found before there is a datastore."""
+    (workplace / "taken").mkdir(exist_ok=True)
+    (workplace / "taken/evaluations").touch()
+    knn = ("--knnlm", "--knn.k", 4, "--knn.datastore", "never")
+    sentence = refused(evaluate, *HERE, *CKPT, *knn, flag, place)
+    assert all(word in sentence for word in words), sentence
+    assert not (workplace / "never").exists()
+
+
+def test_the_table_comes_before_a_disk_that_is_full(workplace, monkeypatch, capsys, tmp_path):
+    """And what can be written is written."""
+
+    @contextmanager
+    def full(path):
+        if path.name == "scores.npz":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with publishing(path) as making:
+            yield making
+
+    monkeypatch.setattr(places, "publishing", full)
+    monkeypatch.chdir(workplace)
+    files = ("--output", tmp_path / "r.json", "--token_scores", tmp_path / "scores.npz")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (*HERE, *CKPT, *files))])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "perplexity" in said.out
+    assert f"{tmp_path}/scores.npz (No space left on device): could not be written" in said.err
+    record = json.loads((tmp_path / "r.json").read_text())["record"]
+    assert json.loads((workplace / record).read_text())["results"]["split"] == "test"
 
 
 def test_empty_split(refused, workplace):

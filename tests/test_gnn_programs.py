@@ -73,7 +73,8 @@ def evaluated_with_knn(trained, run_program):
     """Evaluates it with kNN on top; gives the results and the token scores."""
 
     def run(key_type: str, *flags: str) -> tuple[dict, dict[str, np.ndarray]]:
-        knn = ("--knnlm", "--knn.k", 8, "--knn.index", "flat", "--knn.key_type", key_type, *flags)
+        knn = ("--knnlm", "--knn.k", 8, "--knn.index", "flat", "--knn.key_type", key_type)
+        knn = (*knn, "--knn.lmbda", 0.25, *flags)
         ckpt = ("--ckpt_path", GNN)
         files = ("--output", "mix.json", "--token_scores", "mix.npz")
         run_program(trained, "evaluate.py", *DATA, *ckpt, *knn, *files)
@@ -249,7 +250,8 @@ def test_evaluation_reads_stored_token_features_if_told_to(trained, evaluated_in
     assert lm == pytest.approx(long[0], abs=1e-3)
     assert abs(short[0] - long[0]) > 1e-2
     assert abs(gnn - short[1]) > 1e-3
-    with_knn = evaluated_in_rows(0, *stored, "--knnlm", "--knn.k", 4, "--knn.index", "flat")
+    knn = ("--knnlm", "--knn.k", 4, "--knn.index", "flat", "--knn.lmbda", 0.25)
+    with_knn = evaluated_in_rows(0, *stored, *knn)
     assert with_knn == pytest.approx((lm, gnn), abs=1e-6)
 
 

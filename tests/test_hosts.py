@@ -18,7 +18,7 @@ from small import ROOT, SMALL, write_corpus
 pytestmark = pytest.mark.hosts
 
 CKPT = ("--ckpt_path", "runs/words/checkpoints/best.ckpt")
-KNN = ("--knnlm", "--knn.k", 8, "--knn.index", "IVF8,SQ8", "--knn.nprobe", 8)
+KNN = ("--knnlm", "--knn.k", 8, "--knn.index", "IVF8,SQ8", "--knn.nprobe", 8, "--knn.lmbda", 0.25)
 PORT = 29621
 
 

@@ -80,12 +80,13 @@ def test_knnlm_equals_brute_force_over_the_stored_keys(workplace, run_program):
 
 
 def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
-    flags = ("--knnlm", "--knn.k", 32, "--knn.lmbda", "auto", "--split", "valid")
-    run_program(workplace, "evaluate.py", *HERE, *flags, "--output", "auto.json")
+    flags = ("--knnlm", "--knn.k", 32, "--split", "valid")
+    done = run_program(workplace, "evaluate.py", *HERE, *flags, "--output", "auto.json")
+    assert "tuned on this very split" in done.stdout
     results = json.loads((workplace / "auto.json").read_text())
     assert results["knn"]["tuned"]
     assert results["knn"]["ppl"] < results["ppl"]
-    logged = scalars(workplace / "runs/words/evaluate")
+    logged = scalars(max((workplace / "runs/words/evaluate").glob("valid-lm-knn-*")))
     assert {"valid/ppl", "valid/knn/ppl", "valid/knn/nearest_distance"} <= set(logged)
     assert len(logged["tuning/valid_ppl_over_lmbda_percent"]) == 100
 
@@ -93,13 +94,13 @@ def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
 def test_what_is_retrieved_is_kept_and_mixed_again(workplace, run_program):
     """With the figures of a command that searches."""
     flags = (*HERE, "--knnlm", "--knn.k", 16, "--knn.index", "IVF8,SQ8", "--output", "c.json")
-    kept = ("--knn.cache", "kept", "--knn.lmbda", "auto")
+    kept = ("--knn.cache", "kept")
     run_program(workplace, "evaluate.py", *flags, *kept)
     made = {path: path.stat().st_mtime_ns for path in (workplace / "kept").glob("*/*.npy")}
     assert len(made) == 8  # of two splits
     again = ("--knn.lmbda", 0.4, "--knn.temperature", 3, "--token_scores", "c.npz")
     found = {}
-    for name, cache in (("searching", ()), ("kept", kept[:2])):
+    for name, cache in (("searching", ()), ("kept", kept)):
         run_program(workplace, "evaluate.py", *flags, *cache, *again)
         scores = dict(np.load(workplace / "c.npz"))
         found[name] = json.loads((workplace / "c.json").read_text()), scores
@@ -125,7 +126,7 @@ def test_products_are_made_by_stage_and_reused(workplace, run_program):
     assert not index.exists()
     run_program(workplace, "evaluate.py", *flags, "--build_index")
     made = {path: path.stat().st_mtime_ns for path in (store / "keys.npy", index)}
-    run_program(workplace, "evaluate.py", *flags, "--knnlm", "--knn.k", 4)
+    run_program(workplace, "evaluate.py", *flags, "--knnlm", "--knn.k", 4, "--knn.lmbda", 0.25)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert (
         "datastore"
@@ -135,6 +136,7 @@ def test_products_are_made_by_stage_and_reused(workplace, run_program):
 
 def test_figures_do_not_depend_on_batches_or_workers(workplace, run_program):
     flags = (*HERE, "--knnlm", "--knn.k", 16, "--knn.datastore", "fixed-store")
+    flags = (*flags, "--knn.lmbda", 0.25)
     losses = []
     for variant in ((), ("--data.max_tokens", 24), ("--data.num_workers", 2)):
         run_program(workplace, "evaluate.py", *flags, *variant, "--output", "variant.json")
@@ -147,7 +149,7 @@ def test_figures_do_not_depend_on_batches_or_workers(workplace, run_program):
 
 def test_figures_do_not_depend_on_ranks(workplace, run_program):
     """Three ranks that share the batches unevenly; also the datastore they write together."""
-    flags = (*HERE, "--knnlm", "--knn.k", 16, "--knn.lmbda", "auto", "--knn.index", "IVF8,SQ8")
+    flags = (*HERE, "--knnlm", "--knn.k", 16, "--knn.index", "IVF8,SQ8")
     results, stores = [], []
     for ranks, strategy in ((1, "auto"), (3, "ddp")):
         store = workplace / f"store-of-{ranks}"

@@ -170,7 +170,8 @@ def test_an_interrupt_of_one_rank_keeps_its_sentence(folder):
 
 def test_figures_under_torchrun_are_those_of_one_process(folder, run_program):
     """Ranks that all start at once, where datastore and index are missing."""
-    flags = (*HERE, *CKPT, "--knnlm", "--knn.k", 16, "--knn.index", "IVF8,SQ8", "--token_scores")
+    flags = (*HERE, *CKPT, "--knnlm", "--knn.k", 16, "--knn.index", "IVF8,SQ8")
+    flags = (*flags, "--knn.lmbda", 0.25, "--token_scores")
     found = {}
     for ranks in (1, 2, 4):
         launch = ("torch.distributed.run", "--nproc-per-node", ranks, ROOT / "evaluate.py")

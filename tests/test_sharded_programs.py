@@ -9,7 +9,8 @@ from small import SMALL
 
 from neighborlm.retrieval.store.datastore import Datastore
 
-HERE = (*SMALL, "--data.corpus", "words", "--knn.k", 16, "--knn.temperature", 3)
+HERE = (*SMALL, "--data.corpus", "words", "--knn.k", 16)
+GIVEN = ("--knn.lmbda", 0.25, "--knn.temperature", 3)
 
 
 def by(count: int) -> tuple:
@@ -45,12 +46,12 @@ def check_same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
 
 def test_exact_search_by_ranks_is_that_of_a_datastore_in_one_piece(evaluate):
     """Also where a rank has no token of its own: it searches its shards for the other."""
-    whole = evaluate("whole", "--knn.index", "flat")
+    whole = evaluate("whole", "--knn.index", "flat", *GIVEN)
     assert "communication" not in whole[0]["knn"]
-    alone = evaluate("sharded", "--knn.index", "flat", "--knn.shards", 3)
+    alone = evaluate("sharded", "--knn.index", "flat", *GIVEN, "--knn.shards", 3)
     check_same(alone, whole)
     for flags in ((), ("--data.max_tokens", 100_000)):
-        found = evaluate("sharded", "--knn.index", "flat", *by(2), *flags)
+        found = evaluate("sharded", "--knn.index", "flat", *GIVEN, *by(2), *flags)
         check_same(found, whole)
         communication = found[0]["knn"]["communication"]
         assert communication["ranks"] == 2
@@ -60,7 +61,7 @@ def test_exact_search_by_ranks_is_that_of_a_datastore_in_one_piece(evaluate):
 
 def test_ranks_build_and_search_an_index_for_each_shard(evaluate, tmp_path):
     """With lmbda tuned: one pass of searches over each of two splits."""
-    flags = ("--knn.index", "IVF8,SQ8", "--knn.nprobe", 2, "--knn.lmbda", "auto")
+    flags = ("--knn.index", "IVF8,SQ8", "--knn.nprobe", 2)
     together = evaluate("sharded", *flags, "--knn.shards", 3, *by(2))
     store = Datastore.open(tmp_path / "sharded")
     name = "IVF8_SQ8-l2.faiss"
@@ -77,8 +78,8 @@ def test_ranks_build_and_search_an_index_for_each_shard(evaluate, tmp_path):
 
 def test_hosts_that_share_no_datastore(evaluate, workplace, run_program, run_on_hosts, tmp_path):
     """Each makes one shard in a folder of its own, and all index and search them together."""
-    whole = evaluate("whole", "--knn.index", "flat", "--data.max_tokens", 24)
-    flags = (*HERE, "--data.max_tokens", 24, "--knn.index", "IVF4,Flat", "--knn.shards", 2)
+    whole = evaluate("whole", "--knn.index", "flat", *GIVEN, "--data.max_tokens", 24)
+    flags = (*HERE, *GIVEN, "--data.max_tokens", 24, "--knn.index", "IVF4,Flat", "--knn.shards", 2)
 
     def on_host(number: int) -> tuple:
         return (*flags, "--knn.shard", number, "--knn.datastore", tmp_path / f"host{number}")

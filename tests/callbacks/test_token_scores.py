@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from neighborlm.callbacks import token_scores
-from neighborlm.callbacks.token_scores import LMScores, ScoreTable, save_scores
+from neighborlm.callbacks.token_scores import LMScores, ScoreTable
 from neighborlm.common.contracts import Scored
 
 
@@ -32,21 +32,19 @@ class ThisRank:
         out[:] = self.parts
 
 
-def test_saved_columns_of_two_tables_share_their_rows(tmp_path):
+def test_columns_share_their_rows():
     rng = np.random.default_rng(0)
     target, knn = rng.integers(0, 9, 20), rng.normal(size=20).astype(np.float32)
-    one, two = rng.permutation(20), rng.permutation(20)
-    path = tmp_path / "new" / "scores.npz"
-    save_scores(path, table_of(one, 3, target=target[one]), table_of(two, 7, knn_log_prob=knn[two]))
-    saved = np.load(path)
-    assert set(saved) == {"position", "target", "knn_log_prob"}
-    np.testing.assert_array_equal(saved["position"], np.arange(20))
-    np.testing.assert_array_equal(saved["target"], target)
-    np.testing.assert_array_equal(saved["knn_log_prob"], knn)
-    assert saved["knn_log_prob"].dtype == np.float32
+    order = rng.permutation(20)
+    gathered = table_of(order, 3, target=target[order], knn_log_prob=knn[order]).gathered()
+    assert set(gathered) == {"position", "target", "knn_log_prob"}
+    np.testing.assert_array_equal(gathered["position"], np.arange(20))
+    np.testing.assert_array_equal(gathered["target"], target)
+    np.testing.assert_array_equal(gathered["knn_log_prob"], knn)
+    assert gathered["knn_log_prob"].dtype == np.float32
 
 
-def test_ranks_are_put_together_and_one_writes(tmp_path, monkeypatch):
+def test_ranks_are_put_together(monkeypatch):
     """One rank has no batch at all."""
     x = np.random.default_rng(0).normal(size=11)
     of_rank = [np.array([10, 0, 4]), np.array([], np.int64), np.array([9, 8, 7, 6, 5, 3, 2, 1])]
@@ -55,8 +53,6 @@ def test_ranks_are_put_together_and_one_writes(tmp_path, monkeypatch):
         ranks = ThisRank(rank, [t.batches for t in tables])
         monkeypatch.setattr(token_scores, "dist", ranks)
         np.testing.assert_array_equal(table.gathered()["x"], x)
-        save_scores(tmp_path / f"rank{rank}.npz", table)
-    assert [p.name for p in tmp_path.iterdir()] == ["rank0.npz"]
 
 
 def test_lm_scores_take_every_batch():

@@ -19,6 +19,7 @@ def test_ngrams_vote_beside_the_neighbours(evaluated, words, workplace):
         np.testing.assert_allclose(p, followers[test[t]] / followers.total(), rtol=1e-6)
         ends = range(len(train) - len(longer))
         assert length == t or not any(train[i : i + len(longer)] == longer for i in ends)
+    assert results["stage_seconds"]["tuning"] > 0  # of the temperature
     sources = ("lm_log_prob", "knn_log_prob", "ngram_log_prob")
     probs = np.exp(np.stack([scores[name] for name in sources], dtype=np.float64))
     weights = [results["mixture"][f"weight.{name}"] for name in ("lm", "knn", "ngram")]

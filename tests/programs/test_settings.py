@@ -15,6 +15,7 @@ from neighborlm.programs.settings import KNNSettings
         {"lmbda": 0.0},
         {"lmbda": 1.0},
         {"lmbda": "auto"},
+        {"temperature": "auto"},
         {"k": 1, "nprobe": 1, "temperature": 1e-3},
         {"similarity": "ip", "distances": "exact"},
     ],

@@ -476,7 +476,7 @@ def test_a_killed_rank_and_a_restart_with_other_ranks(workplace, run_program, tm
 @pytest.mark.hosts
 def test_hosts_dump_a_shard_each_and_all_search_it(workplace, run_program, tmp_path):
     """Rows of one length, in batches of one row: each host computes the very same keys."""
-    flags = (*HERE, "--data.max_tokens", 24, "--knn.k", 8)
+    flags = (*HERE, "--data.max_tokens", 24, "--knn.k", 8, "--knn.lmbda", 0.25)
     whole = ("--knn.datastore", tmp_path / "whole", "--knnlm", "--output", tmp_path / "whole.json")
     run_program(workplace, "evaluate.py", *flags, *whole)
     for number in range(2):

@@ -1,0 +1,94 @@
+"""Places that a command is going to write at: whether it can is found before any work, and files
+appear there whole."""
+
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
+
+
+def check_writable(path: Path, flag: str, kind: Literal["file", "folder"] = "file") -> None:
+    """Refuses a place that cannot be written at; what is missing on the way to it is not made.
+
+    Args:
+        path: what will be written.
+        flag: that names it.
+        kind: what will be there.
+
+    Raises:
+        InputError: it cannot.
+    """
+    named = f"{flag} {path}"
+    try:
+        if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
+            if kind == "file" and not path.is_dir() and os.access(path, os.W_OK):
+                return  # a device or a pipe
+            found = "a folder" if path.is_dir() else "no folder"
+            raise InputError(f"{named}: is {found}; expected a {kind} to write")
+        folder = path if kind == "folder" else path.parent
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        if not existing.is_dir():
+            raise InputError(f"{named}: {existing} is no folder; expected a place to write at")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{named}: cannot be written ({error.strerror}); expected a place to write at"
+        ) from None
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Writes files, each whole or not at all.
+
+    Raises:
+        InputError: some could not be written; all others are.
+    """
+    failed = []
+    for path, content in contents.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():  # a device or a pipe
+                path.write_bytes(content)
+            else:
+                with publishing(path) as making:
+                    making.write_bytes(content)
+        except OSError as error:
+            failed.append(f"{path} ({error.strerror})")
+    if failed:
+        raise InputError(
+            f"{', '.join(failed)}: could not be written; what could be is, and the figures stand "
+            "above"
+        )
+
+
+def as_npz(columns: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays by name as an .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **columns)
+    return file.getvalue()
+
+
+def as_json(content: Any) -> bytes:
+    """JSON that every reader takes: what is not finite is null.
+
+    >>> as_json({"ppl": math.inf, "of": [math.nan, 1.5]}).decode().split()
+    ['{', '"ppl":', 'null,', '"of":', '[', 'null,', '1.5', ']', '}']
+    """
+    return (json.dumps(_finite(content), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
