@@ -41,6 +41,8 @@ class TrainableLM(pl.LightningModule):
         """Of the vocabulary that it was trained with; saved with checkpoints."""
         self.updates = 0
         """Optimiser steps it had when it was saved."""
+        self.batch_seed: tuple[int, ...] = (0,)
+        """Of what all ranks draw alike for the batch that is trained on."""
         self._fingerprint: tuple[Any, str] | None = None
 
     @property
