@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import Diverged, InputError
 from neighborlm.datamodules.lm import ResumableLoader
 from neighborlm.retrieval.cluster import rank_watch
 
@@ -122,9 +122,11 @@ class Continuation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Sees to it, before the last checkpoint is saved, that the batches of an update that was
-        not made come again; Lightning would count them as had, and then validate too early."""
+        not made come again; Lightning would count them as had, and then validate too early. A
+        training that has diverged saves nothing more."""
         for checkpoint in trainer.checkpoint_callbacks:  # also where only a validation has ended
-            checkpoint._last_global_step_saved = 0
+            diverged = isinstance(exception, Diverged)
+            checkpoint._last_global_step_saved = trainer.global_step if diverged else 0
         progress, loader = trainer.fit_loop.epoch_loop.batch_progress, trainer.train_dataloader
         if not isinstance(loader, ResumableLoader):
             return

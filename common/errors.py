@@ -6,6 +6,10 @@ class InputError(ValueError):
     what was found and what was expected."""
 
 
+class Diverged(InputError):
+    """A training whose loss, gradient or weights are not finite any more."""
+
+
 class LostRank(RuntimeError):
     """A process that this one works with has ended or does not answer any more. The message is one
     sentence that names its rank and host."""

@@ -316,3 +316,25 @@ def test_killed_training_goes_on_with_the_same_numbers(
         assert load_model(tmp_path / "checkpoints/last.ckpt").updates == 4
     run_program(workplace, "train.py", *flags, *place)
     check_same_training(tmp_path, uninterrupted(*flags))
+
+
+def test_diverged_training_stops_and_keeps_its_checkpoints(workplace, run_program, tmp_path):
+    """A learning rate that throws the weights beyond all bounds after the first updates."""
+    flags = (*HERE, "--trainer.default_root_dir", tmp_path, "--checkpoint_every", 2)
+    flags = (*flags, "--model.warmup_updates", 3, "--model.schedule", "inverse_sqrt")
+    done = run_program(workplace, "train.py", *flags, "--model.lr", 1e38, status=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "the training has diverged at update" in errors[0]
+    assert "Traceback" not in done.stderr
+    for checkpoint in (tmp_path / "checkpoints").glob("*"):
+        load_model(checkpoint)  # refuses weights that are not finite
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(refused, workplace, tmp_path):
+    checkpoint = torch.load(workplace / CKPT[1], weights_only=True)
+    checkpoint["state_dict"]["decoder.layers.0.fc1.bias"][3] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    sentence = refused(evaluate, *HERE, "--ckpt_path", tmp_path / "nan.ckpt")
+    assert "decoder.layers.0.fc1.bias are not finite" in sentence
