@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import Diverged, InputError
 from neighborlm.datamodules.lm import ResumableLoader
 from neighborlm.retrieval.cluster import rank_watch
 
@@ -32,6 +32,7 @@ class Continuation(Callback):
         self.held = held
         self.owes_validation = False
         self.max_steps: int | None = None  # to be set again after the validation that is owed
+        self.updates_before = 0  # the batch that has begun last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The ranks are joined, and nothing is loaded yet."""
@@ -70,15 +71,20 @@ class Continuation(Callback):
         return {"owed": self.owes_validation}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Trains no more than was asked for, where validations have been given up since."""
+        """Trains no more than was asked for, where validations have been given up since, and saves
+        nothing between the batches of an update because one was saved just before them."""
         if not self._validates(trainer):
             self._restore_max_steps(trainer)
+        for checkpoint in trainer.checkpoint_callbacks:
+            if checkpoint._every_n_train_steps:
+                checkpoint._last_global_step_saved = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Ends the run if an interrupt came, all ranks at the same update: all that the last one
         brought about is over."""
+        self.updates_before = trainer.global_step
         # Lightning counts one too many where it goes on after a validation.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         whole = batch_idx % trainer.accumulate_grad_batches == 0
@@ -115,20 +121,27 @@ class Continuation(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Sees to it, before the last checkpoint is saved, that a batch whose update was not made
-        comes again; Lightning would count it as had, and then validate one update too early."""
+        """Sees to it, before the last checkpoint is saved, that the batches of an update that was
+        not made come again; Lightning would count them as had, and then validate too early. A
+        training that has diverged saves nothing more."""
         for checkpoint in trainer.checkpoint_callbacks:  # also where only a validation has ended
-            checkpoint._last_global_step_saved = 0
+            diverged = isinstance(exception, Diverged)
+            checkpoint._last_global_step_saved = trainer.global_step if diverged else 0
         progress, loader = trainer.fit_loop.epoch_loop.batch_progress, trainer.train_dataloader
-        if (
-            isinstance(loader, ResumableLoader)
-            and progress.current.ready > progress.current.processed
-        ):
-            made = trainer.global_step > progress.total.processed
-            loader.consumed -= not made
-            for counts in (progress.total, progress.current):
-                counts.processed += made
-                counts.ready = counts.started = counts.completed = counts.processed
+        if not isinstance(loader, ResumableLoader):
+            return
+        had, begun = progress.current.processed, progress.current.ready
+        if begun > had and trainer.global_step > self.updates_before:  # made, but not counted yet
+            again, counted = 0, 1
+        elif begun > had or trainer.fit_loop.epoch_loop._should_accumulate():
+            before = had % trainer.accumulate_grad_batches  # in the same update
+            again, counted = before + begun - had, -before
+        else:
+            return
+        loader.consumed -= again
+        for counts in (progress.total, progress.current):
+            counts.processed += counted
+            counts.ready = counts.started = counts.completed = counts.processed
 
     def _validates(self, trainer: Trainer) -> bool:
         """Whether a validation is due at this update."""

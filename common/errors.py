@@ -6,6 +6,10 @@ class InputError(ValueError):
     found and what was expected."""
 
 
+class Diverged(InputError):
+    """A training whose loss, gradient or weights are not finite any more."""
+
+
 class LostRank(RuntimeError):
     """Another rank has ended or no longer answers. The message is one sentence that names the rank
     and its host."""

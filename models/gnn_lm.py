@@ -311,8 +311,8 @@ class GNNLM(TrainableLM):
         """Those of the graph network, or of the LM's path around it, by the trained softmax either
         way. All ranks take the same path."""
         if self.hparams.lm_path_probability:
-            seed = (torch.initial_seed(), self.trainer.fit_loop.total_batch_idx)
-            if np.random.default_rng(seed).random() < self.hparams.lm_path_probability:
+            draw = np.random.default_rng(self.batch_seed).random()
+            if draw < self.hparams.lm_path_probability:
                 hidden, _ = self.lm.hidden(batch.tokens)
                 targets = batch.targets[batch.scored]
                 return self.head.target_log_prob(hidden[batch.scored], targets)

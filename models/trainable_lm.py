@@ -6,6 +6,7 @@ retrieval; test and prediction runs belong to `Scorer`, which takes models of an
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,10 +16,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from neighborlm.common.contracts import Batch, Scored, Want
+from neighborlm.common.errors import Diverged
 from neighborlm.models.decoder import DecoderLayer
 from neighborlm.models.metrics import TokenLoss
 from neighborlm.models.optimization import Optimization
-from neighborlm.models.weights import content_hash, weights_version
+from neighborlm.models.weights import content_hash, not_finite, weights_version
 
 
 class TrainableLM(pl.LightningModule):
@@ -41,7 +43,11 @@ class TrainableLM(pl.LightningModule):
         """Fingerprint of the vocabulary of its training; saved with checkpoints."""
         self.updates = 0
         """Optimiser steps in the checkpoint that it was loaded from."""
+        self.batch_seed: tuple[int, ...] = (0,)
+        """Seed of what all ranks draw alike for the batch that is trained on."""
         self._fingerprint: tuple[Any, str] | None = None
+        self._loss_of_update: Tensor | float = 0.0  # summed over its batches so far
+        self._gradient_norm: Tensor | None = None  # of the update that is being made
 
     @property
     def vocab_size(self) -> int:
@@ -100,6 +106,7 @@ class TrainableLM(pl.LightningModule):
         """Mean negative log-likelihood of the batch's targets."""
         loss = -self.training_log_probs(batch).mean()
         self.log("train/loss", loss, prog_bar=True)
+        self._loss_of_update = self._loss_of_update + loss.detach()
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -107,23 +114,71 @@ class TrainableLM(pl.LightningModule):
         self.val_loss.update(self.score(batch, Want()).log_probs)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `val/loss` and `val/ppl`."""
+        """Logs `val/loss` and `val/ppl`.
+
+        Raises:
+            Diverged: they are not finite.
+        """
         loss = self.val_loss.compute()["loss"]
         self.val_loss.reset()
+        if not loss.isfinite():
+            raise self._diverged(f"the validation loss is {loss.item()}")
         self.log_dict({"val/loss": loss.float(), "val/ppl": loss.exp().float()}, prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Records the dictionary to which the ids belong."""
+        """Records the dictionary to which the ids belong.
+
+        Raises:
+            Diverged: the weights are not finite.
+        """
+        damaged = not_finite(checkpoint["state_dict"])
+        if damaged is not None:
+            raise self._diverged(f"the weights of {damaged} are not finite")
         if self.trainer.datamodule is not None:
             checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient before clipping, at the updates that Lightning logs."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
-            return
+        """Takes the norm of the gradient, by which it is clipped afterwards; logs it at the updates
+        that Lightning logs.
+
+        Raises:
+            Diverged: it or the loss is not finite. A precision with a scaler skips such updates and
+                lowers its scale; there, a gradient only counts once the scale is below 1.
+        """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self._gradient_norm = nn.utils.get_total_norm(gradients)
+        norm = self._gradient_norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss, self._loss_of_update = float(self._loss_of_update), 0.0
+        if not isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if not isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            raise self._diverged(f"the norm of the gradient is {norm.item()}")
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train/grad_norm", norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning clips, but by the norm that is known already."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            parameters = [p for p in self.parameters() if p.grad is not None]
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _diverged(self, found: str) -> Diverged:
+        """At the update that is being made, or after those that were."""
+        return Diverged(
+            f"the training has diverged at update {self.trainer.global_step + 1}: {found}; "
+            "expected finite numbers: in another --trainer.default_root_dir, try a lower "
+            "--model.lr, more --model.warmup_updates, a smaller --trainer.gradient_clip_val or, if it has 16 bits, "
+            f"--trainer.precision bf16-mixed (checkpoints stay in {self.trainer.default_root_dir})"
+        )
 
     def configure_model(self) -> None:
         """Under `--trainer.strategy fsdp`, shards parameters, gradients and the optimiser's state

@@ -23,6 +23,15 @@ def content_hash(module: nn.Module, settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity, if any does."""
+    for name, tensor in weights.items():
+        # A sum costs a tenth of looking at each number, but can itself overflow.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            return name
+    return None
+
+
 def weights_version(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """A value that differs after a parameter or buffer was replaced, moved or changed in place.
 

@@ -9,6 +9,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.models.weights import not_finite
 from neighborlm.originals.conversion import load_fairseq_checkpoint
 from neighborlm.originals.fairseq import is_fairseq_checkpoint
 
@@ -20,12 +21,25 @@ def load_model(path: Path) -> TransformerLM | GNNLM:
     the file is executed: it is read with `weights_only=True`.
 
     Raises:
-        InputError: no such file, or not a checkpoint of a model of ours.
+        InputError: no such file, not a checkpoint of a model of ours, or one of a training that has
+            diverged.
     """
+    model = _read(path)
+    damaged = not_finite(model.state_dict())
+    if damaged is not None:
+        raise InputError(
+            f"{path}: the weights of {damaged} are not finite, as after a training that has "
+            "diverged; expected another checkpoint, or a training with a lower --model.lr"
+        )
+    return model.eval()
+
+
+def _read(path: Path) -> TransformerLM | GNNLM:
+    """What `load_model` gives, whatever its weights are."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train.py makes one (--ckpt_path names it)")
     if is_fairseq_checkpoint(path):
-        return load_fairseq_checkpoint(path).eval()
+        return load_fairseq_checkpoint(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = _described(checkpoint["hyper_parameters"])
@@ -38,7 +52,7 @@ def load_model(path: Path) -> TransformerLM | GNNLM:
         raise InputError(f"{path}: cannot be read as a checkpoint of train.py ({reason})") from None
     model.dictionary_fingerprint = checkpoint.get("dictionary")
     model.updates = checkpoint.get("global_step", 0)
-    return model.eval()
+    return model
 
 
 def load_model_of(kind: type[Model], path: Path, flag: str) -> Model:

@@ -35,7 +35,7 @@ class Run:
     Args:
         directory: of the run's files.
         trainer: settings of `pytorch_lightning.Trainer`, besides or in place of `TRAINER_DEFAULTS`.
-        seed: of the samples that products are made by.
+        seed: of what a training draws at random, and of the samples that products are made by.
         lost_after: seconds without an answer from another host until the run stops.
 
     Attributes:

@@ -10,6 +10,7 @@ import yaml
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from neighborlm.callbacks.lightning_internals import Continuation
+from neighborlm.callbacks.random_numbers import RandomNumbers
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.common.errors import InputError
 from neighborlm.common.interrupts import interrupts_held
@@ -101,7 +102,8 @@ def train(
     throughput = Throughput()
     with interrupts_held() as held:
         continuation = Continuation(ckpt_path, held)
-        callbacks = [continuation, best, last, LearningRateMonitor("step"), throughput]
+        watching = [LearningRateMonitor("step"), throughput]
+        callbacks = [continuation, RandomNumbers(run.seed), best, last, *watching]
         trainer = run.trainer(callbacks, stage="train", trained=model)
         if trainer.is_global_zero:
             run.directory.mkdir(parents=True, exist_ok=True)

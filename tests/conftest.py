@@ -64,7 +64,7 @@ def run_program(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
             done = subprocess.run(
                 [sys.executable, *what, *flags],
                 cwd=cwd,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
                 capture_output=True,
                 text=True,
                 timeout=240,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,18 +238,74 @@ def test_killed_datastore_goes_on_to_the_same_bytes(workplace, run_program, tmp_
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_batch_whose_update_failed_comes_again():
+@pytest.mark.parametrize(
+    ("accumulate", "had", "begun", "made", "consumed", "counted"),
+    [
+        (1, 3, 3, False, 4, 3),  # between two batches
+        (1, 3, 4, False, 3, 3),  # in one
+        (1, 3, 4, True, 4, 4),  # and its update was made
+        (2, 3, 4, False, 2, 2),  # in the second one of an update
+        (2, 3, 4, True, 4, 4),
+        (2, 3, 3, False, 3, 2),  # between the two
+    ],
+)
+def test_batches_whose_update_failed_come_again(accumulate, had, begun, made, consumed, counted):
     loader = ResumableLoader(range(5), sampler=range(5))
-    loader.consumed = 4
-    for ready, made, consumed, counted in ((3, 8, 4, 3), (4, 8, 3, 3), (4, 9, 3, 4)):
-        counts = [SimpleNamespace(ready=n + ready, processed=n + 3) for n in (0, 5)]
-        progress = SimpleNamespace(current=counts[0], total=counts[1])
-        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-        trainer = SimpleNamespace(fit_loop=loop, train_dataloader=loader, global_step=made)
-        trainer.checkpoint_callbacks = []
-        Continuation(None, []).on_exception(trainer, None, RuntimeError())
-        assert loader.state_dict()["consumed"] == consumed
-        assert (counts[0].ready, counts[1].ready) == (counted, 5 + counted)
+    loader.consumed = consumed + begun - counted if not made else consumed
+    counts = [SimpleNamespace(ready=n + begun, processed=n + had) for n in (0, 5)]
+    progress = SimpleNamespace(current=counts[0], total=counts[1])
+    loop = SimpleNamespace(batch_progress=progress, _should_accumulate=lambda: begun % accumulate)
+    trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(epoch_loop=loop),
+        train_dataloader=loader,
+        global_step=int(made),
+        accumulate_grad_batches=accumulate,
+        checkpoint_callbacks=[],
+    )
+    Continuation(None, []).on_exception(trainer, None, RuntimeError())
+    assert loader.state_dict()["consumed"] == consumed
+    assert (counts[0].ready, counts[1].ready) == (counted, 5 + counted)
+
+
+WITH_DROPOUT = (*HERE, "--model.dropout", 0.2, "--model.softmax_dropout", 0.1)
+UPDATES = ("--trainer.max_steps", 40, "--trainer.val_check_interval", 20, "--checkpoint_every", 20)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workplace, run_program):
+    """Trains with dropout and further flags, once for each; gives the run's folder."""
+    runs = {}
+
+    def run(*flags: object) -> Path:
+        if flags not in runs:
+            runs[flags] = workplace / f"uninterrupted-{len(runs)}"
+            run_program(workplace, "train.py", *flags, "--trainer.default_root_dir", runs[flags])
+        return runs[flags]
+
+    return run
+
+
+def interrupting(moment: str, call: int, number: int) -> tuple:
+    """Flags by which a training interrupts itself."""
+    settings = (("moment", moment), ("call", call), ("number", int(number)))
+    flags = [(f"--trainer.callbacks.{name}", value) for name, value in settings]
+    return ("--trainer.callbacks", "interrupting.Interrupt", *sum(flags, ()))
+
+
+def check_same_training(run: Path, expected: Path) -> None:
+    """Weights, figures and all that was logged."""
+    weights = load_model(expected / "checkpoints/last.ckpt").state_dict()
+    for name, tensor in load_model(run / "checkpoints/last.ckpt").state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    found, whole = (json.loads((r / "training.json").read_text()) for r in (run, expected))
+    for name in ("updates", "best_valid_ppl"):
+        assert found[name] == whole[name]
+    for tag in ("train/loss", "val/ppl"):
+        found, whole = (
+            sorted((event.step, event.value) for event in scalars(r / "train")[tag])
+            for r in (run, expected)
+        )
+        assert found == whole
 
 
 @pytest.mark.parametrize(
@@ -262,31 +319,73 @@ def test_a_batch_whose_update_failed_comes_again():
     ],
 )
 def test_interrupted_training_goes_on_with_the_same_numbers(
-    workplace, run_program, tmp_path, moment, call, number, updates
+    workplace, run_program, uninterrupted, tmp_path, moment, call, number, updates
 ):
-    """Dropout is zero here, so the numbers depend on the batches and the optimiser alone."""
-    flags = (*HERE, "--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 40)
-    flags = (*flags, "--trainer.val_check_interval", 20, "--checkpoint_every", 20)
-    interrupt = ("--trainer.callbacks", "interrupting.Interrupt")
-    for name, value in (("moment", moment), ("call", call), ("number", int(number))):
-        interrupt = (*interrupt, f"--trainer.callbacks.{name}", value)
-    last = tmp_path / "checkpoints/last.ckpt"
-    done = run_program(workplace, "train.py", *flags, *interrupt, status=130)
+    flags, place = (*WITH_DROPOUT, *UPDATES), ("--trainer.default_root_dir", tmp_path)
+    interrupt = interrupting(moment, call, number)
+    done = run_program(workplace, "train.py", *flags, *place, *interrupt, status=130)
     assert done.stderr.endswith("interrupted: the same command continues from here\n")
-    assert load_model(last).updates == updates
-    done = run_program(workplace, "train.py", *flags)
+    assert load_model(tmp_path / "checkpoints/last.ckpt").updates == updates
+    done = run_program(workplace, "train.py", *flags, *place)
     assert "continuing from" in done.stdout
+    check_same_training(tmp_path, uninterrupted(*flags))
 
-    whole = workplace / "runs/words"
-    expected = load_model(whole / "checkpoints/last.ckpt").state_dict()
-    for name, tensor in load_model(last).state_dict().items():
-        assert torch.equal(tensor, expected[name])
-    found, expected = (json.loads((run / "training.json").read_text()) for run in (tmp_path, whole))
-    for name in ("updates", "best_valid_ppl"):
-        assert found[name] == expected[name]
-    for tag in ("train/loss", "val/ppl"):
-        found, expected = (
-            sorted((event.step, event.value) for event in scalars(run / "train")[tag])
-            for run in (tmp_path, whole)
-        )
-        assert found == expected
+
+ACCUMULATING = ("--trainer.accumulate_grad_batches", 3, "--trainer.val_check_interval", 15)
+RANKS = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+
+
+@pytest.mark.parametrize(
+    ("changed", "moment", "call"),
+    [
+        (ACCUMULATING, "on_train_batch_end", 17),
+        (("--data.num_workers", 2), "on_validation_batch_end", 4),
+        (RANKS, "on_train_batch_end", 7),
+    ],
+    ids=["accumulation", "workers", "ranks"],
+)
+def test_interrupted_training_in_other_ways(
+    workplace, run_program, uninterrupted, tmp_path, changed, moment, call
+):
+    flags = (*WITH_DROPOUT, *UPDATES, "--trainer.max_steps", 20, *changed)
+    place = ("--trainer.default_root_dir", tmp_path)
+    interrupt = interrupting(moment, call, signal.SIGINT)
+    run_program(workplace, "train.py", *flags, *place, *interrupt, status=130)
+    run_program(workplace, "train.py", *flags, *place)
+    check_same_training(tmp_path, uninterrupted(*flags))
+
+
+def test_killed_training_goes_on_with_the_same_numbers(
+    workplace, run_program, uninterrupted, tmp_path
+):
+    """From a checkpoint that was saved on the way; killed again before the next update is made."""
+    flags = (*WITH_DROPOUT, *UPDATES, *ACCUMULATING, "--checkpoint_every", 4)
+    place = ("--trainer.default_root_dir", tmp_path)
+    for moment, call in (("on_train_batch_end", 14), ("on_train_batch_end", 2)):
+        kill = interrupting(moment, call, signal.SIGKILL)
+        run_program(workplace, "train.py", *flags, *place, *kill, status=-signal.SIGKILL)
+        assert load_model(tmp_path / "checkpoints/last.ckpt").updates == 4
+    run_program(workplace, "train.py", *flags, *place)
+    check_same_training(tmp_path, uninterrupted(*flags))
+
+
+def test_diverged_training_stops_and_keeps_its_checkpoints(workplace, run_program, tmp_path):
+    """A learning rate that throws the weights beyond all bounds after the first updates."""
+    flags = (*HERE, "--trainer.default_root_dir", tmp_path, "--checkpoint_every", 2)
+    flags = (*flags, "--model.warmup_updates", 3, "--model.schedule", "inverse_sqrt")
+    done = run_program(workplace, "train.py", *flags, "--model.lr", 1e38, status=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "the training has diverged at update" in errors[0]
+    assert "Traceback" not in done.stderr
+    for checkpoint in (tmp_path / "checkpoints").glob("*"):
+        load_model(checkpoint)  # refuses weights that are not finite
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(refused, workplace, tmp_path):
+    checkpoint = torch.load(workplace / CKPT[1], weights_only=True)
+    checkpoint["state_dict"]["decoder.layers.0.fc1.bias"][3] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    sentence = refused(evaluate, *HERE, "--ckpt_path", tmp_path / "nan.ckpt")
+    assert "decoder.layers.0.fc1.bias are not finite" in sentence

@@ -217,6 +217,20 @@ def test_ranks_take_the_same_path(trained, run_program):
     assert best[1] == pytest.approx(best[0], rel=1e-6)
 
 
+def test_interrupted_training_takes_the_same_paths(trained, run_program, tmp_path):
+    flags = (*DATA, *NETWORK, *LM, "--model.dropout", 0.2, "--trainer.max_steps", 12)
+    flags = (*flags, "--model.unfreeze", "[layers]", "--model.lm_path_probability", 0.5)
+    flags = (*flags, "--neighbors.token_features", "online", "--trainer.val_check_interval", 6)
+    stop = ("--trainer.callbacks", "interrupting.Interrupt", "--trainer.callbacks.moment")
+    stop = (*stop, "on_train_batch_end", "--trainer.callbacks.call", 7)
+    runs = [tmp_path / name for name in ("whole", "cut")]
+    for run, more, status in ((runs[0], (), 0), (runs[1], stop, 130), (runs[1], (), 0)):
+        place = ("--trainer.default_root_dir", run)
+        run_program(trained, "train.py", *flags, *place, *more, status=status)
+    whole, cut = (load_model(run / "checkpoints/last.ckpt").state_dict() for run in runs)
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
 SHARD = ("--neighbors.shards", 2, "--neighbors.shard", 1)
 LAST_HIDDEN = (
     *("--neighbors.key_type", "last_hidden", "--neighbors.features", "keys"),
