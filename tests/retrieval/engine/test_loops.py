@@ -14,16 +14,18 @@ def test_where_nothing_can_be_kept_functions_are_compiled_anew():
     assert compiled(names["twice"])(21) == 42
 
 
-def test_what_is_compiled_calls_nothing_of_another_file():
-    """numba would not see that a function there has changed."""
+def test_what_is_compiled_and_kept_calls_nothing_of_another_file():
+    """numba would not see that a function there has changed. The loop of `thinning` is compiled
+    anew by each program."""
     for module in (loops, suffix_loops):
         functions = [f for f in vars(module).values() if isinstance(f, Dispatcher)]
         assert functions
         assert {f.py_func.__module__ for f in functions} == {module.__name__}
     rooms = ("retrieval", "models", "callbacks", "datamodules", "programs", "originals", "tools")
     files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
-    users = [path.name for path in files if "numba" in path.read_text("utf-8")]
-    assert sorted(users) == ["loops.py", "suffix_loops.py"]
+    users = [path for path in files if "numba" in path.read_text("utf-8")]
+    assert sorted(path.name for path in users) == ["loops.py", "suffix_loops.py", "thinning.py"]
+    assert [path.name for path in users if "cache=True" in path.read_text("utf-8")] == ["loops.py"]
 
 
 @pytest.mark.parametrize("size", [1e-37, 1e-31, 1.0, 1e25, 3e37])
