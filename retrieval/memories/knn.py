@@ -10,16 +10,33 @@ A missing neighbour (row -1) has score -inf and adds nothing to either sum.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neighborlm.common.contracts import Metric, Votes
+from neighborlm.common.errors import InputError
 from neighborlm.retrieval.engine import LIGHTEST, SMALL
 
 PART = 1 << 19
 """Neighbours whose weights are computed at a time: they stay in the processor's cache."""
+
+
+def check_similarity(
+    distances: Literal["exact", "index"], similarity: Metric, metric: Metric
+) -> None:
+    """Refuses to read the distances of an index as another measure than they are.
+
+    Raises:
+        InputError: the similarity is not the index's metric, and is not computed from stored keys.
+    """
+    if distances == "index" and similarity != metric:
+        raise InputError(
+            f"similarity {similarity}: the distances of the index are {metric}; expected distances "
+            "exact, or the same measure"
+        )
 
 
 def neighbor_scores(distances: np.ndarray, rows: np.ndarray, metric: Metric) -> Tensor:
