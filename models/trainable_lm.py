@@ -176,8 +176,9 @@ class TrainableLM(pl.LightningModule):
         return Diverged(
             f"the training has diverged at update {self.trainer.global_step + 1}: {found}; "
             "expected finite numbers: in another --trainer.default_root_dir, try a lower "
-            "--model.lr, more --model.warmup_updates, a smaller --trainer.gradient_clip_val or, if it has 16 bits, "
-            f"--trainer.precision bf16-mixed (checkpoints stay in {self.trainer.default_root_dir})"
+            "--model.lr, more --model.warmup_updates, a smaller --trainer.gradient_clip_val or, if "
+            "it has 16 bits, --trainer.precision bf16-mixed (checkpoints stay in "
+            f"{self.trainer.default_root_dir})"
         )
 
     def configure_model(self) -> None:

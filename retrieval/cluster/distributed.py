@@ -1,18 +1,18 @@
-"""Search of a datastore in shards by all ranks, each of which searches its own shards for all.
+"""Searches a datastore in shards by all ranks together: each rank searches its own shards for all.
 
-In a round every rank sends its queries to all others, searches what it has for everyone's, and
-sends back what it found; whoever asked keeps the nearest. Rounds go on until no rank has queries
-left.
+In a round every rank sends its queries to all others, searches its shards for all queries, and
+sends back the neighbours; the rank that asked keeps the nearest. Rounds go on until no rank has
+queries left.
 
-Where rows are dealt round-robin, a rank with a share p of them has about k p of the k nearest. It
-is first asked for so many that more are improbable (`local_k`), and a query whose result could
-still lack a neighbour is asked again for k of each rank: what is found does not depend on how rows
-lie.
+Where rows are dealt round-robin, a rank with a share p of the rows has about k p of the k nearest.
+It is first asked for so many that more are improbable (`local_k`). A query whose result could still
+lack a neighbour asks every rank again for k, so the result does not depend on the placement of
+rows.
 
-Queries travel in fp32: rounded to halves, as keys may be, they would find others. Rows travel as
-those of the whole, with their values. Where distances to stored keys are wanted, each rank computes
-those to its own and sends them beside those of its index, by which the nearest are chosen as in one
-index of the whole: keys do not travel. So no host needs more of a datastore than its shards.
+Queries are sent in fp32, since rounded to halves they would find other neighbours. Rows are sent as
+rows of the whole, with their values. Where distances to stored keys are wanted, each rank computes
+those to its own keys and sends them beside the index's, by which the nearest are chosen as in one
+index of the whole. Keys are never sent, so no host needs more of a datastore than its shards.
 """
 
 import time
@@ -132,8 +132,9 @@ class DistributedRetriever(BaseRetriever):
 
     @property
     def communication(self) -> Mapping[str, float]:
-        """Of this rank since `begin_pass`: `rounds`, queries `asked_again`, `seconds_searching` its
-        shards, `bytes_sent` and `bytes_received`; empty where it is alone."""
+        """Figures of this rank since `begin_pass`: `ranks`, `rounds`, queries `asked_again`,
+        `seconds_searching` its shards, `bytes_sent` and `bytes_received`; empty where it is
+        alone."""
         if self.ranks is None:
             return {}
         names = ("rounds", "asked_again", "seconds_searching")

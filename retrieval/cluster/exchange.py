@@ -42,7 +42,7 @@ class Exchange:
 
     @property
     def communication(self) -> dict[str, int]:
-        """Of this rank so far: `bytes_sent` and `bytes_received`."""
+        """Figures of this rank so far: `ranks`, `bytes_sent` and `bytes_received`."""
         return {"ranks": self.ranks.size, **self.ranks.traffic}
 
     def rows(self, own: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""What the processes of one run know of one another: a process that dies, or a host that cannot be
-reached any more, makes the others stop with one sentence instead of waiting for it.
+"""Watches the processes of one run: when one dies, or its host cannot be reached any more, the
+others stop with one sentence instead of waiting for it.
 
-Every rank keeps a connection to rank 0 on which nothing is said until it leaves. When a process
-dies its kernel closes the connection; when a link is cut the kernel's probes find no answer. Both
-are noticed while the interpreter is busy, and long work of one rank is not mistaken for its death.
+Every rank keeps an idle connection to rank 0. When a process dies, its kernel closes the
+connection; when a link is cut, the kernel's probes get no answer. Both are noticed while the
+interpreter is busy, and a rank that works for long is not mistaken for a dead one.
 """
 
 import os
@@ -82,8 +82,8 @@ class RankWatch:
             while len(self.links) < ranks - 1:
                 link, _ = listener.accept()
                 link.settimeout(JOINING_SECONDS)
-                said, *member = link.makefile("rb", 0).readline().decode().split() or [""]
-                if said == token:  # and not a stranger
+                found, *member = link.makefile("rb", 0).readline().decode().split() or [""]
+                if found == token:  # and not a stranger
                     self.links[link] = Member(int(member[0]), member[1])
 
     def _connect(self, address: str | None, share: Callable[[Any], Any]) -> None:
@@ -111,12 +111,12 @@ class RankWatch:
             while selector.get_map():
                 for key, _ in selector.select():
                     link = key.fileobj
-                    said, *who = _heard(link).split() or [""]
-                    if said == "end":
+                    word, *who = _received(link).split() or [""]
+                    if word == "end":
                         selector.unregister(link)
                         continue
                     member = Member(int(who[0]), who[1]) if who else self.links[link]
-                    self._stop(member, gone=said in ("", "gone"))
+                    self._stop(member, gone=word in ("", "gone"))
         self.over.set()
 
     def _stop(self, member: Member, gone: bool) -> None:
@@ -160,8 +160,8 @@ def _listener(address: str | None) -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _heard(link: socket.socket) -> str:
-    """The line that arrived; none where the connection is lost."""
+def _received(link: socket.socket) -> str:
+    """The line that arrived; empty where the connection is lost."""
     try:
         return link.recv(1024).decode().partition("\n")[0]
     except OSError:
@@ -169,7 +169,7 @@ def _heard(link: socket.socket) -> str:
 
 
 def _say(link: socket.socket, line: str) -> None:
-    """As far as the other side is still there."""
+    """Sends a line, if the other side is still there."""
     with suppress(OSError):
         link.send(f"{line}\n".encode(), socket.MSG_DONTWAIT)
 

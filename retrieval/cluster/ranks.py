@@ -1,9 +1,9 @@
-"""What the ranks of a distributed search send one another, and which of them is lost.
+"""Sends arrays between the ranks of a distributed search, and tells which rank is lost.
 
-All go in step: in each step every rank sends a header and arrays to every other one. Each pair does
-so by itself, since collectives of gloo neither take arrays of several sizes nor tell who has
-failed. A rank that cannot go on says so, and because of whom, in place of its next header; so all
-of them name the same one, and nobody waits for longer than the timeout.
+All ranks go in step: in each step every rank sends a header and arrays to every other one. Each
+pair of ranks does so by itself, since collectives of gloo neither take arrays of different sizes
+nor tell who has failed. A rank that cannot go on sends the reason, and the rank that caused it, in
+place of its next header; so all ranks name the same one, and none waits longer than the timeout.
 """
 
 import socket

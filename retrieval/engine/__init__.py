@@ -1,9 +1,8 @@
-"""Searches the inverted lists of a faiss index on a CPU for many queries at a time, counts what
-neighbours say of targets, and looks phrases up in a suffix array (`suffix_loops`): arrays in,
-arrays out.
+"""Searches the inverted lists of a faiss index on a CPU for many queries at a time, counts the
+votes of neighbours, and looks phrases up in a suffix array (`suffix_loops`): arrays in, arrays out.
 
-This is the room's door: `search` and `memories` take from it what stands below, and nobody else
-takes anything. It knows of no datastore and no model.
+This file is the room's door: `search` and `memories` import the names below, and no other room
+imports anything. The engine knows no datastore and no model.
 """
 
 from neighborlm.retrieval.engine import suffix_loops

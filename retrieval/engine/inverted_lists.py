@@ -15,18 +15,18 @@ from neighborlm.retrieval.engine.probing import Probing
 
 
 class InvertedLists:
-    """What the codes of an index stand for, list by list, and which lists a query visits.
+    """Decodes the vectors of an index, list by list, and chooses the lists that a query visits.
 
     Args:
-        ivf: an index that `serves`, with inverted lists in a memory-mapped file.
-        probing: which of them are visited; by default as many as its nprobe says.
-        limits: how much is worked on at a time.
+        ivf: an index of a type that `serves` accepts.
+        probing: chooses the lists to visit; by default as many as the index's nprobe.
+        limits: sizes of the blocks to work on.
 
     Attributes:
-        threads: that work at a time, each on one core.
-        similar: whether large is near.
-        sizes: int64 `[nlist]`.
-        ids: int64, of all lists one after another, each from its `ids_at` on.
+        threads: how many work at a time, each on one core.
+        similar: whether a large distance is near, as with inner products.
+        sizes: int64 `[nlist]`, vectors of each list.
+        ids: int64, the file as ids; those of a list begin at its `ids_at`.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class InvertedLists:
         shift = int(ids_at[0] % 8)
         self.ids = _from(self.file, shift, np.int64)
         self.ids_at = (ids_at - shift) // 8
-        self._odd = int(self.codes_at[0] % 2)  # as all others, those of halves
+        self._odd = int(self.codes_at[0] % 2)  # lists of halves all begin alike, odd or even
         self._halves = _from(self.file, self._odd, np.uint16)
 
     @staticmethod
     def serves(index: faiss.Index) -> bool:
-        """Whether an index is of a type whose lists this can read."""
-        known = faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer | faiss.IndexIVFPQ
-        if not isinstance(index, known) or isinstance(index, faiss.IndexIVFFlatDedup):
+        """Whether this class can read the lists of an index."""
+        served = faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer | faiss.IndexIVFPQ
+        if not isinstance(index, served) or isinstance(index, faiss.IndexIVFFlatDedup):
             return False
         lists = faiss.downcast_InvertedLists(index.invlists)
         if not isinstance(lists, faiss.OnDiskInvertedLists) or index.ntotal == 0:
@@ -59,8 +59,8 @@ class InvertedLists:
         return len(np.unique(_layout(lists)[2] % 8)) == 1
 
     def nearest(self, queries: np.ndarray) -> np.ndarray:
-        """The lists to visit, int64 `[Q, probes]`, the nearest one first; where there are fewer an
-        empty one stands in."""
+        """The lists to visit, int64 `[Q, probes]`, the nearest first, filled up with an empty
+        list."""
         _, lists = self.probing.nearest(queries, self.threads)
         if (lists < 0).any():
             lists[lists < 0] = self._empty
@@ -73,23 +73,23 @@ class InvertedLists:
         return len(self.sizes) - 1
 
     def map(self, function: Callable, parts: Iterable) -> list:
-        """Results for each part, by as many threads as are allowed."""
+        """The function's result for each part, computed by `threads` threads."""
         return in_parallel(function, parts, self.threads)
 
     def vectors(
         self, numbers: Sequence[int], which: slice = slice(None), more: int = 0
     ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """What some of the codes of lists stand for.
+        """Decodes vectors of some lists.
 
         Args:
             numbers: of the lists.
-            which: of each list's codes.
-            more: columns to leave for others.
+            which: of each list's vectors.
+            more: columns to leave for the caller.
 
         Returns:
-            fp32 `[n, d + more]`, relative to the middle. Their squared lengths fp32 `[n]`, or zeros
-            for inner products. And where each list's begin, and the last one's end. Arrays are
-            memory that the next call of the same thread uses again.
+            the vectors relative to `middle`, fp32 `[n, d + more]`; their squared lengths fp32
+            `[n]`, or zeros for inner products; and where each list's vectors begin, followed by n.
+            The next call in the same thread overwrites these arrays.
         """
         ivf, sizes = self.ivf, self.sizes[numbers]
         first, last, step = which.start or 0, sizes, which.step or 1
@@ -102,7 +102,7 @@ class InvertedLists:
         squares = scratch("squares", n)
         if isinstance(ivf, faiss.IndexIVFFlat) or not ivf.by_residual:
             shifts = np.tile(-self.middle, (len(numbers), 1))
-        else:  # one that stands in for those that are missing has none, and no codes
+        else:  # the empty list that fills up has no centroid, but no codes either
             shifts = np.take(self.probing.centroids, numbers, axis=0, mode="clip")
         if stores_halves(ivf):
             begins = (self.codes_at[numbers] - self._odd) // 2 + first * ivf.d
@@ -115,7 +115,7 @@ class InvertedLists:
         return vectors, squares, bounds.tolist()
 
     def _decoded(self, codes: np.ndarray) -> np.ndarray:
-        """What is stored, fp32 `[n, d]`, for uint8 `[n, code_size]`."""
+        """The vectors, or residuals, fp32 `[n, d]` of codes uint8 `[n, code_size]`."""
         if isinstance(self.ivf, faiss.IndexIVFFlat):
             return codes.view(np.float32)
         if isinstance(self.ivf, faiss.IndexIVFPQ):
@@ -123,19 +123,22 @@ class InvertedLists:
         return self.ivf.sq.decode(codes)
 
     def _codes(self, number: int) -> np.ndarray:
-        """Those of a list, uint8 `[n, code_size]`."""
+        """The codes of a list, uint8 `[n, code_size]`."""
         shape = (int(self.sizes[number]), self.ivf.code_size)
         begin = int(self.codes_at[number])
         return self.file[begin : begin + math.prod(shape)].reshape(shape)
 
     def ids_of(self, number: int) -> np.ndarray:
-        """Those of the vectors of a list, int64 `[n]`."""
+        """The ids of the vectors of a list, int64 `[n]`."""
         return self.ids[self.ids_at[number] :][: self.sizes[number]]
 
     def together(self, visits: np.ndarray, stride: int = 1) -> list[list[int]]:
-        """Lists that are worked on at a time: every `stride`-th of their vectors, and the queries
-        that visit each, stay in the cache. Visits int64 `[nlist]`; lists without any are left
-        out."""
+        """Groups of lists to work on at a time, so small that every `stride`-th of their vectors
+        and the queries that visit them stay in the cache.
+
+        Args:
+            visits: int64 `[nlist]`, the number of queries that visit each; others are left out.
+        """
         numbers = np.flatnonzero(visits)
         rows = -(-self.sizes[numbers] // stride) + visits[numbers]
         bytes_so_far = np.cumsum(4 * self.ivf.d * rows)
@@ -144,13 +147,14 @@ class InvertedLists:
 
 
 def _from(file: np.ndarray, begin: int, dtype: DTypeLike) -> np.ndarray:
-    """All whole numbers of a type from a byte on."""
+    """The bytes from `begin` on, as numbers of a type."""
     end = begin + (len(file) - begin) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize
     return file[begin:end].view(dtype)
 
 
 def stores_halves(index: faiss.Index) -> bool:
-    """Whether an index has lists of half-precision vectors, with nothing in front of them."""
+    """Whether an index is inverted lists of half-precision vectors, with no transform before
+    them."""
     halves = faiss.ScalarQuantizer.QT_fp16
     return isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == halves
 

@@ -1,4 +1,5 @@
-"""How much a search works on at a time, and from when on which of its ways is the faster one."""
+"""Sizes of the blocks that a search works on, and the conditions under which each of its algorithms
+is the faster one."""
 
 from dataclasses import dataclass, field
 
@@ -7,21 +8,24 @@ from neighborlm.retrieval.engine.processor import bytes_pay
 
 @dataclass(frozen=True)
 class Limits:
-    """What a `ListSearch` goes by; the defaults suit cores with caches of one or two megabytes.
+    """Settings of a `ListSearch`; the defaults suit cores with caches of one or two megabytes.
 
     Attributes:
-        queries_a_list: that must visit a list, on average, for the search to be worth while.
-        group: queries whose neighbours are selected at a time: their distances stay in the cache.
-        list_bytes: of vectors that are decoded together, and of queries that visit their lists.
-        visit_bytes: of distances that a `Visit` holds.
-        sieve_bytes: of what a `Sieve` keeps.
-        sieve_from: vectors that a query visits, from which on a `Sieve` is faster than a `Visit`,
-            for each of its neighbours; and in all, `sieve_from_in_all`.
-        sieve_queries, sieve_vectors: whose distances a `Sieve` looks at together: they stay in the
+        queries_a_list: mean number of queries that must visit a list for the engine to be faster
+            than faiss.
+        group: queries whose neighbours are selected at a time, so that their distances stay in the
             cache.
+        list_bytes: bytes of vectors that are decoded together and of the queries that visit them.
+        visit_bytes: bytes of the distances that a `Visit` holds.
+        sieve_bytes: bytes of the distances that a `Sieve` keeps.
+        sieve_from: a `Sieve` is faster than a `Visit` where a query visits at least this many
+            vectors for each of its neighbours,
+        sieve_from_in_all: and at least this many vectors in all.
+        sieve_queries, sieve_vectors: size of the block of distances that a `Sieve` computes at a
+            time, so that it stays in the cache.
         by_bytes: whether a `Sieve` multiplies bytes first.
-        too_many: how many times more vectors than there are below the bound may seem to be there by
-            products of bytes, for these to be worth while.
+        too_many: products of bytes are given up where they let through more than this many times
+            the vectors that are below the bound.
     """
 
     queries_a_list: int = 4
@@ -37,6 +41,5 @@ class Limits:
     too_many: int = 8
 
     def sieve_pays(self, visited: float, k: int) -> bool:
-        """Whether queries that visit so many vectors, on average, had better go through a
-        `Sieve`."""
+        """Whether a `Sieve` is faster for queries that visit so many vectors on average."""
         return visited >= max(self.sieve_from * k, self.sieve_from_in_all)

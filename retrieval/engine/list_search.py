@@ -1,10 +1,10 @@
 """Searches the inverted lists of a faiss index for many queries at a time.
 
-faiss visits the lists of one query after another, and keeps the k nearest in a heap: for k = 1024
-the heap costs more than the distances. Here each list is decoded once, one matrix product gives the
-distances of all queries that visit it, and the k nearest of each query are cut off (`Visit`). Where
-a query visits many times more vectors than it has neighbours, all but those nearer than a bound are
-dropped at once (`Sieve`), so that many more queries share what is decoded.
+faiss visits the lists of one query after another and keeps the k nearest in a heap; for k = 1024
+the heap takes longer than the distances. Here each list is decoded once, one matrix product gives
+the distances of all queries that visit it, and the k nearest of each query are selected (`Visit`).
+Where a query visits many more vectors than k, only distances below a bound are kept (`Sieve`), so
+that many more queries can share the decoded vectors.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,22 @@ from neighborlm.retrieval.engine.votes import Ballot
 
 
 class ListSearch(InvertedLists):
-    """Finds what `faiss.Index.search` finds: the same lists are visited, and distances are those to
-    the vectors that the codes stand for. By as many threads as faiss would take here."""
+    """Finds what `faiss.Index.search` finds: it visits the same lists and measures distances to the
+    decoded vectors. It uses as many threads as faiss would."""
 
     def pays(self, queries: int) -> bool:
-        """Whether so many queries share lists often enough."""
+        """Whether so many queries share lists often enough for this search to be the faster one."""
         return queries * self.probing.most >= self.limits.queries_a_list * self.ivf.nlist
 
     def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
-        """The k nearest of the lists that are visited.
+        """The k nearest vectors of the lists that are visited.
 
         Args:
             queries: fp32 `[Q, d]`.
             ordered: nearest first, the missing last; otherwise in any order.
 
         Returns:
-            with the ids of the index as rows, and without values.
+            neighbours whose rows are ids of the index, without values.
         """
         distances = np.empty((len(queries), k), dtype=np.float32)
         ids = np.empty((len(queries), k), dtype=np.int64)
@@ -53,8 +53,8 @@ class ListSearch(InvertedLists):
     def vote(
         self, queries: np.ndarray, k: int, values: Any, targets: np.ndarray, temperature: float
     ) -> Votes:
-        """What the k nearest of the lists that are visited say of targets; they are not put
-        together.
+        """The votes for targets of the k nearest vectors of the lists that are visited; the
+        neighbours themselves are not gathered.
 
         Args:
             queries: fp32 `[Q, d]`.
@@ -78,15 +78,15 @@ class ListSearch(InvertedLists):
         finish: Callable[[Visit, np.ndarray], None],
         ordered: bool,
     ) -> None:
-        """Gives what a sieve finds to `take`, and the visits of the other queries to `finish`, with
-        the numbers of the queries."""
+        """Passes neighbours that a sieve finds to `take`, and for all other queries a `Visit` to
+        `finish`, each with the numbers of the queries."""
         limits, self.threads = self.limits, faiss.omp_get_max_threads()
         lists = self.nearest(queries)  # none for a query that is not finite
         finite = np.isfinite(queries).all(axis=1)
         if not finite.all():
             queries = np.where(finite[:, None], queries, np.float32(0))
         visited = self.sizes[lists].sum(1)
-        ranks = np.take(self.probing.ranks, lists[:, 0], mode="clip")  # nobody has the empty one's
+        ranks = np.take(self.probing.ranks, lists[:, 0], mode="clip")  # the empty list has no rank
         everyone = np.argsort(ranks, kind="stable")  # those that share lists lie together
         left = everyone
         if limits.sieve_pays(visited.mean(), k):

@@ -1,7 +1,7 @@
-"""Work in parts, by threads that take one core each, also in torch's matrix products.
+"""Runs work in threads that use one core each, also in torch's matrix products.
 
-OpenMP's threads wait for one another at the end of every loop, spinning; loops are short here, and
-beside a model that computes at the same time they would wait longer than they work.
+OpenMP's threads spin at the end of every loop until all are done. The loops here are short: beside
+a model that computes at the same time, threads would spin longer than they work.
 """
 
 import os
@@ -19,10 +19,11 @@ from neighborlm.retrieval.engine.processor import take_one_core
 
 
 def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
-    """What a function gives for each part, by at most so many threads; raises what it raises, when
-    all threads have ended.
+    """The function's result for each part, by at most so many threads. An exception of the function
+    is raised when all threads have ended.
 
-    Its matrix products should be `product`: how many threads numpy's take is everyone's affair.
+    The function should multiply matrices by `product`: the number of numpy's threads is a setting
+    of the whole process.
     """
     parts = list(parts)
     results = [None] * len(parts)
@@ -48,17 +49,17 @@ _memory = threading.local()
 
 
 def scratch(what: str, size: int, dtype: DTypeLike = np.float32, room: int = 0) -> np.ndarray:
-    """Memory `[size]` that this thread uses again and again: new memory costs more than what is
-    written to it.
+    """An array `[size]` that this thread uses again and again, as allocating memory takes longer
+    than writing to it.
 
     Args:
-        what: it is for; what was written for that before is lost.
-        room: as many at least are taken, so that it need not grow; the system gives memory when it
-            is first written to, and no more than is used.
+        what: purpose; the next call with the same one returns the same memory.
+        room: smallest size to allocate, so that the array need not grow. The system provides memory
+            only when it is first written to.
     """
     memory, name = vars(_memory), f"{what} {np.dtype(dtype)}"
     if name not in memory or len(memory[name]) < size:
-        memory.pop(name, None)  # first, so that it can be taken again
+        memory.pop(name, None)  # frees it before more is allocated
         memory[name] = np.empty(max(size, room), dtype)
     return memory[name][:size]
 

@@ -1,4 +1,4 @@
-"""Which inverted lists of an index a query visits."""
+"""Chooses the inverted lists of an index that a query visits."""
 
 from functools import cached_property
 
@@ -10,36 +10,36 @@ from neighborlm.retrieval.engine.loops import choose_lists
 from neighborlm.retrieval.engine.parallel import in_parallel, product
 
 FEWEST, MOST = 8, 32
-"""Lists that `auto` visits."""
+"""Numbers of lists that `auto` visits."""
 SLACK = 1.25
-"""How much farther than the nearest one a list may be for `auto`, in mean squared distances between
-a centroid and the nearest other one; docs/index.md has what others cost."""
+"""How much farther than the nearest list another may be for `auto`, in units of the mean squared
+distance from a centroid to the nearest other one; docs/index.md compares other values."""
 NEIGHBORHOOD = 8
-"""Lists whose order among themselves does not matter."""
+"""Groups of so many lists are not ordered further, see `Probing.ranks`."""
 
 
 class Probing:
     """Chooses the lists to visit.
 
-    A fixed number spends as much on a query in the middle of its list, whose neighbours all lie
-    there, as on one that lies between many. `auto` visits a list if its centroid is at most `slack`
-    farther than the nearest one; SPANN does the same with a share of the distance (Chen et al.,
-    NeurIPS 2021, equation 3), which leaves queries next to a centroid with too few.
+    A fixed number visits as many lists for a query near a centroid, whose neighbours all lie in
+    that list, as for a query between many lists. `auto` visits a list if its centroid is at most
+    `slack` farther than the nearest one. SPANN allows a share of the distance instead (Chen et al.,
+    NeurIPS 2021, equation 3), which gives queries next to a centroid too few lists.
 
     Args:
         ivf: a trained index; its nprobe is set.
         nprobe: see `NProbe`.
-        sample: centroids whose distance to the nearest other one is looked up.
-        block: distances to centroids that are looked at together: they stay in the cache.
+        sample: centroids on which the mean distance to the nearest other one is measured.
+        block: distances to centroids that are computed at a time, so that they stay in the cache.
 
     Attributes:
-        most: lists that a query visits at most.
-        similar: whether large is near.
+        most: the largest number of lists that a query visits.
+        similar: whether a large distance is near, as with inner products.
         middle: fp32 `[d]`, of all centroids, or zeros for inner products.
         centroids: fp32 `[nlist, d]`, relative to the middle.
-        slack: squared distance, for inner products half of one; infinite where all `most` are
-            visited. It grows with the keys as distances do, and indexes with the same centroids,
-            such as those of a datastore's shards, have the same.
+        slack: squared distance, for inner products half of one; infinite where every query visits
+            `most` lists. It scales with the keys as distances do, and is the same for indexes with
+            the same centroids, such as those of a datastore's shards.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Probing:
     def nearest(self, queries: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The lists to visit, the nearest one first.
 
-        faiss keeps the nearest in a heap, which takes longer than all distances; where it compares
-        a query with every centroid it is done here.
+        Where faiss would compare a query with every centroid, this is done here: its heap of the
+        nearest takes longer than the distances.
 
         Args:
             queries: fp32 `[Q, d]`, as the index's lists see them.
@@ -94,13 +94,13 @@ class Probing:
         return distances, lists
 
     def _choose(self, far: np.ndarray) -> np.ndarray:
-        """Columns of those to visit of fp32 `[n, lists]`, see `choose_lists`."""
+        """Columns of the lists to visit, from distances fp32 `[n, lists]`; see `choose_lists`."""
         columns = np.empty((len(far), self.most), dtype=np.int64)
         choose_lists(far, FEWEST, np.float32(self.slack), columns)
         return columns
 
     def _of_all(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of all centroids, as `nearest`."""
+        """As `nearest`, by comparison with all centroids."""
         relative = queries - self.middle
         far = product(relative * np.float32(-1 if self.similar else -2), self.centroids.T)
         if not self.similar:
@@ -114,9 +114,9 @@ class Probing:
 
     @cached_property
     def ranks(self) -> np.ndarray:
-        """Numbers of the lists, int64 `[nlist]`, in an order in which most of those near one
-        another are close: centroids are halved by where they lie along the direction in which they
-        differ most, then each half, and so on."""
+        """Ranks of the lists, int64 `[nlist]`, in an order that keeps most near lists close
+        together: the centroids are halved along the direction of their largest variance, then each
+        half, and so on."""
         ranks = np.empty(len(self.centroids), dtype=np.int64)
         parts = [np.arange(len(ranks))]
         ranked = 0
@@ -137,8 +137,8 @@ class Probing:
 
 
 def _along_most_varied(vectors: np.ndarray) -> np.ndarray:
-    """Where vectors fp32 `[n, d]` lie, fp32 `[n]`, along about the direction of the largest
-    variance, by a few steps of power iteration."""
+    """Projections fp32 `[n]` of vectors fp32 `[n, d]` on, approximately, the direction of the
+    largest variance, found by a few steps of power iteration."""
     vectors = vectors - vectors.mean(0)
     direction = vectors[np.vecdot(vectors, vectors).argmax()]
     for _ in range(4):

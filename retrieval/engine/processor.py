@@ -1,4 +1,5 @@
-"""What this processor does well, and the private names of torch and MKL by which it is had."""
+"""Finds out what this processor does fast; the only file that uses private names of torch and
+MKL."""
 
 import ctypes
 from functools import cache
@@ -8,14 +9,14 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 multiply_bytes = getattr(torch, "_int_mm", None)
-"""The product of int8 `[n, d]` and `[d, m]` as int32, where torch has one. Columns of one byte it
-multiplies wrongly."""
+"""The product of int8 `[n, d]` and `[d, m]` as int32, where torch has one; it is wrong for d =
+1."""
 
 
 @cache
 def bytes_are_exact() -> bool:
-    """Whether torch multiplies bytes without losing any bit. On processors that lack instructions
-    for it sums of pairs are cut off at 16 bits."""
+    """Whether torch multiplies bytes exactly. On processors without instructions for it, sums of
+    pairs saturate at 16 bits."""
     if not torch.backends.mkldnn.is_available() or multiply_bytes is None:
         return False
     one = torch.full((33, 260), 127, dtype=torch.int8)
@@ -31,8 +32,8 @@ def bytes_pay() -> bool:
 
 
 def take_one_core() -> None:
-    """Has all libraries use one core for what the calling thread asks of them."""
-    torch.get_num_threads()  # from its first call in a thread on it leaves the number alone
+    """Limits all libraries to one core for the work of the calling thread."""
+    torch.get_num_threads()  # torch sets the number at its first call in a thread, and then no more
     ThreadpoolController().select(user_api="openmp").limit(limits=1)
     # MKL, by which torch multiplies on x86, has a number of its own for each thread.
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"

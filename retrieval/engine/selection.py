@@ -1,5 +1,5 @@
-"""Selects and sorts the smallest numbers of rows, much faster than by their indices; and tells
-whether neighbours are in order."""
+"""Selects and sorts the smallest numbers of rows, much faster than numpy's argsort, and checks that
+neighbours are in order."""
 
 import numpy as np
 

@@ -1,10 +1,9 @@
-"""The k nearest of far more vectors of inverted lists than are wanted.
+"""Finds the k nearest of far more vectors than k in the inverted lists that queries visit.
 
-Bringing all distances together, as a `Visit` does, would take longer than computing them. So a
-bound is found for each query on a sample, and of all distances only those below it are kept. Where
-the processor multiplies bytes four times as fast as numbers of 32 bits, products of bytes tell
-first what may be below (`Bytes`), with errors that are known, and distances are computed for that
-alone.
+Gathering all distances, as a `Visit` does, would take longer than computing them. A sample gives a
+bound for each query instead, and only distances below it are kept. Where the processor multiplies
+bytes four times as fast as numbers of 32 bits, products of bytes, whose errors are bounded, first
+tell which vectors may be below (`Bytes`), and distances are computed for these alone.
 """
 
 import threading
@@ -27,16 +26,17 @@ from neighborlm.retrieval.engine.selection import sort_rows
 from neighborlm.retrieval.engine.visit import Take, Visit
 
 ROOM = 3 << 19
-"""Distances that one piece of memory holds; at least those of a block."""
+"""Distances that one piece of memory holds: no fewer than a block has."""
 
 
 class Kept:
-    """What is nearer to queries than their bounds, in the order in which it was found.
+    """Pairs of a query and a vector below its bound, in the order in which they were found.
 
     Attributes:
-        queries, places, distances: int32, int64 and fp32 `[ROOM]`: numbers of the queries, places
-            among the ids.
-        n: how many there are.
+        queries: int32 `[ROOM]`, numbers of the queries.
+        places: int64 `[ROOM]`, where in `InvertedLists.ids` the vectors' ids are.
+        distances: fp32 `[ROOM]`.
+        n: how many pairs there are.
     """
 
     def __init__(self) -> None:
@@ -47,8 +47,8 @@ class Kept:
 
 
 class Pieces:
-    """As many pieces of memory for what is kept as are needed, of 24 MB each; they are used again
-    by later searches of the same thread, since new memory costs more than what is written to it."""
+    """As many `Kept` as are needed, of 24 MB each. Later searches use them again, since allocating
+    memory takes longer than writing to it."""
 
     def __init__(self) -> None:
         self.all: list[Kept] = []
@@ -59,10 +59,10 @@ class Pieces:
         self.used = 0
 
     def last(self, needed: int) -> Kept:
-        """One with room for so many more.
+        """A piece with room for so many more pairs.
 
         Raises:
-            ValueError: that is more than one has.
+            ValueError: they are more than a piece holds.
         """
         if self.used:
             piece = self.all[self.used - 1]
@@ -82,15 +82,15 @@ _memory = threading.local()
 
 
 def rounding(dim: int) -> np.float32:
-    """More than the part of itself by which a sum of so many products in fp32 is off."""
+    """An upper bound of the relative error of a sum of `dim` products in fp32."""
     return np.float32((dim + 4) * 2.0**-23)
 
 
 class Numbers:
-    """Tells by distances what is below the bounds.
+    """Tells by products of fp32 numbers which vectors are below the bounds.
 
     A distance, without the query's squared length, is `scale_q scale_x` times a product, plus the
-    vector's square, up to `error_q length_x + length_q error_x`.
+    vector's squared length, with an error of at most `error_q length_x + length_q error_x`.
 
     Args:
         similar: whether large products are near, not small distances.
@@ -98,10 +98,10 @@ class Numbers:
         bounds: fp32 `[Q]`.
 
     Attributes:
-        left: `[Q, d]`, what is multiplied.
+        left: `[Q, d]`, the queries as they are multiplied.
         of_queries: fp32 `[Q, 4]`: scale, length, error, and the bound less the squared length.
         multiply: the matrix product.
-        type: of what it gives.
+        type: dtype of the product.
     """
 
     multiply = staticmethod(torch.mm)
@@ -121,23 +121,23 @@ class Numbers:
         self.of_queries = np.stack(columns, axis=1)
 
     def of(self, vectors: np.ndarray, squares: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """For vectors fp32 `[m, d]` and their squared lengths `[m]`, what `left` is multiplied
-        with, `[d, m]`, and fp32 `[4, m]`: scale, length when rounded, error, and the square."""
+        """Vectors fp32 `[m, d]`, with squared lengths `[m]`, as they are multiplied, `[d, m]`; and
+        fp32 `[4, m]`: scale, length when rounded, error, and squared length."""
         right, scales, rounded, errors, lengths = self.rounded(vectors)
         errors = errors + self.slack * lengths
         return right.T, np.stack([scales, rounded, errors, (1 - self.slack) * squares])
 
     @staticmethod
     def rounded(vectors: np.ndarray) -> tuple[torch.Tensor, *tuple[np.ndarray, ...]]:
-        """What is multiplied for vectors fp32 `[m, d]`, and fp32 `[m]` each: its scale, its length,
-        that of the error, and the vector's; here nothing is rounded."""
+        """Vectors fp32 `[m, d]` as they are multiplied, and fp32 `[m]` each: the scale, and the
+        lengths of the rounded vector, of the error and of the vector. Nothing is rounded here."""
         lengths = np.linalg.norm(vectors, axis=1)
         ones, zeros = np.ones_like(lengths), np.zeros_like(lengths)
         return torch.from_numpy(vectors), ones, lengths, zeros, lengths
 
 
 class Bytes(Numbers):
-    """Tells what is below the bounds, and a little more, by products of bytes.
+    """Tells by products of bytes which vectors may be below the bounds.
 
     With queries q = Q + e_Q and vectors x = X + e_X, where Q and X are bytes times a scale of each,
     the product q x differs from Q X by no more than |e_Q| |X| + |q| |e_X| (Cauchy-Schwarz).
@@ -149,26 +149,27 @@ class Bytes(Numbers):
     @staticmethod
     def rounded(vectors: np.ndarray) -> tuple[torch.Tensor, *tuple[np.ndarray, ...]]:
         """See `Numbers.rounded`."""
-        whole = np.empty(vectors.shape, dtype=np.int8)
-        return torch.from_numpy(whole), *round_to_bytes(vectors, whole)
+        rounded = np.empty(vectors.shape, dtype=np.int8)
+        return torch.from_numpy(rounded), *round_to_bytes(vectors, rounded)
 
 
 class Sieve:
-    """Finds what a `Visit` finds, keeping of all distances only those below a bound.
+    """Finds what a `Visit` finds, but keeps only distances below a bound.
 
-    The bound of a query is the distance of the r-th nearest of every `stride`-th vector that it
-    visits: of its k nearest about k / stride are among these, and r is so much larger that fewer
-    than k vectors below it are improbable. Queries that have fewer, such as where many vectors are
-    the same, are left to a `Visit`: what is found does not depend on the sample.
+    The sample of a query is every `stride`-th vector that it visits, and its bound is the distance
+    of the r-th nearest of these. About k / stride of its k nearest vectors are in the sample; r is
+    so much larger that fewer than k vectors below the bound are improbable. Queries that have
+    fewer, for example because many vectors are equal, are left to a `Visit`: the result does not
+    depend on the sample.
 
     Args:
-        search: where.
+        search: the lists.
         k: neighbours to select.
         visited: vectors that a query visits, on average.
         ordered: nearest first.
 
     Attributes:
-        bytes_a_query: that are needed in memory.
+        bytes_a_query: memory that a query needs.
     """
 
     def __init__(self, search: InvertedLists, k: int, visited: int, ordered: bool) -> None:
@@ -184,14 +185,14 @@ class Sieve:
     def hand_over(
         self, take: Take, part: np.ndarray, queries: np.ndarray, lists: np.ndarray
     ) -> np.ndarray:
-        """Gives what is found of some queries to `take`.
+        """Passes the nearest vectors of some queries to `take`.
 
         Args:
-            part: int64 `[n]`, which queries.
-            queries, lists: fp32 `[Q, d]` and int64 `[Q, probes]`.
+            part: int64 `[n]`, numbers of the queries.
+            queries, lists: fp32 `[Q, d]` and int64 `[Q, probes]`, of all queries.
 
         Returns:
-            those of `part` that are left to a `Visit`, bool `[n]`.
+            bool `[n]`, which queries of `part` are left to a `Visit`.
         """
         queries, lists = queries[part], lists[part]
         bounds = Visit(self.search, queries, lists, self.rank, stride=self.stride).farthest()
@@ -227,7 +228,7 @@ class Sieve:
         return counts < self.k
 
     def _kept(self, queries: np.ndarray, lists: np.ndarray, bounds: np.ndarray) -> list[Kept]:
-        """What is nearer than the bounds fp32 `[n]`, of ascending ranges of lists."""
+        """The vectors below the bounds fp32 `[n]`, found in several ranges of lists at a time."""
         search, limits = self.search, self.search.limits
         visitors, bounds_of_lists, _, _ = lay_out(lists, search.sizes)
         visits = np.diff(bounds_of_lists)
@@ -257,13 +258,13 @@ class Sieve:
     def _sift_list(
         self, number: int, who: np.ndarray, by: Numbers, pieces: Pieces
     ) -> tuple[int, int]:
-        """Keeps what of a list is nearer than the bounds of the queries that visit it.
+        """Keeps the vectors of a list that are below the bounds of the queries that visit it.
 
         Args:
             number: of the list.
             who: int64 `[n]`, numbers of the queries.
-            by: tells what may be near.
-            pieces: where it is kept.
+            by: tells which vectors may be near.
+            pieces: where they are kept.
 
         Returns:
             how many distances were computed, and how many are kept.

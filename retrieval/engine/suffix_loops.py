@@ -6,8 +6,8 @@ occurrences of any phrase are one range of it, found by binary search. Here a ph
 only occurrences that are followed by a token: one at the very end of the text comes first in the
 phrase's order and is left out.
 
-As in `loops`, nothing is checked, an index is not either, and no function of another file is
-called: numba tells by this file alone whether the machine code that it keeps is up to date.
+As in `loops`, nothing is checked, not even an index, and no function of another file is called:
+numba looks at this file alone to tell whether the machine code that it keeps is up to date.
 
 Arguments that all functions share: `tokens`, unsigned `[N]`, is the text; `suffixes`, unsigned
 `[N]`, its suffix array; `bounds`, int64 `[V + 1]`, where in the array the suffixes begin that start

@@ -1,7 +1,7 @@
-"""The k nearest of all vectors of the inverted lists that queries visit.
+"""Finds the k nearest of all vectors in the inverted lists that queries visit.
 
-One matrix product a list gives the distances of all queries that visit it; those of a query are
-brought together, and the k nearest are chosen.
+One matrix product a list gives the distances of all queries that visit it. The distances of a query
+are then gathered from its lists, and the k nearest vectors are chosen.
 """
 
 import itertools
@@ -21,23 +21,23 @@ from neighborlm.retrieval.engine.selection import sort_rows
 from neighborlm.retrieval.engine.votes import Ballot, no_votes
 
 Take = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-"""Takes numbers of queries int64 `[n]`, with the distances and ids of their nearest vectors, fp32
-and int64 `[n, k]`, for some queries at a time and from several threads."""
+"""Receives numbers of queries int64 `[n]` with the distances fp32 and the ids int64 `[n, k]` of
+their nearest vectors; called for some queries at a time, from several threads."""
 
 
 class Visit:
-    """Distances of some queries to all vectors of the lists they visit.
+    """The distances of some queries to all vectors of the lists that they visit.
 
-    Those of the queries that visit a list lie together, a row a query. Squared distances lack the
-    query's squared length, which changes no order.
+    The distances to the vectors of a list lie together, one row for each query that visits it.
+    Squared distances lack the query's squared length, which does not change their order.
 
     Args:
-        search: where.
+        search: the lists.
         queries: fp32 `[Q, d]`, finite.
         lists: int64 `[Q, probes]`.
         k: neighbours to select.
         ordered: nearest first.
-        stride: visits only every `stride`-th vector of a list; then `farthest` alone is right.
+        stride: visits only every `stride`-th vector of a list; use `farthest` alone then.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Visit:
         self.buffer = scratch("distances", int(self.sizes.sum()), room=room)
 
     def hand_over(self, take: Take, which: np.ndarray) -> None:
-        """Gives the nearest of the queries, whose numbers are these, to `take`."""
+        """Passes the nearest vectors of the queries to `take`; `which` are the queries' numbers."""
         self._measure()
 
         def select(group: slice) -> None:
@@ -74,7 +74,7 @@ class Visit:
         self._by_groups(select)
 
     def vote(self, ballot: Ballot, which: np.ndarray) -> None:
-        """Counts the votes of the nearest of the queries, whose numbers are these."""
+        """Counts the votes of the nearest vectors; `which` are the queries' numbers."""
         search = self.search
         self._measure()
         visits = np.diff(self.bounds)
@@ -102,7 +102,7 @@ class Visit:
         self._by_groups(count)
 
     def farthest(self) -> np.ndarray:
-        """The distance of the k-th nearest of each query, fp32 `[Q]`; infinite where there are
+        """The distance of each query's k-th nearest vector, fp32 `[Q]`; infinite where there are
         fewer."""
         self._measure()
         result = np.empty(len(self.rows), dtype=np.float32)
@@ -115,13 +115,13 @@ class Visit:
         return result + self.lengths
 
     def _by_groups(self, work: Callable[[slice], None]) -> None:
-        """Has something done for some queries at a time."""
+        """Calls `work` for `Limits.group` queries at a time, in several threads."""
         step = self.search.limits.group
         firsts = range(0, len(self.rows), step)
         self.search.map(work, [slice(first, first + step) for first in firsts])
 
     def _measure(self) -> None:
-        """Fills the buffer, list by list."""
+        """Fills the buffer with distances, list by list."""
         search, bounds, begins = self.search, self.bounds.tolist(), self.begins.tolist()
         more = not search.similar
         n, d = self.queries.shape
@@ -145,7 +145,7 @@ class Visit:
         search.map(measure, search.together(np.diff(self.bounds), self.stride))
 
     def _select(self, group: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and ids of the k nearest of a group."""
+        """Distances fp32 and ids int64 `[n, k]` of the k nearest vectors of a group of queries."""
         search, rows = self.search, self.rows[group]
         distances = np.empty((len(rows), self.k), dtype=np.float32)
         ids = np.empty((len(rows), self.k), dtype=np.int64)

@@ -1,5 +1,5 @@
-"""Counts what neighbours say of targets (Khandelwal et al., ICLR 2020, eq. 2), in compiled loops;
-the same in torch is in `memories.knn`.
+"""Counts the votes of neighbours for targets (Khandelwal et al., ICLR 2020, eq. 2), in compiled
+loops; `memories.knn` does the same in torch.
 
 A neighbour's score is minus its distance, or its similarity. Of neighbours with scores s_j and
 values v_j, and a temperature T:
@@ -16,7 +16,7 @@ from neighborlm.retrieval.engine.loops import votes_of_neighbors
 from neighborlm.retrieval.engine.parallel import in_parallel
 
 GROUP = 128
-"""Queries whose neighbours are weighed at a time: they stay in the cache."""
+"""Queries whose neighbours are weighed at a time, so that they stay in the cache."""
 
 
 class Ballot:
@@ -26,10 +26,10 @@ class Ballot:
         values: unsigned `[N]` or like it, indexed by arrays of ids.
         targets: int64 `[Q]`.
         temperature: divides the scores.
-        similar: whether large is near.
+        similar: whether a large distance is near, as with inner products.
 
     Attributes:
-        votes: those that are counted so far.
+        votes: the votes counted so far.
     """
 
     def __init__(self, values: Any, targets: np.ndarray, temperature: float, similar: bool) -> None:
@@ -40,7 +40,7 @@ class Ballot:
         self.votes = no_votes(len(self.targets))
 
     def count(self, which: np.ndarray, distances: np.ndarray, ids: np.ndarray) -> None:
-        """Counts those of neighbours that have been put together.
+        """Counts the votes of gathered neighbours.
 
         Args:
             which: int64 `[n]`, numbers of the queries.
@@ -53,7 +53,7 @@ class Ballot:
         self.write(which, votes)
 
     def write(self, which: np.ndarray, votes: Votes) -> None:
-        """Takes the votes for some targets."""
+        """Writes the votes for some targets."""
         for column, part in zip(self.votes, votes, strict=True):
             column[which] = part
 
@@ -65,14 +65,14 @@ def count_votes(
     similar: bool,
     threads: int = 1,
 ) -> Votes:
-    """The votes of neighbours whose values are known.
+    """Counts the votes of neighbours with values.
 
     Args:
         neighbors: in any order.
         targets: int64 `[Q]`.
         temperature: divides the scores.
         similar: whether large is near.
-        threads: that may work at a time.
+        threads: how many may work at a time.
 
     Raises:
         ValueError: the shapes differ.
@@ -97,5 +97,5 @@ def count_votes(
 
 
 def no_votes(n: int) -> Votes:
-    """Arrays for those of n targets, to be written."""
+    """Empty arrays for the votes for n targets."""
     return Votes(*(np.empty(n, dtype=np.float32) for _ in Votes._fields))

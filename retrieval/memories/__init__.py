@@ -1,6 +1,9 @@
-"""What memories say of the next token, and how they are mixed with the language model.
+"""Memories, each of which gives the next token a probability, and mixers, which weigh them with the
+language model.
 
-A new memory or mixer is a file here, or anywhere, and one line in `MEMORIES` or `MIXERS`.
+This room's door is `MEMORIES` and `MIXERS`: by the names of `--memories` and `--mixer`, what makes
+each. A new one is a file, here or anywhere, and one line there; `contracts.Memory` and
+`contracts.Mixer` say which methods it has.
 """
 
 from collections.abc import Callable
@@ -23,7 +26,7 @@ MEMORIES: dict[str, Callable[[Resources], Memory]] = {
     "recent": RecentMemory.of,
     "automaton": AutomatonMemory.of,
 }
-"""By the names of `--memories`: what makes each."""
+"""By the names of `--memories`: makes the memory from what it is made of."""
 MIXERS: dict[str, Callable[[], Mixer]] = {
     "constant": ConstantMixer,
     "buckets": BucketMixer,
@@ -31,4 +34,4 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "drozdov": DrozdovMixer,
     "nest": NestMixer,
 }
-"""By the names of `--mixer`."""
+"""By the names of `--mixer`: makes the mixer, not fitted yet."""

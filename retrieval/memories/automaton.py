@@ -1,16 +1,16 @@
-"""`AutomatonMemory`: neighbours point to the entries that follow them, and while enough pointers
-come true nobody searches (RetoMaton; Alon et al., ICML 2022).
+"""`AutomatonMemory`: each neighbour points to the entry that follows it in the datastore, and while
+enough pointers are right no search is made (RetoMaton; Alon et al., ICML 2022).
 
-Row i of a datastore is token i of its text, so row i + 1 goes on where row i ends. Of the entries
-that vote for a token, those whose value it turned out to be move on by one: these are the pointers
-of the next token. While there are at least `min_pointers` of them, they vote in place of
-neighbours, and with them the members of their clusters, if the datastore has clusters; otherwise a
-search is made, and its neighbours and the pointers vote together. All weigh by their distance to
-the current query, as in a kNN-LM.
+Row i of a datastore is token i of its text, so row i + 1 follows row i. Once a token is known, each
+entry that voted for it moves on to the next row; these rows are the pointers for the next token.
+While there are at least `min_pointers`, they vote in place of neighbours, together with the other
+members of their clusters, if the datastore has clusters. With fewer, a search is made, and its
+neighbours and the pointers vote together. Every vote is weighed by the distance to the current
+query, as in a kNN-LM.
 
-The text is cut into walks of so many positions, each of which begins with a search. All walks of a
-question take a step at a time, so their searches are made together, and what a token gets does not
-depend on which tokens are asked about together.
+The text is cut into walks of `walk_length` positions, and each walk begins with a search. All walks
+of a batch take each step together, so that they search together. The opinion on a token does not
+depend on how the text is cut into batches.
 """
 
 import time
@@ -37,7 +37,12 @@ from neighborlm.common.contracts import (
 )
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
-from neighborlm.retrieval.memories.knn import knn_log_prob, knn_weights, neighbor_scores
+from neighborlm.retrieval.memories.knn import (
+    check_similarity,
+    knn_log_prob,
+    knn_weights,
+    neighbor_scores,
+)
 from neighborlm.retrieval.memories.pointers import (
     Stretches,
     count_states,
@@ -51,10 +56,10 @@ from neighborlm.retrieval.search.retriever import normalized
 from neighborlm.retrieval.store.datastore import Datastore
 
 IMPOSSIBLE = -10000.0
-"""The original program's log p of a target that no entry carries."""
+"""log p of a target that no entry carries, in the original program."""
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""From queries fp32 `[W, d]` and rows int64 `[W, n]` to distances fp32 `[W, n]`, which mean nothing
-where a row is -1."""
+"""From queries fp32 `[W, d]` and rows int64 `[W, n]` to distances fp32 `[W, n]`; any number where a
+row is -1."""
 
 
 @dataclass
@@ -62,18 +67,18 @@ class AutomatonSettings:
     """How the automaton walks.
 
     Args:
-        min_pointers: with fewer pointers left than this a search is made; 1 saves most searches,
-            more save fewer and are nearer to searching always.
-        max_pointers: how many pointers vote at most, members of their clusters included.
-        clusters: of the keys, whose members vote with a pointer to one of them: how many, 0 for
-            none, or `auto`: one for every hundred keys.
-        counting: what is compared with `min_pointers`. `paper`: clusters that are pointed to, each
-            entry being one where there are none; nothing votes twice, and no pointer leads from
-            one document into another. `program` does as the original program: it counts pointers,
-            one that is also a neighbour or a member of its cluster votes twice, documents do not
-            count, and a token that no entry carries has log p = -10000.
-        walk_length: tokens after which a walk ends and the next one begins with a search; shorter
-            ones make more searches, and more of them at a time.
+        min_pointers: a search is made where fewer pointers are left. 1 saves the most searches; a
+            larger number saves fewer and comes nearer to the perplexity of searching always.
+        max_pointers: largest number of pointers that vote, members of their clusters included.
+        clusters: number of k-means clusters of the keys; with each pointer the other members of its
+            cluster vote too. 0 for no clusters, `auto` for one to every hundred keys.
+        counting: what is compared with `min_pointers`. `paper` counts the clusters that are pointed
+            to, or pointers where there are no clusters; no entry votes twice, and no pointer leads
+            from one document into the next. `program` does what the original program does: it
+            counts pointers, one that is also a neighbour or a member of its cluster votes twice,
+            pointers lead across documents, and a token that no entry carries has log p = -10000.
+        walk_length: number of tokens after which a walk ends and the next one begins with a search.
+            Shorter walks make more searches, and more of them at a time.
         document_end: id of the token that ends a document, after which no pointer goes on; by
             default the datastore is one document.
     """
@@ -95,7 +100,7 @@ class AutomatonSettings:
 
 
 class Walks(NamedTuple):
-    """Where W walks are.
+    """The state of W walks.
 
     Attributes:
         pointers: int64 `[W, m]`, rows, the nearest first and -1 after the last.
@@ -106,18 +111,18 @@ class Walks(NamedTuple):
     idle: np.ndarray
 
     def some(self, which: np.ndarray | slice) -> "Walks":
-        """Some of them."""
+        """Some of the walks."""
         return Walks(self.pointers[which], self.idle[which])
 
 
 class Entries(NamedTuple):
-    """What votes in one step of W walks.
+    """The entries that vote in one step of W walks.
 
     Attributes:
-        rows: int64 `[W, n]`, -1 where there is none.
-        values: `[W, n]`, the tokens that followed; any where there is none.
-        scores: fp32 `[W, n]`, larger is nearer; -inf where there is none.
-        walks: where the walks were.
+        rows: int64 `[W, n]`, -1 where there is no entry.
+        values: `[W, n]`, the tokens that followed; any where there is no entry.
+        scores: fp32 `[W, n]`, larger is nearer; -inf where there is no entry.
+        walks: the walks before the step.
         searched: whether a search was made for all of them, or for none.
     """
 
@@ -128,23 +133,24 @@ class Entries(NamedTuple):
     searched: bool
 
     def some(self, which: np.ndarray | slice) -> "Entries":
-        """Those of some walks."""
+        """The entries of some walks."""
         rows, values, scores = (column[which] for column in self[:3])
         return Entries(rows, values, scores, self.walks.some(which), self.searched)
 
     def left_aligned(self) -> "Entries":
-        """The same, those of each walk without gaps."""
+        """The same entries, those of each walk moved to the left, so that no gap is between
+        them."""
         order = np.argsort(self.rows < 0, axis=1, kind="stable")
         columns = (np.take_along_axis(column, order, axis=1) for column in self[:3])
         return Entries(*columns, *self[3:])
 
     def carry(self, tokens: np.ndarray) -> np.ndarray:
-        """Whose value is the token int64 `[W]` of its walk, bool `[W, n]`."""
+        """Which entries carry the token int64 `[W]` of their walk as value, bool `[W, n]`."""
         return (self.values == tokens[:, None].astype(self.values.dtype)) & (self.rows >= 0)
 
 
 class AutomatonMemory(Memory):
-    """Walks along the text and along the datastore.
+    """Follows the datastore's text while the running text agrees with it.
 
     Args:
         datastore: whose entries vote.
@@ -152,19 +158,20 @@ class AutomatonMemory(Memory):
         k: neighbours of a search.
         temperature: divides the scores.
         settings: how it walks.
-        key_type: of the keys; the datastore's own by default.
-        distances: `exact` computes all from the stored keys, `index` takes the retriever's for
-            neighbours and those to its codes for pointers.
+        key_type: type of the keys; the datastore's own by default.
+        distances: `exact` computes all distances from the stored keys; `index` uses the retriever's
+            for neighbours, and distances to the index's codes for pointers.
         similarity: what `exact` computes; by default the retriever's metric.
-        clusters: of the datastore's keys, whose members vote.
+        clusters: clusters of the datastore's keys, whose members vote.
 
     Attributes:
-        counts: `tokens` that were asked about since the pass began, `searches` made for them,
-            `pointers` that there were, and steps `between` two searches.
-        seconds: spent on `search`, on distances (`measure`) and on all of it (`walk`).
+        counts: since the pass began, the `tokens` asked about, the `searches` made for them, the
+            `pointers` available to them, and the steps `between` two searches.
+        seconds: spent on `search`, on distances (`measure`), and on everything (`walk`).
 
     Raises:
-        InputError: the datastore is a part of a whole, or its rows do not follow one another.
+        InputError: the datastore is one shard, or its rows do not follow one another; or
+            `similarity` is not the retriever's metric though distances are those of the index.
     """
 
     in_order = True
@@ -192,8 +199,9 @@ class AutomatonMemory(Memory):
         made_from = datastore.manifest["made_from"]
         self.key_type = key_type or made_from.get("key_type", "last_ffn_input")
         self.similarity: Metric = similarity or retriever.metric
-        known = retriever.exact and self.similarity == retriever.metric
-        self.rescores = distances == "exact" and not known
+        check_similarity(distances, self.similarity, retriever.metric)
+        at_hand = retriever.exact and self.similarity == retriever.metric
+        self.rescores = distances == "exact" and not at_hand
         self.measure = measure_of(datastore, retriever, distances, self.similarity)
         self.clusters = clusters
         document_end = None if self.as_program else self.settings.document_end
@@ -202,16 +210,16 @@ class AutomatonMemory(Memory):
         self.counts: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
         self.begun: dict[int, Walks] = {}
-        """Walks that go on, each by the position of its next token."""
+        """Walks that go on, by the position of their next token."""
         self.positions = np.empty(0, dtype=np.int64)
-        """Of the tokens that were asked about last."""
+        """Positions of the tokens that were asked about last."""
         self.last_steps: list[tuple[np.ndarray, Entries]] = []
-        """Numbers of those tokens that were the last ones of a stretch, and what voted for them."""
+        """Numbers of those tokens that end a stretch, and the entries that voted for them."""
 
     @classmethod
     def of(cls, resources: Resources) -> "AutomatonMemory":
-        """As the sections `knn` and `automaton` of the settings have it; clusters that are missing
-        are made."""
+        """Makes the memory that the sections `knn` and `automaton` of the settings describe, and
+        the clusters where they are missing."""
         knn, settings = resources.settings.knn, resources.settings.automaton
         datastore = resources.datastore()
         check_rows(datastore)
@@ -242,8 +250,8 @@ class AutomatonMemory(Memory):
         self.retriever.prepare()
 
     def begin_pass(self, text: np.ndarray | None = None) -> None:
-        """Forgets all walks; connects the ranks where all search together. The text is not needed:
-        what has come of it is asked about."""
+        """Forgets all walks; connects the ranks where all search together. It does not read the
+        text itself."""
         self.begun, self.last_steps = {}, []
         self.counts.clear()
         self.seconds.clear()
@@ -255,25 +263,26 @@ class AutomatonMemory(Memory):
 
     @property
     def searches_saved(self) -> float:
-        """Share of the tokens that no search was made for. The original program leaves out those
-        after the last search of a walk."""
+        """Share of the tokens for which no search was made. The original program does not count
+        the tokens after the last search of a walk."""
         counts = self.counts
         if self.as_program:
             return counts["between"] / max(counts["between"] + counts["searches"], 1)
         return 1 - counts["searches"] / max(counts["tokens"], 1)
 
-    # -- what it is asked ----------------------------------------------------------------------
+    # -- questions -----------------------------------------------------------------------------
 
     def say(self, asked: Scored) -> Opinion:
-        """log p of the targets, and as features the distance of the nearest entry, infinite where
-        there is none, the number of pointers, and whether a search was made."""
+        """log p of the targets. Features are `nearest_distance`, the distance of the nearest entry,
+        infinite where there is none; `pointers`, their number; and `searched`, 1 where a search was
+        made."""
         targets = asked.targets.numpy()
         log_probs, nearest, pointers, searched = (torch.zeros(len(targets)) for _ in range(4))
         with self._timed("walk"):
             for which, entries in self._steps(asked):
                 hits = torch.from_numpy(entries.carry(targets[which]))
                 scores = torch.from_numpy(entries.scores)
-                # Sums in fp64, rounded: in fp32 they would depend on how wide the table is.
+                # Sums in fp64: in fp32 they would depend on the width of the table.
                 votes = knn_log_prob(scores.double(), hits, self.temperature)
                 log_probs[which] = votes.float()
                 nearest[which] = scores.amax(dim=1)
@@ -291,8 +300,8 @@ class AutomatonMemory(Memory):
         return Opinion(log_probs, features)
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """See `Memory.distribution`: the entries' values and weights. Inside a stretch of text the
-        targets count as known; what its last one is, `observe` says."""
+        """See `Memory.distribution`: the entries' values and weights. Within a stretch of text each
+        target decides the pointers of the next token; for the last target `observe` does."""
         steps = [(which, entries.left_aligned()) for which, entries in self._steps(asked)]
         widest = max((entries.rows.shape[1] for _, entries in steps), default=0)
         ids = torch.zeros(len(asked.positions), widest, dtype=torch.int64)
@@ -305,7 +314,8 @@ class AutomatonMemory(Memory):
         return ids.masked_fill_(probs == 0, 0), probs
 
     def observe(self, tokens: Tensor) -> None:
-        """Moves on by tokens int64 `[n]`, which came in place of those asked about last."""
+        """Moves the walks on by tokens int64 `[n]`, the true ones at the positions asked about
+        last."""
         for position in self.positions.tolist():
             self.begun.pop(position, None)
         for which, entries in self.last_steps:
@@ -315,11 +325,11 @@ class AutomatonMemory(Memory):
                     self.begun[position] = walks.some(slice(number, number + 1))
         self.last_steps = []
 
-    # -- how it walks --------------------------------------------------------------------------
+    # -- walking -------------------------------------------------------------------------------
 
     def _steps(self, asked: Scored) -> Iterator[tuple[np.ndarray, Entries]]:
-        """Numbers int64 `[W]` of some tokens, and what votes for them. All stretches of the tokens
-        take a step together, first those that search and then those that have enough pointers."""
+        """Numbers int64 `[W]` of some tokens, and the entries that vote for them. All stretches of
+        tokens take a step together: first those that search, then those with enough pointers."""
         self.positions, self.last_steps = asked.positions.numpy(), []
         queries, targets = asked.keys[self.key_type].numpy(), asked.targets.numpy()
         stretches = Stretches.of(self.positions, self.settings.walk_length)
@@ -345,24 +355,24 @@ class AutomatonMemory(Memory):
             walks = together(moved, groups)
 
     def _walks_at(self, positions: np.ndarray) -> Walks:
-        """The walks whose next tokens are at some positions int64 `[S]`, which all begin there of
-        which the token before was not seen."""
+        """The walks whose next tokens are at some positions int64 `[S]`. A walk begins anew where
+        the token before was not observed."""
         nowhere = Walks(np.empty((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64))
         found = [self.begun.get(position, nowhere) for position in positions.tolist()]
         return together(found, np.arange(len(found))[:, None])
 
     def _moved_on(self, entries: Entries, tokens: np.ndarray) -> Walks:
-        """Where walks are once the next tokens int64 `[W]` are known."""
+        """The walks after the tokens int64 `[W]` that the entries voted on."""
         pointers = moved_on(entries.rows, entries.scores, entries.carry(tokens), self.ends)
         idle = entries.walks.idle
         return Walks(pointers, np.zeros_like(idle) if entries.searched else idle + 1)
 
     def _entries(self, queries: np.ndarray, walks: Walks, search: bool) -> Entries:
-        """What votes for the next tokens of some walks.
+        """The entries that vote for the next tokens of some walks.
 
         Args:
             queries: fp32 `[W, d]`.
-            search: whether neighbours are among it.
+            search: whether to search for neighbours too.
         """
         rows = pointers = self._with_members(walks.pointers)
         if search:
@@ -380,15 +390,15 @@ class AutomatonMemory(Memory):
         return Entries(rows, self.datastore.values_of(rows), scores, walks, search)
 
     def _counted(self, pointers: np.ndarray) -> np.ndarray:
-        """What is compared with `min_pointers`, int64 `[W]`."""
+        """The number that is compared with `min_pointers`, int64 `[W]`."""
         if self.clusters is None or self.as_program:
             return (pointers >= 0).sum(axis=1)
         return count_states(pointers, self.clusters)
 
     def _with_members(self, pointers: np.ndarray) -> np.ndarray:
-        """Pointers and members of their clusters that vote, int64 `[W, n]`."""
+        """Pointers, and members of their clusters, that vote: int64 `[W, n]`."""
         most = self.settings.max_pointers
-        if self.clusters is None:
+        if self.clusters is None or not pointers.size:
             return pointers[:, :most]
         return with_members(pointers, self.clusters, most, doubles=self.as_program)
 
@@ -400,7 +410,7 @@ class AutomatonMemory(Memory):
 
 
 def together(parts: Sequence[Walks], numbers: Sequence[np.ndarray]) -> Walks:
-    """Walks by the numbers int64 `[W]` of those of each part."""
+    """Joins walks; `numbers` int64 `[W]` gives the places of each part's walks in the result."""
     count = sum(map(len, numbers))
     widest = max((part.pointers.shape[1] for part in parts), default=0)
     walks = Walks(np.full((count, widest), -1, dtype=np.int64), np.zeros(count, dtype=np.int64))
@@ -414,7 +424,7 @@ def check_rows(datastore: Datastore) -> None:
     """Refuses a datastore in which the row after an entry is not what followed it.
 
     Raises:
-        InputError: it is a part of one, or has lost rows.
+        InputError: it is one shard, or was thinned.
     """
     if datastore.part is not None:
         raise InputError(
@@ -429,8 +439,8 @@ def check_rows(datastore: Datastore) -> None:
 
 
 def ends_of(datastore: Datastore, document_end: int | None = None) -> np.ndarray:
-    """Rows that nothing goes on from, int64 in ascending order: the last one, those before a row
-    without a key, and those whose value ends a document."""
+    """Rows that no row follows, int64 in ascending order: the last one, those before a row without
+    a key, and those whose value ends a document."""
     ends = [np.array([len(datastore) - 1]), datastore.masked - 1]
     if document_end is not None:
         ends.append(np.flatnonzero(datastore.values[:] == document_end))
@@ -443,10 +453,10 @@ def measure_of(
     distances: Literal["exact", "index"],
     similarity: Metric,
 ) -> Measure:
-    """What computes the distances of pointers, as good as those of neighbours.
+    """The function that measures the distances of pointers, as exactly as those of neighbours.
 
     Raises:
-        InputError: distances to the codes of an index are asked for that is in several parts.
+        InputError: distances to the codes of an index are wanted, but each shard has its own index.
     """
     index = getattr(retriever, "index", None)
     if distances == "index" and isinstance(index, faiss.Index):
@@ -466,21 +476,21 @@ def measure_of(
 def coded_distances(
     queries: np.ndarray, rows: np.ndarray, index: faiss.Index, datastore: Datastore, metric: Metric
 ) -> np.ndarray:
-    """Distances to what an index makes of its codes of some keys.
+    """Distances to the keys that an index decodes from its codes.
 
     Args:
         queries: fp32 `[W, d]`.
-        rows: int64 `[W, n]`, -1 where there is none.
+        rows: int64 `[W, n]`, -1 where missing.
 
     Returns:
-        fp32 `[W, n]`, 0 where there is none.
+        fp32 `[W, n]`, 0 where missing.
     """
     walks, columns = np.nonzero(rows >= 0)
     distances = np.zeros(rows.shape, dtype=np.float32)
     if len(walks):
         of_pairs = normalized(queries, metric)[walks]
         ids = rows[walks, columns]
-        if index.ntotal != len(datastore):  # it counts keys and not rows
+        if index.ntotal != len(datastore):  # its ids count keys, not rows
             ids = ids - np.searchsorted(datastore.masked, ids)
         keys = index.reconstruct_batch(ids)
         if metric == "l2":

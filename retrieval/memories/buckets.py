@@ -1,11 +1,11 @@
-"""`BucketMixer`: weights by what is known of a token before it is, such as how near the nearest
-neighbour is or how long a suffix was found.
+"""`BucketMixer`: weights that depend on features, such as the distance of the nearest neighbour or
+the length of the suffix that was found.
 
-Each feature is cut into buckets of as many validation tokens each; a cell is a combination of
-buckets. The weights of a cell maximise the likelihood of its tokens and of some more that have the
-shares of the next coarser cell, which is that without the last feature, and so on up to one cell
-for all: a cell with few tokens of its own is weighed almost like the coarser one, an empty one just
-like it.
+Each feature is cut into buckets with equally many validation tokens; a cell is a combination of
+buckets. The weights of a cell maximise the likelihood of its tokens and of `strength` more that
+have the shares of the next coarser cell, the one without the last feature; the coarsest cell holds
+all tokens. So a cell with few tokens has almost the weights of the coarser one, and an empty cell
+has just those.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,23 +28,23 @@ from neighborlm.retrieval.memories.mixers import (
 )
 
 BUCKETS, STRENGTH = 8, 50.0
-"""Buckets of a feature, and how many tokens of the coarser cell are added to those of a cell."""
+"""Buckets of a feature, and how many tokens with the shares of the coarser cell are added."""
 FEATURES_AT_MOST, LEAST_GAIN = 3, 1e-3
-"""How many features are chosen, and nats a token by which each improves on those before it."""
+"""How many features are chosen at most, and the least gain of each in nats a token."""
 ROUGHLY = 1e-4
-"""Change of any weight at which EM ends while features are compared."""
+"""EM ends at this change of the weights while features are compared."""
 
 
 class BucketMixer(Mixer):
     """Weights by cells of features.
 
     Args:
-        features: names such as `knn.nearest_distance`, the most important first, as the last is the
-            first to be given up. None to have `fit` choose among those of the memories, one after
-            another, by the likelihood of a held-out quarter.
+        features: names such as `knn.nearest_distance`, the most important first: coarser cells
+            leave out the last. None to have `fit` choose them, one after another, by the likelihood
+            of a held-out quarter.
         buckets: of each feature; fewer where many tokens have the same value.
-        strength: how many tokens of the coarser cell are added to those of a cell.
-        seed: of what is held out.
+        strength: how many tokens with the shares of the coarser cell are added to a cell.
+        seed: of the choice of the held-out tokens.
     """
 
     needs_fitting = True
@@ -87,7 +87,7 @@ class BucketMixer(Mixer):
             self.cell_weights = fit_weights(log_probs, cells, prior, self.strength)
 
     def _chosen_among(self, log_probs: Tensor, features: Mapping[str, Tensor]) -> list[str]:
-        """The features that improve most, one after another, on what is held out."""
+        """The features that improve the loss of the held-out tokens most, one after another."""
         judged = held_out(len(log_probs), 0.25, self.seed)
         fitted = ~judged
         edges = {
@@ -160,8 +160,8 @@ def scalar_feature(features: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def equal_count_edges(column: Tensor, buckets: int) -> Tensor:
-    """Where buckets begin that hold as many of some numbers each, fp64, ascending; the first begins
-    below them all. Equal numbers are never parted, so there may be fewer. NaN is left out.
+    """Where each bucket but the first begins, fp64, ascending, so that all hold equally many
+    numbers. Equal numbers share a bucket, so there may be fewer buckets. NaN is left out.
 
     >>> equal_count_edges(torch.tensor([4.0, 1.0, 2.0, 3.0]).double(), 2).tolist()
     [3.0]
@@ -174,8 +174,8 @@ def equal_count_edges(column: Tensor, buckets: int) -> Tensor:
 
 
 def bucket_of(column: Tensor, edges: Tensor) -> Tensor:
-    """The bucket of each number, int64 `[n]`: how many edges are not above it; of NaN one more than
-    there are buckets."""
+    """The bucket of each number, int64 `[n]`: the number of edges that are not above it. NaN has a
+    bucket of its own, the last."""
     bucket = torch.searchsorted(edges, column.contiguous(), right=True)
     return torch.where(column.isnan(), len(edges) + 1, bucket)
 
@@ -183,8 +183,8 @@ def bucket_of(column: Tensor, edges: Tensor) -> Tensor:
 def cells_of(
     features: Mapping[str, Tensor], names: Sequence[str], edges: Sequence[Tensor]
 ) -> tuple[Tensor, int]:
-    """The cell of each token, int64 `[n]`, and how many cells there are: those that differ in the
-    last feature alone follow one another, so that the coarser cell is found by division."""
+    """The cell of each token, int64 `[n]`, and the number of cells. Cells that differ in the last
+    feature alone follow one another, so that division gives the coarser cell."""
     cells, n_cells = torch.zeros((), dtype=torch.int64), 1
     for name, of_name in zip(names, edges, strict=False):
         size = len(of_name) + 2

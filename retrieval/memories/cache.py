@@ -1,5 +1,5 @@
-"""What one pass of retrieval found for every scored token of a split: on it any lmbda, temperature
-and smaller k can be tried, without the model and without a search.
+"""Stores the neighbours that one pass of retrieval found for every scored token of a split, so that
+any lmbda, temperature and smaller k can be tried without the model and without a search.
 
 A directory with `manifest.json` and, row i belonging to token i of the split:
 
@@ -8,8 +8,8 @@ A directory with `manifest.json` and, row i belonging to token i of the split:
     scores.npy        fp32 [N, k]       of the neighbours, nearest first, -inf where missing
     values.npy        unsigned [N, k]   the tokens that followed them; any where missing
 
-Unsigned is the smallest type that holds the vocabulary. The nearest k of a row are its first k
-columns. A cache is complete or it is written anew.
+The unsigned type is the smallest that holds the vocabulary. The first k columns are the nearest k
+neighbours. A cache that is not complete is written anew.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,18 +29,18 @@ from neighborlm.retrieval.store.artifact import Artifact, Format, refuse_mismatc
 FIELDS = ("complete", "rows", "k", "vocab_size", "scored", "results", "made_from")
 FORMAT = Format("retrieval", 1, FIELDS, ("faiss", "torch", "numpy"))
 BLOCK_BYTES = 16 << 20
-"""How much of a cache is in memory at once."""
+"""Bytes of a cache that are in memory at a time."""
 
 
 class Retrieved(NamedTuple):
-    """What was retrieved for n tokens, enough to try any lmbda and temperature.
+    """The neighbours of n tokens, enough to try any lmbda and temperature.
 
     Attributes:
         positions: int64 `[n]`, of the tokens in the split.
         targets: int64 `[n]`.
         lm_log_prob: fp32 `[n]`.
         scores: fp32 `[n, k]`, -inf where missing.
-        hits: bool `[n, k]`, whether the neighbour is there and its value is the target.
+        hits: bool `[n, k]`, whether there is a neighbour whose value is the target.
     """
 
     positions: Tensor
@@ -52,13 +52,13 @@ class Retrieved(NamedTuple):
 
 @dataclass(frozen=True)
 class RetrievalCache:
-    """An opened cache, memory-mapped; iterating over it reads it from disk block by block, as often
-    as is wanted, and `len` is the number of blocks.
+    """An opened cache, memory-mapped. Iterating over it, any number of times, reads it from disk
+    block by block; `len` is the number of blocks.
 
     Attributes:
         path: its directory.
-        manifest: what `manifest.json` says.
-        k: neighbours of each token that are looked at, the nearest of those that are kept.
+        manifest: the content of `manifest.json`.
+        k: how many neighbours of each token are read, the nearest ones.
     """
 
     path: Path
@@ -95,14 +95,15 @@ class RetrievalCache:
 
     @property
     def n_scored(self) -> int:
-        """Tokens that are scored, the only ones that `blocks` has."""
+        """The number of scored tokens, the only ones in `blocks`."""
         return self.manifest["scored"]
 
     def fits(self, expected: Mapping[str, Any]) -> None:
-        """Compares the cache with what is at hand; one of more neighbours serves a smaller k.
+        """Refuses a cache that does not suit the data at hand; one with more neighbours suits a
+        smaller k.
 
         Args:
-            expected: any of `rows`, `k`, `vocab_size` and the settings that it was made from.
+            expected: any of `rows`, `k`, `vocab_size` and the settings that it must be made from.
 
         Raises:
             InputError: one sentence that names the first difference and both sides of it.
@@ -112,10 +113,13 @@ class RetrievalCache:
         refuse_mismatch(self.path, found, expected)
 
     def nearest(self, k: int) -> "RetrievalCache":
-        """The same cache with the nearest k neighbours of each token, k at most what it keeps.
+        """The same cache with only the nearest k neighbours of each token.
 
-        They are nearest by the scores that are kept. Where those are exact and the index's are not,
-        the k that it would have found alone may be others.
+        They are the nearest by the stored scores. Where these are exact but those of the index are
+        not, a search for k neighbours alone may have found others.
+
+        Raises:
+            InputError: k is less than 1 or more than the cache holds.
         """
         if not 1 <= k <= self.manifest["k"]:
             raise InputError(f"{self.path}: keeps {self.manifest['k']} neighbours a token, not {k}")
@@ -153,7 +157,7 @@ class RetrievalCache:
 class RetrievalCacheBuilder:
     """Writes a cache, any rows in any order, by any number of processes, each its own rows.
 
-    What a killed run left is written anew.
+    After a kill all rows are written anew.
 
     Args:
         path: the directory.
@@ -182,8 +186,8 @@ class RetrievalCacheBuilder:
         )
 
     def _is_begun(self) -> bool:
-        """Whether another process of this run, or a killed run of the same content, made the files:
-        then every row that counts will be written again."""
+        """Whether another process of this run, or a killed run of the same content, has made the
+        files. In either case every scored row is written again."""
         if self.artifact.is_complete():
             raise InputError(f"{self.path}: already holds a complete cache; expected none")
         return self.artifact.says(self.fields)
@@ -204,7 +208,7 @@ class RetrievalCacheBuilder:
         scores: ArrayLike,
         values: ArrayLike,
     ) -> None:
-        """Stores what was retrieved for n scored tokens.
+        """Stores the neighbours of n scored tokens.
 
         Args:
             positions: int64 `[n]`, of the tokens in the split.
@@ -242,7 +246,7 @@ class RetrievalCacheBuilder:
         """Marks the cache complete, once, after every process has called `sync`.
 
         Args:
-            results: JSON-able figures of the pass that are to be found again in the manifest.
+            results: JSON-able figures of the pass, for the manifest.
 
         Raises:
             InputError: another command has taken the directory meanwhile.
@@ -274,7 +278,7 @@ def nearest_first(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _layouts(fields: Mapping[str, Any]) -> dict[str, Layout]:
-    """Of the files, by the manifest's fields."""
+    """Layouts of the files, from the manifest's fields."""
     token, real = np.min_scalar_type(fields["vocab_size"] - 1), np.dtype(np.float32)
     rows, k = fields["rows"], fields["k"]
     return {

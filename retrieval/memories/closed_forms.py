@@ -1,11 +1,13 @@
-"""Published forms of the weight of a kNN memory by the distances of its neighbours.
+"""Published formulas for the weight of a kNN memory, which depends on the distances of its
+neighbours.
 
 `DrozdovMixer`: one lmbda for each bucket of the nearest distance (Drozdov et al., Findings of EMNLP
 2022). `NestMixer`: the relative confidence of NEST (Li et al., NeurIPS 2024),
 
     lmbda_LM = sigmoid((d_nearest / d_farthest - alpha) / tau),
 
-of squared distances among the k. Both mix the language model with that memory alone.
+where d_nearest and d_farthest are squared distances among the k neighbours. Both mix the language
+model with that memory alone.
 """
 
 from collections.abc import Mapping
@@ -17,24 +19,30 @@ from torch import Tensor
 from neighborlm.common.contracts import Mixer, Opinion
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories.buckets import bucket_of, equal_count_edges, scalar_feature
-from neighborlm.retrieval.memories.mixers import features_of, refuse_unfitted, source_log_probs
+from neighborlm.retrieval.memories.mixers import (
+    features_of,
+    mixture,
+    refuse_unfitted,
+    source_log_probs,
+)
 
 LMBDAS = torch.arange(100, dtype=torch.float64) / 100
-"""What is tried of the weight of the memory."""
+"""Weights of the memory that `DrozdovMixer.fit` tries."""
 ALPHAS = torch.arange(21, dtype=torch.float64) / 20
 TAUS = torch.tensor([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0], dtype=torch.float64)
-"""What is tried of the constants of NEST, made for stores of a few documents."""
+"""Constants that `NestMixer.fit` tries; the paper's suit stores of a few documents."""
 
 
 class DrozdovMixer(Mixer):
-    """The lmbda of each bucket of the nearest distance.
+    """One lmbda for each bucket of the nearest distance.
 
     Args:
-        buckets: of as many validation tokens each; 32 did best in the paper, its program has 64.
-        memory: the name of the one that has the feature `nearest_distance`.
+        buckets: their number, with equally many validation tokens in each; 32 did best in the
+            paper, its program has 64.
+        memory: name of the memory whose feature `nearest_distance` is read.
 
     Attributes:
-        edges: fp64, where buckets begin, the first of them excepted.
+        edges: fp64, where each bucket but the first begins.
         lmbdas: fp64 `[buckets + 1]`, the last for NaN.
     """
 
@@ -47,19 +55,19 @@ class DrozdovMixer(Mixer):
         self.lmbdas: Tensor | None = None
 
     def fit(self, opinions: Mapping[str, Opinion]) -> None:
-        """Takes, for each bucket, the lmbda from 0 to .99 in steps of .01 that gives its tokens the
+        """Finds, for each bucket, the lmbda from 0 to .99 in steps of .01 that gives its tokens the
         highest likelihood.
 
         Raises:
             InputError: there is another memory, or no such feature.
         """
-        lm, of_memory = two_sources(opinions, type(self).__name__)
+        log_probs = two_sources(opinions, type(self).__name__)
         column = scalar_feature(features_of(opinions), self.nearest)
         self.edges = equal_count_edges(column, self.buckets)
         bucket = bucket_of(column, self.edges)
         losses = torch.zeros(len(LMBDAS), len(self.edges) + 2, dtype=torch.float64)
         for total, lmbda in zip(losses, LMBDAS, strict=True):
-            total.scatter_add_(0, bucket, -mixed(lm, of_memory, lmbda))
+            total.scatter_add_(0, bucket, -mixture(log_probs, [1 - lmbda, lmbda]))
         self.lmbdas = LMBDAS[losses.argmin(dim=0)]
 
     def weights(self, features: Mapping[str, Tensor], n: int) -> Tensor:
@@ -86,8 +94,8 @@ class NestMixer(Mixer):
     distance; it is 1 where there are no neighbours.
 
     Args:
-        alpha, tau: of the formula, .3 and .1 in the paper; None to have `fit` find both.
-        memory: the name of the one that has the features `nearest_distance` and `kth_distance`.
+        alpha, tau: constants of the formula, .3 and .1 in the paper; None to have `fit` find both.
+        memory: name of the memory whose features `nearest_distance` and `kth_distance` are read.
 
     Raises:
         InputError: only one of the two is given, or tau is not more than 0.
@@ -105,22 +113,22 @@ class NestMixer(Mixer):
         self.names = (f"{memory}.nearest_distance", f"{memory}.kth_distance")
 
     def fit(self, opinions: Mapping[str, Opinion]) -> None:
-        """Takes the pair of a grid, the paper's among them, of the highest likelihood.
+        """Finds the alpha and tau of the highest likelihood in a grid that includes the paper's.
 
         Raises:
             InputError: there is another memory, or the features are missing or no distances.
         """
-        lm, of_memory = two_sources(opinions, type(self).__name__)
+        log_probs = two_sources(opinions, type(self).__name__)
         ratio = self._ratio(features_of(opinions))
         losses = {
-            (alpha, tau): -mixed(lm, of_memory, ((alpha - ratio) / tau).sigmoid()).sum().item()
+            (alpha, tau): -mixture(log_probs, nest_weights(ratio, alpha, tau)).sum().item()
             for alpha in ALPHAS.tolist()
             for tau in TAUS.tolist()
         }
         self.alpha, self.tau = min(losses, key=lambda pair: losses[pair])
 
     def _ratio(self, features: Mapping[str, Tensor]) -> Tensor:
-        """d_nearest / d_farthest, fp64 `[n]`; 0 where both are, infinite without neighbours."""
+        """d_nearest / d_farthest, fp64 `[n]`; 0 where both are 0, infinite without neighbours."""
         nearest, farthest = (scalar_feature(features, name) for name in self.names)
         some = nearest.isfinite()
         if (some & ((nearest < 0) | (nearest > farthest))).any():
@@ -133,8 +141,7 @@ class NestMixer(Mixer):
     def weights(self, features: Mapping[str, Tensor], n: int) -> Tensor:
         """See `Mixer.weights`."""
         refuse_unfitted(self.alpha)
-        exponent = (self._ratio(features) - self.alpha) / self.tau
-        return torch.stack([exponent.sigmoid(), (-exponent).sigmoid()], dim=1)
+        return torch.stack(nest_weights(self._ratio(features), self.alpha, self.tau), dim=1)
 
     def state(self) -> dict[str, np.ndarray]:
         """See `Mixer.state`."""
@@ -148,11 +155,17 @@ class NestMixer(Mixer):
         self.needs_fitting = False
 
 
+def nest_weights(ratio: Tensor, alpha: float, tau: float) -> tuple[Tensor, Tensor]:
+    """Weights of the language model and of the memory, `[n]` each, by d_nearest / d_farthest."""
+    exponent = (ratio - alpha) / tau
+    return exponent.sigmoid(), (-exponent).sigmoid()
+
+
 def two_sources(opinions: Mapping[str, Opinion], mixer: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the language model and of the one memory, fp64 `[n]` each.
+    """Log-probabilities of the language model and of the only memory, fp64 `[n]` each.
 
     Raises:
-        InputError: there are more or fewer.
+        InputError: there is no memory, or more than one.
     """
     log_probs = source_log_probs(opinions)
     if log_probs.shape[1] != 2:
@@ -162,8 +175,3 @@ def two_sources(opinions: Mapping[str, Opinion], mixer: str) -> tuple[Tensor, Te
             f"sources ({memories}); expected --memories knn"
         )
     return log_probs[:, 0], log_probs[:, 1]
-
-
-def mixed(lm: Tensor, of_memory: Tensor, lmbda: Tensor) -> Tensor:
-    """Log-probability of the mixture, of weights lmbda of the memory."""
-    return torch.logaddexp(lm + torch.log1p(-lmbda), of_memory + lmbda.log())

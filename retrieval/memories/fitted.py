@@ -1,8 +1,8 @@
-"""Fitted mixers as small files: an `.npz` of what `Mixer.state` gives and, as `about`, a JSON text
-that says which mixer it is and what it was fitted on.
+"""Writes and reads fitted mixers: an `.npz` file of the arrays of `Mixer.state` and, as `about`, a
+JSON text that names the mixer and what it was fitted on.
 
-A mixer is refused on the text that it was fitted on, since figures there would flatter it, and
-beside another model or other memories than it was fitted for.
+A mixer is refused on the text that it was fitted on, where its figures would be too good, and with
+another model or other memories than it was fitted for.
 """
 
 import json
@@ -82,7 +82,7 @@ def load_mixer(
     if fitted_on.text == text:
         raise InputError(
             f"{path}: was fitted on this very text, the split {fitted_on.split}, where its figures "
-            "would flatter it; expected another split"
+            "would be too good; expected another split"
         )
     if list(fitted_on.memories) != list(memories):
         raise InputError(
@@ -109,7 +109,7 @@ def load_mixer(
 
 
 def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """What the file says that it is, and the arrays."""
+    """The JSON description of a mixer, and its arrays."""
     expected = "expected the file of a fitted mixer"
     try:
         with np.load(path, allow_pickle=False) as file:

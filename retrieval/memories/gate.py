@@ -2,10 +2,10 @@
 
     weights = softmax(tanh(x W_1 + b_1) W_2 + b_2)
 
-of standardised features x that are known before the token is; trained by the loss of the mixture
-itself. With the distances of the k neighbours and the number of distinct values among the first i
-of them as features, and the kNN distributions of the nearest 1, 2, 4, ..., k as sources, this is
-meta-k (Zheng et al., ACL 2021).
+where x are standardised features, known before the token. The network is trained on the loss of the
+mixture itself. With the distances of the k neighbours and the number of distinct values among the
+first i of them as features, and the kNN distributions of the nearest 1, 2, 4, ..., k as sources,
+this is meta-k (Zheng et al., ACL 2021).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,23 +29,24 @@ from neighborlm.retrieval.memories.mixers import (
 WIDTH = 32
 LEARNING_RATE, BATCH = 1e-2, 1024
 EPOCHS, PATIENCE = 100, 8
-"""At most, and how many without a better loss of the held-out tokens before it stops."""
+"""The largest number of epochs, and after how many without a better held-out loss training
+stops."""
 HELD_OUT = 0.1
-"""Share of the validation tokens that decide when to stop."""
+"""Share of the validation tokens whose loss decides when to stop."""
 FARTHEST = 5.0
-"""Standard deviations from the mean beyond which all numbers are alike."""
+"""Standardised features are clamped to so many standard deviations."""
 
 
 class GateMixer(Mixer):
     """Weights by a network, on the CPU.
 
-    A number that is infinite or NaN counts as the mean, and one more input says that it is missing,
-    for each feature of which that was so on validation.
+    A feature that is infinite or NaN is replaced by its mean. Each feature that was so anywhere on
+    the validation split has one more input, which says that it is missing.
 
     Args:
-        features: names such as `knn.nearest_distance`; None for all that the memories have.
+        features: names such as `knn.nearest_distance`; None for all features of the memories.
         width: of the hidden layer.
-        seed: of the first weights, of the order of the tokens and of what is held out.
+        seed: of the first weights, the order of the tokens and the choice of the held-out ones.
 
     Attributes:
         losses: of the held-out tokens after each epoch, nats a token; before the first, those of
@@ -80,7 +81,7 @@ class GateMixer(Mixer):
 
     @torch.enable_grad()
     def _trained(self, inputs: Tensor, log_probs: Tensor, judged: Tensor) -> dict[str, Tensor]:
-        """The network whose loss on what is held out is lowest."""
+        """The network with the lowest loss on the held-out tokens."""
         possible = log_probs.amax(dim=1) > -torch.inf
         training = torch.nonzero(possible & ~judged)[:, 0]
         judged = possible & judged
@@ -146,7 +147,7 @@ class GateMixer(Mixer):
 
 
 META_K = partial(GateMixer, ("knn.distances", "knn.distinct"))
-"""The features of meta-k; see `neighbors_by_k` for what says them."""
+"""Reads the features of meta-k, which `neighbors_by_k.NeighborsByK` has."""
 
 
 # -- the network's parts -------------------------------------------------------------------------
@@ -159,8 +160,8 @@ def columns_of(features: Mapping[str, Tensor], names: Sequence[str], n: int) -> 
 
 
 def standards(columns: Tensor) -> dict[str, Tensor]:
-    """Of columns `[n, f]`: `mean` and `scale` of the finite numbers, and `may_miss` where some are
-    not finite, `[f]` each."""
+    """How to standardise columns `[n, f]`: `mean` and `scale` of the finite numbers, and
+    `may_miss`, which columns have others; `[f]` each."""
     finite = columns.isfinite()
     counts = finite.sum(dim=0).clamp(min=1)
     mean = columns.where(finite, 0.0).sum(dim=0) / counts
@@ -171,7 +172,7 @@ def standards(columns: Tensor) -> dict[str, Tensor]:
 
 
 def standardised(columns: Tensor, standard: Mapping[str, Tensor]) -> Tensor:
-    """What the network reads of columns `[n, f]`, fp64."""
+    """The network's inputs from columns `[n, f]`, fp64."""
     finite = columns.isfinite()
     numbers = ((columns - standard["mean"]) / standard["scale"]).clamp(-FARTHEST, FARTHEST)
     missing = ~finite[:, standard["may_miss"]]
@@ -185,5 +186,5 @@ def log_weights(inputs: Tensor, network: Mapping[str, Tensor]) -> Tensor:
 
 
 def copied(network: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Its parameters as they are now."""
+    """A copy of a network's parameters."""
     return {name: parameter.detach().clone() for name, parameter in network.items()}

@@ -1,25 +1,42 @@
-"""The kNN distribution (Khandelwal et al., ICLR 2020), in torch; `retrieval.engine.votes` has it in
-compiled loops, for neighbours that vote while they are searched for.
+"""The kNN distribution (Khandelwal et al., ICLR 2020), in torch; `retrieval.engine.votes` computes
+the same in compiled loops, while the search goes on.
 
 With scores s_j of the k neighbours (-distance for l2, the similarity for ip and cosine), values
 v_j and temperature T (eq. 2; T as in later work, 1 in the paper):
 
     p_kNN(w) = sum over j with v_j = w of exp(s_j / T)  /  sum over all j of exp(s_j / T)
 
-Missing neighbours (row -1) have score -inf and so no part in either sum.
+A missing neighbour (row -1) has score -inf and adds nothing to either sum.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neighborlm.common.contracts import Metric, Votes
+from neighborlm.common.errors import InputError
 from neighborlm.retrieval.engine import LIGHTEST, SMALL
 
 PART = 1 << 19
-"""Neighbours that are weighed at a time: their weights stay in the processor's cache."""
+"""Neighbours whose weights are computed at a time: they stay in the processor's cache."""
+
+
+def check_similarity(
+    distances: Literal["exact", "index"], similarity: Metric, metric: Metric
+) -> None:
+    """Refuses to read the distances of an index as another measure than they are.
+
+    Raises:
+        InputError: the similarity is not the index's metric, and is not computed from stored keys.
+    """
+    if distances == "index" and similarity != metric:
+        raise InputError(
+            f"similarity {similarity}: the distances of the index are {metric}; expected distances "
+            "exact, or the same measure"
+        )
 
 
 def neighbor_scores(distances: np.ndarray, rows: np.ndarray, metric: Metric) -> Tensor:
@@ -65,8 +82,8 @@ def knn_log_prob(scores: Tensor, hits: Tensor, temperature: float = 1.0) -> Tens
 def knn_log_probs(
     scores: Tensor, hits: Tensor, ks: Sequence[int], temperatures: Sequence[float]
 ) -> Tensor:
-    """log p_kNN of the target among the nearest k, for every k and temperature: weights are
-    computed once for each temperature and added up to every k.
+    """log p_kNN of the target by the nearest k, for every k and temperature. Weights are computed
+    once for each temperature.
 
     Args:
         scores: fp32 or fp64 `[Q, k]`, nearest first unless the only one of `ks` is k; -inf where
@@ -84,18 +101,18 @@ def knn_log_probs(
     if scores.shape != hits.shape:
         raise ValueError(f"{tuple(scores.shape)} scores and {tuple(hits.shape)} hits")
     best = _best(scores)
-    below = scores - best  # only differences matter, and these are exact
+    below = scores - best  # only differences matter; small ones are exact
     result = scores.new_empty(len(scores), len(ks), len(temperatures))
     for i, temperature in enumerate(temperatures):
         weights = _weights(below, temperature)
         total = _sums(weights, ks).log_()
         of_target = _sums(weights.mul_(hits), ks).log_()
         small = ((of_target < SMALL) & ~of_target.isneginf()).any(dim=1)
-        if small.any():  # relative to the best hit they can be told apart
-            of_hits = scores[small].masked_fill(~hits[small], -torch.inf)
-            best_hit = _best(of_hits)
-            # Every k that takes in a hit takes in the best one, which weighs 1.
-            weight = _sums(_weights(of_hits - best_hit, temperature), ks)
+        if small.any():  # `LIGHTEST` has cut these weights off: begin again from the best hit
+            hit_scores = scores[small].masked_fill(~hits[small], -torch.inf)
+            best_hit = _best(hit_scores)
+            # The best hit weighs 1, and every k that includes a hit includes the best one.
+            weight = _sums(_weights(hit_scores - best_hit, temperature), ks)
             log_weight = weight.log().masked_fill_(weight < 0.5, -torch.inf)
             of_target[small] = (best_hit - best[small]) / temperature + log_weight
         result[:, :, i] = of_target - total
@@ -108,18 +125,18 @@ def _best(scores: Tensor) -> Tensor:
 
 
 def _weights(below_best: Tensor, temperature: float) -> Tensor:
-    """What scores `[Q, k]` weigh that are so much below the best one."""
+    """Weights of scores, by how much they lie below the best one, `[Q, k]`."""
     return (below_best / temperature).clamp_(min=LIGHTEST).exp_()
 
 
 def _sums(weights: Tensor, ks: Sequence[int]) -> Tensor:
-    """Of the first k of each row, `[Q, ks]`."""
+    """Sums of the first k weights of each row, `[Q, ks]`."""
     parts = weights.split(np.diff(ks, prepend=0).tolist(), dim=1)
     return torch.stack([part.sum(dim=1) for part in parts], dim=1).cumsum(dim=1)
 
 
 def votes_of_scores(scores: Tensor, hits: Tensor, temperature: float) -> Votes:
-    """What neighbours say of targets, by scores and hits `[Q, k]`; see `knn_log_prob`."""
+    """The votes for targets, from scores and hits `[Q, k]`; see `knn_log_prob`."""
     nearest, farthest = scores.amax(dim=1), scores.amin(dim=1)
     if farthest.isneginf().any():  # some are missing
         farthest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1)
@@ -128,30 +145,17 @@ def votes_of_scores(scores: Tensor, hits: Tensor, temperature: float) -> Votes:
 
 
 def knn_weights(scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """What share of p_kNN each neighbour has: fp32 `[Q, k]`, rows sum to one, or to zero where all
-    are missing.
+    """The share of p_kNN that each neighbour contributes.
 
     Args:
-        scores: fp32 `[Q, k]`, -inf where missing.
+        scores: fp32 or fp64 `[Q, k]`, -inf where missing.
         temperature: divides the scores.
-    """
-    return (scores / temperature).softmax(dim=1).nan_to_num(0.0)
-
-
-def knn_distribution(
-    scores: Tensor, values: Tensor, vocab_size: int, temperature: float = 1.0
-) -> Tensor:
-    """p_kNN over the whole vocabulary.
-
-    Args:
-        scores: fp32 `[Q, k]`, -inf where missing.
-        values: int64 `[Q, k]`; any valid id where missing.
 
     Returns:
-        fp32 `[Q, vocab_size]`; rows sum to one, or to zero where all neighbours are missing.
+        `[Q, k]`, of the type of the scores; a row sums to one, or to zero where all neighbours are
+        missing.
     """
-    weights = knn_weights(scores, temperature)
-    return weights.new_zeros(len(scores), vocab_size).scatter_add_(1, values, weights)
+    return (scores / temperature).softmax(dim=1).nan_to_num(0.0)
 
 
 def weighted_scores(scores: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:

@@ -25,6 +25,7 @@ from neighborlm.common.contracts import (
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder, Retrieved
 from neighborlm.retrieval.memories.knn import (
+    check_similarity,
     knn_weights,
     neighbor_scores,
     votes_of_scores,
@@ -37,25 +38,28 @@ from neighborlm.retrieval.store.thinning import open_weights
 
 
 class KNNMemory(Memory):
-    """Searches with the model's keys.
+    """Searches a datastore with the model's keys as queries.
 
     Args:
-        datastore: whose values vote.
+        datastore: its values vote.
         retriever: finds its rows.
         k: neighbours of a token.
         temperature: divides the scores of the neighbours.
-        key_type: of the keys; the datastore's own by default.
-        distances: `exact` computes them from the stored keys, `index` takes the retriever's.
+        key_type: type of the queries; the datastore's own by default.
+        distances: `exact` computes them from the stored keys, `index` uses the retriever's.
         similarity: what `exact` computes; by default the retriever's metric.
         missing: `left_out`, or `last_row` to count the last row in place of missing neighbours, as
             the original program does.
         rescoring: datastore of the same text with keys of another type; distances are then those
             to its keys.
-        cache: gets what is retrieved for every token.
+        cache: stores the neighbours of every token.
 
     Attributes:
-        seconds: spent on `search` and `rescore`. Votes that are counted while the search goes on
-            are part of it.
+        seconds: spent on `search` and `rescore`; where votes are counted during the search,
+            `search` includes them.
+
+    Raises:
+        InputError: `similarity` is not the retriever's metric though distances are its own.
     """
 
     in_order = False
@@ -79,9 +83,11 @@ class KNNMemory(Memory):
         self.k = k
         self.temperature = temperature
         self.similarity: Metric = similarity or retriever.metric
-        known = retriever.exact and self.similarity == retriever.metric
-        # Missing neighbours that the last row stands for have a distance that nobody knows yet.
-        self.rescores = distances == "exact" and not (known and missing == "left_out")
+        if rescoring is None:
+            check_similarity(distances, self.similarity, retriever.metric)
+        at_hand = retriever.exact and self.similarity == retriever.metric
+        # The distance of the last row, where it stands for missing neighbours, is not at hand.
+        self.rescores = distances == "exact" and not (at_hand and missing == "left_out")
         self.missing = missing
         self.weights = open_weights(datastore)
         """How many entries each stands for, where some were merged."""
@@ -89,13 +95,13 @@ class KNNMemory(Memory):
         self.cache = cache
         self.key_type = key_type or key_type_of(datastore)
         self.others = self.key_type if rescoring is None else key_type_of(rescoring)
-        """Key type of what is rescored by."""
+        """Type of the queries that neighbours are rescored by."""
         self.want = Want(keys=tuple(dict.fromkeys((self.key_type, self.others))))
         self.seconds: Counter[str] = Counter()
 
     @classmethod
     def of(cls, resources: Resources) -> "KNNMemory":
-        """As the section `knn` of the settings has it."""
+        """Makes the memory that the section `knn` of the settings describes."""
         knn = resources.settings.knn
         return cls(
             resources.datastore(),
@@ -125,8 +131,8 @@ class KNNMemory(Memory):
             self.cache.sync()
 
     def say(self, asked: Scored) -> Opinion:
-        """log p_kNN of the targets (eq. 2), and as features the distances of the nearest and of the
-        k-th neighbour; of a token without neighbours there are none, infinite."""
+        """log p_kNN of the targets (eq. 2). Features are `nearest_distance` and `kth_distance`, the
+        distances of the nearest and of the farthest neighbour; infinite where a token has none."""
         return opinion_of(self._votes(asked), self.similarity)
 
     def _votes(self, asked: Scored) -> Votes:
@@ -152,7 +158,7 @@ class KNNMemory(Memory):
         return -scores if self.similarity == "l2" else scores
 
     def _write(self, asked: Scored, neighbors: Neighbors) -> None:
-        """Keeps what was retrieved.
+        """Writes the neighbours to the cache.
 
         Raises:
             InputError: the datastore's entries have weights, which a cache does not keep.
@@ -175,13 +181,13 @@ class KNNMemory(Memory):
 
     @property
     def neighbors_are_needed(self) -> bool:
-        """Whether it must be known who the neighbours are: else their votes suffice."""
+        """Whether the neighbours themselves are needed; otherwise their votes suffice."""
         changed = self.rescores or self.rescoring is not None or self.missing == "last_row"
         return changed or self.cache is not None or self.weights is not None
 
     def neighbors(self, asked: Scored) -> Neighbors:
-        """The neighbours of some tokens with their values, distances being those that votes are
-        weighed by; nearest first only where the cache wants them so."""
+        """The neighbours of some tokens, with their values and the distances that weigh their
+        votes; in order only where there is a cache."""
         queries = asked.keys[self.key_type].numpy()
         with self._timed("search"):
             ordered = self.cache is not None
@@ -214,7 +220,7 @@ class KNNMemory(Memory):
 
 
 def opinion_of(votes: Votes, similarity: Metric) -> Opinion:
-    """Votes as an opinion, see `KNNMemory.say`."""
+    """Turns votes into an opinion, see `KNNMemory.say`."""
     sign = -1 if similarity == "l2" else 1
     nearest, farthest = (torch.from_numpy(sign * x) for x in (votes.nearest, votes.farthest))
     features = {"nearest_distance": nearest, "kth_distance": farthest}
@@ -222,10 +228,10 @@ def opinion_of(votes: Votes, similarity: Metric) -> Opinion:
 
 
 def opinion_from_cache(block: Retrieved, temperature: float, similarity: Metric) -> Opinion:
-    """What `KNNMemory.say` said of the tokens of a cache, at any temperature."""
+    """The opinion of `KNNMemory.say` on the tokens of a cache, at any temperature."""
     return opinion_of(votes_of_scores(block.scores, block.hits, temperature), similarity)
 
 
 def key_type_of(datastore: Datastore) -> str:
-    """The key type of a datastore; that of the papers for one that does not say."""
+    """The key type of a datastore; the papers' own where its manifest names none."""
     return datastore.manifest["made_from"].get("key_type", "last_ffn_input")

@@ -20,27 +20,27 @@ from neighborlm.common.errors import InputError
 LM = "lm"
 """What the language model is called among the sources."""
 EM_STEPS = 1000
-"""At most; the likelihood is concave, so more of them only come closer."""
+"""The largest number of steps; the likelihood is concave, so further ones only come closer."""
 EM_CHANGE = 1e-7
-"""Of any weight, below which nothing more changes."""
+"""EM ends when no weight changes by more."""
 STRETCH = 256
-"""Tokens of the text that are held out together, at most: neighbours in a text are alike."""
+"""Consecutive tokens that are held out together, as neighbours in a text are alike."""
 STRETCHES = 8
-"""Of a text that is too short for so many of that length, at least."""
+"""The smallest number of stretches; those of a short text are shorter than `STRETCH`."""
 
 
 # -- mixtures ------------------------------------------------------------------------------------
 
 
 def mixture(log_probs: Sequence[Tensor], weights: Sequence[Tensor | float]) -> Tensor:
-    """log of the sum of weight times probability, in log space.
+    """Natural logarithm of the sum of weight times probability, computed in log space.
 
     Args:
-        log_probs: of each source, natural logarithms; -inf for a probability of 0.
-        weights: of each source, from 0 to 1; all broadcast.
+        log_probs: natural-log probabilities by each source; -inf for a probability of 0.
+        weights: weight of each source, from 0 to 1; all broadcast.
 
     Returns:
-        of the log-probabilities' type; a source without weight or probability has no part in it.
+        log-probabilities of the same type; a source of weight or probability 0 adds nothing.
 
     >>> mixture([torch.tensor(0.5).log(), torch.tensor(0.1).log()], [0.75, 0.25]).exp().item()
     0.4000000059604645
@@ -53,7 +53,7 @@ def mixture(log_probs: Sequence[Tensor], weights: Sequence[Tensor | float]) -> T
 
 
 def lm_opinion(asked: Scored) -> Opinion:
-    """What the model itself says of n tokens, with the features that it was asked for."""
+    """The language model's own opinion on n tokens, with the features that it was asked for."""
     features = {}
     if asked.entropy is not None:
         features["entropy"] = asked.entropy
@@ -63,7 +63,7 @@ def lm_opinion(asked: Scored) -> Opinion:
 
 
 def want_of(features: Sequence[str]) -> Want:
-    """What the model must be asked for some features to be there.
+    """What the language model must be asked for, so that these features are there.
 
     >>> want_of(["knn.nearest_distance", "lm.entropy"]).entropy
     True
@@ -74,15 +74,15 @@ def want_of(features: Sequence[str]) -> Want:
 def source_log_probs(opinions: Mapping[str, Opinion]) -> Tensor:
     """Log-probabilities of the targets by all sources in their order, fp64 `[n, sources]`.
 
-    torch computes single numbers and vectors by functions that differ in the last digit: in fp32
-    the figure of a token would depend on how many come with it.
+    In fp32 the result for a token would depend on the size of its batch, since torch computes
+    single numbers and vectors by functions that differ in the last digit.
     """
     columns = (opinion.log_probs.double() for opinion in opinions.values())
     return torch.cat([x.reshape(len(x), -1) for x in columns], dim=1)
 
 
 def weights_by_source(opinions: Mapping[str, Opinion], weights: Tensor) -> dict[str, Tensor]:
-    """What each source weighs with all of its distributions, `[n]`, of weights `[n, sources]`."""
+    """Weight of each source, `[n]`, all of its distributions added up, from `[n, sources]`."""
     widths = [math.prod(opinion.log_probs.shape[1:]) for opinion in opinions.values()]
     parts = weights.split(widths, dim=1)
     return {name: part.sum(dim=1) for name, part in zip(opinions, parts, strict=True)}
@@ -121,18 +121,18 @@ def fit_weights(
     strength: float = 0.0,
     change: float = EM_CHANGE,
 ) -> Tensor:
-    """The weights of the highest likelihood in each cell, by expectation maximisation: each
-    source's new weight is the mean share that it has in the probability of a token.
+    """The weights of the highest likelihood in each cell, by expectation maximisation: the new
+    weight of a source is its mean share of the probability of a token.
 
-    With a prior they are those of the highest posterior (Dirichlet): as if `strength` tokens more,
-    whose shares are the prior's, were in the cell.
+    With a prior they are the weights of the highest posterior (Dirichlet), as if the cell held
+    `strength` more tokens with the shares of the prior.
 
     Args:
         log_probs: fp64 `[n, sources]`.
         cells: int64 `[n]`; by default all tokens are in one.
         prior: fp64 `[cells, sources]`; needed where a cell may be empty.
         strength: of the prior, in tokens.
-        change: of any weight, below which it ends.
+        change: ends when no weight changes by as much.
 
     Returns:
         fp64 `[cells, sources]`.
@@ -141,7 +141,7 @@ def fit_weights(
     log_probs = log_probs[possible]
     n_cells = 1 if prior is None else len(prior)
     cells = torch.zeros(len(log_probs)).long() if cells is None else cells[possible]
-    # A token's probabilities may be scaled as one likes: its shares stay the same.
+    # A factor common to a token's probabilities does not change its shares.
     probs = (log_probs - log_probs.amax(dim=1, keepdim=True)).exp()
     order = cells.argsort(stable=True)
     probs, counts = probs[order], cells.bincount(minlength=n_cells)
@@ -150,7 +150,7 @@ def fit_weights(
         pseudo = torch.zeros_like(weights)
     else:
         weights, pseudo = prior, strength * prior
-    # A cell without tokens keeps what it begins with.
+    # A cell without tokens keeps its prior.
     filled = counts > 0
     totals = (counts + strength)[filled, None].double()
     for _ in range(EM_STEPS):
@@ -165,8 +165,8 @@ def fit_weights(
 
 
 def held_out(n: int, share: float, seed: int) -> Tensor:
-    """Which of n tokens are kept to judge by, bool `[n]`: whole stretches of the text, chosen at
-    random, at least one."""
+    """Which of n tokens are held out, bool `[n]`: stretches of the text, chosen at random, at least
+    one."""
     length = max(min(STRETCH, n // STRETCHES), 1)
     chosen = torch.zeros(-(-n // length), dtype=torch.bool)
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
@@ -181,8 +181,8 @@ class ConstantMixer(Mixer):
     """The same weights for every token.
 
     Args:
-        shares: of the language model and of each memory, summing to one; None to have `fit` find
-            them.
+        shares: weights of the language model and of each memory, whose sum is one; None to have
+            `fit` find them.
     """
 
     def __init__(self, shares: Sequence[float] | None = None) -> None:

@@ -1,9 +1,9 @@
-"""`NeighborsByK`: the kNN distributions of the nearest 1, 2, 4, ..., k neighbours, each weighed for
-itself, with the features of meta-k (Zheng et al., ACL 2021): the k distances, and how many distinct
-values the first i neighbours have.
+"""`NeighborsByK`: the kNN distributions of the nearest 1, 2, 4, ..., k neighbours, each with a
+weight of its own, and the features of meta-k (Zheng et al., ACL 2021): the k distances, and the
+number of distinct values among the first i neighbours.
 
-The language model is meta-k's r = 0. Its network may also choose the temperature; here that is the
-memory's, since the weights of a mixer do not change what the sources say.
+The language model is meta-k's r = 0. In meta-k the network may also choose the temperature; here
+the memory has a fixed one, since a mixer only weighs the distributions of its sources.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from neighborlm.retrieval.memories.knn import knn_log_probs, neighbor_scores
 
 
 class NeighborsByK(Memory):
-    """What the neighbours of a kNN memory say by how many of them are asked.
+    """The opinions of the nearest 1, 2, 4, ..., k neighbours of a kNN memory.
 
     Args:
-        knn: a memory with `k`, `temperature`, `similarity` and `neighbors(asked)`, which searches;
-            everything else is left to it. Meta-k was made for a k of 4 to 64.
+        knn: a memory with `k`, `temperature`, `similarity` and `neighbors(asked)`, which searches.
+            Meta-k was made for a k of 4 to 64.
 
     Attributes:
         ks: the numbers of neighbours, ascending.
@@ -39,7 +39,7 @@ class NeighborsByK(Memory):
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """What the kNN memory spent."""
+        """Seconds that the kNN memory spent, by stage."""
         return self.knn.seconds
 
     def prepare(self) -> None:
@@ -55,8 +55,8 @@ class NeighborsByK(Memory):
         self.knn.end_pass()
 
     def say(self, asked: Scored) -> Opinion:
-        """log p of the targets, fp32 `[n, ks]`; features `distances` fp32 `[n, k]`, nearest first
-        and infinite where missing, and `distinct` fp32 `[n, k]`."""
+        """log p of the targets, fp32 `[n, ks]`. Features are `distances` fp32 `[n, k]`, nearest
+        first and infinite where missing, and `distinct` fp32 `[n, k]`, see `distinct_values`."""
         scores, values = self._nearest_first(asked)
         hits = (values == asked.targets[:, None]) & ~scores.isneginf()
         log_probs = knn_log_probs(scores, hits, self.ks, [self.knn.temperature])[:, :, 0]
@@ -66,7 +66,7 @@ class NeighborsByK(Memory):
         return Opinion(log_probs, features)
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """That of all k neighbours; see `Memory.distribution`."""
+        """The distribution of all k neighbours; see `Memory.distribution`."""
         return self.knn.distribution(asked)
 
     def _nearest_first(self, asked: Scored) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,8 @@ class NeighborsByK(Memory):
 
 
 def distinct_values(scores: Tensor, values: Tensor) -> Tensor:
-    """How many distinct values the first i neighbours have, fp32 `[n, k]`, missing ones left out.
+    """The number of distinct values among the first i neighbours, missing ones left out: fp32
+    `[n, k]`.
 
     >>> distinct_values(torch.zeros(1, 4), torch.tensor([[7, 7, 3, 7]])).tolist()
     [[1.0, 1.0, 2.0, 2.0]]

@@ -1,12 +1,13 @@
-"""`NGramMemory`: the longest suffix of the context that occurs in the training text says what
-follows ("infini-gram", Liu et al., COLM 2024).
+"""`NGramMemory`: counts the tokens that followed the longest suffix of the context in the training
+text ("infini-gram", Liu et al., COLM 2024).
 
-With s the longest suffix of the context that occurs in the training text, followed by a token:
+Let s be the longest suffix of the context that occurs in the training text, followed by a token.
+Then, without smoothing,
 
-    p(w) = count(s w) / count(s)
+    p(w) = count(s w) / count(s).
 
-without smoothing. A token's context is all of its split before it, across the ends of lines; where
-not even its last token occurs, s is empty and p the unigram distribution.
+The context of a token is its whole split up to there, across the ends of lines. Where not even the
+last token of the context occurs, s is empty and p is the unigram distribution.
 """
 
 import numpy as np
@@ -18,10 +19,10 @@ from neighborlm.retrieval.memories.suffix_array import Matches, SuffixArray
 
 
 class NGramMemory(Memory):
-    """Counts what followed the longest known suffix of each context.
+    """Counts the tokens that followed the longest suffix of each context.
 
     Args:
-        suffix_array: of the training text.
+        suffix_array: that of the training text.
     """
 
     want = Want(log_probs=False)
@@ -33,7 +34,7 @@ class NGramMemory(Memory):
 
     @classmethod
     def of(cls, resources: Resources) -> "NGramMemory":
-        """Of the training split, whose suffix array is built unless it is there."""
+        """Makes the memory of the training split; builds its suffix array unless it is there."""
         return cls(
             SuffixArray.ensure(
                 resources.folder("train-suffix_array"),
@@ -44,19 +45,18 @@ class NGramMemory(Memory):
         )
 
     def prepare(self) -> None:
-        """Loads the machine code and the beginnings of all phrases."""
-        text, first = self.text, torch.zeros(1, dtype=torch.int64)
+        """Loads the compiled loops, and where in the suffix array each token begins."""
+        first = torch.zeros(1, dtype=torch.int64)
         self.say(Scored(positions=first, targets=first))
-        self.text = text
 
     def begin_pass(self, text: np.ndarray) -> None:
         """See `Memory.begin_pass`."""
         self.text = text
 
     def say(self, asked: Scored) -> Opinion:
-        """log p of the targets, fp64, and as features the length of the suffix s, how often it
-        occurs, how many different tokens follow it, and the probability of the one that does most
-        often."""
+        """log p of the targets, fp64. Features are `suffix_length`, the number of tokens of s;
+        `suffix_count`, its occurrences; `continuations`, the number of different tokens that follow
+        it; and `favourite`, the probability of the most frequent of these."""
         matches = self._matches(asked)
         hits = self.suffix_array.count(matches, asked.targets.numpy())
         distinct, highest = self.suffix_array.summary(matches)
@@ -74,21 +74,21 @@ class NGramMemory(Memory):
         )
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """See `Memory.distribution`: all that followed s. After an empty or a frequent s that is
-        much of the vocabulary, so many tokens are best asked for a few at a time."""
+        """See `Memory.distribution`: all tokens that followed s. For an empty or a frequent s they
+        are much of the vocabulary, so ask for a few tokens at a time."""
         matches = self._matches(asked)
         ids, counts = self.suffix_array.continuations(matches)
         probs = (counts / matches.counts[:, None]).astype(np.float32)
         return torch.from_numpy(ids), torch.from_numpy(probs)
 
     def occurrences(self, asked: Scored, most: int) -> Tensor:
-        """Rows of the training text, and so of its datastore, that follow occurrences of s: int64
-        `[n, most]`, by the token that stands there, -1 where there are fewer."""
+        """Rows of the training text, and so of its datastore, that follow occurrences of s, in the
+        order of the tokens there: int64 `[n, most]`, -1 where there are fewer."""
         return torch.from_numpy(self.suffix_array.occurrences(self._matches(asked), most))
 
     def frequencies(self, asked: Scored, most: int = 4) -> tuple[Tensor, Tensor]:
-        """How often the last 1 to `most` tokens of each context occur in the training text followed
-        by a token, and how many different ones follow them; each int64 `[n, most]`."""
+        """How often the last 1 to `most` tokens of each context occur in the training text,
+        followed by a token, and how many different tokens follow them; each int64 `[n, most]`."""
         lasts = self.suffix_array.last(self.text, asked.positions.numpy(), most)
         counts = [matches.counts for matches in lasts]
         distinct = [self.suffix_array.summary(matches).distinct for matches in lasts]

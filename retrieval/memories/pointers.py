@@ -1,8 +1,8 @@
-"""Pointers into a datastore, of many walks at a time (RetoMaton; Alon et al., ICML 2022): which
-entries go on after a token, and which other entries belong to the same states.
+"""Pointers into a datastore, for many walks at a time (RetoMaton; Alon et al., ICML 2022): how they
+move on after a token, and which entries share their clusters.
 
-W walks have a table `[W, m]` of rows of the datastore, -1 where there is none. No table is larger
-than its longest walk needs.
+The pointers of W walks are a table `[W, m]` of rows of the datastore, -1 where there is none. It is
+as wide as the walk with the most pointers needs.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from neighborlm.retrieval.search.clusters import Clusters
 
 
 class Stretches(NamedTuple):
-    """Tokens that follow one another in the text, by stretches, the longest stretch first.
+    """Stretches of tokens that follow one another in the text, the longest stretch first.
 
     Attributes:
-        order: int64 `[n]`, numbers of the tokens, stretch by stretch.
-        starts: int64 `[S]`, where each stretch begins in it.
+        order: int64 `[n]`, numbers of the tokens in the order of the text.
+        starts: int64 `[S]`, where each stretch begins in `order`.
         lengths: int64 `[S]`.
     """
 
@@ -27,8 +27,8 @@ class Stretches(NamedTuple):
 
     @classmethod
     def of(cls, positions: np.ndarray, walk_length: int) -> "Stretches":
-        """Of tokens at positions int64 `[n]` in any order: a stretch ends before a gap and at every
-        multiple of `walk_length`.
+        """The stretches of tokens at positions int64 `[n]` in any order. A stretch ends before a
+        gap and before every multiple of `walk_length`.
 
         >>> Stretches.of(np.array([9, 3, 4, 5, 6]), 5)
         Stretches(order=array([1, 2, 3, 4, 0]), starts=array([0, 2, 4]), lengths=array([2, 2, 1]))
@@ -43,17 +43,17 @@ class Stretches(NamedTuple):
         return cls(order, starts[longest_first], lengths[longest_first])
 
     def longer_than(self, length: int) -> int:
-        """How many there are; they are the first ones."""
+        """How many stretches are longer; they are the first ones."""
         return int(np.searchsorted(-self.lengths, -length))
 
 
 def table_of(walks: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows by walks, -1 after the last of each.
+    """Writes the rows of each walk into a row of a table, followed by -1.
 
     Args:
-        walks: int64 `[n]`, ascending.
+        walks: int64 `[n]`, ascending, the walk of each row.
         rows: int64 `[n]`.
-        count: of the walks.
+        count: number of walks.
 
     Returns:
         int64 `[count, m]`.
@@ -75,8 +75,8 @@ def moved_on(
     Args:
         rows: int64 `[W, n]`, entries that voted.
         scores: fp32 `[W, n]`, larger is nearer.
-        goes_on: bool `[W, n]`, where there is an entry and its value is the token.
-        ends: int64, ascending rows that nothing goes on from; at least one.
+        goes_on: bool `[W, n]`, which entries carry the token as value.
+        ends: int64, ascending rows that no row follows; at least one.
 
     Returns:
         int64 `[W, m]`, the nearest first.
@@ -90,17 +90,17 @@ def moved_on(
 
 
 def are_among(rows: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    """Whether each row is one of some, of which there is at least one."""
+    """Which rows are among some ascending ones, of which there is at least one; bool."""
     places = np.searchsorted(ascending, rows)
     return ascending[np.minimum(places, len(ascending) - 1)] == rows
 
 
 def without_doubles(pointers: np.ndarray, neighbors: np.ndarray, rows: int) -> np.ndarray:
-    """Pointers int64 `[W, m]`, -1 in place of those that are among the neighbours int64 `[W, k]` of
+    """Pointers int64 `[W, m]`, with -1 for those that are among the neighbours int64 `[W, k]` of
     the same walk.
 
     Args:
-        rows: of the datastore.
+        rows: number of rows of the datastore.
     """
     walks, columns = np.nonzero(pointers >= 0)
     if len(walks) == 0:
@@ -108,7 +108,7 @@ def without_doubles(pointers: np.ndarray, neighbors: np.ndarray, rows: int) -> n
     ours = pointers[walks, columns] + walks * rows
     of_walks = np.arange(len(pointers))[:, None] * rows
     theirs = np.where(neighbors < 0, -1, neighbors + of_walks).ravel()
-    doubles = np.sort(theirs[are_among(theirs, np.sort(ours))])  # few, and sorted sooner than all
+    doubles = np.sort(theirs[are_among(theirs, np.sort(ours))])  # few: fast to sort
     left = pointers.copy()
     if len(doubles):
         double = are_among(ours, doubles)
@@ -117,7 +117,7 @@ def without_doubles(pointers: np.ndarray, neighbors: np.ndarray, rows: int) -> n
 
 
 def count_states(pointers: np.ndarray, clusters: Clusters) -> np.ndarray:
-    """How many clusters are pointed to, int64 `[W]`."""
+    """How many clusters each walk points to, int64 `[W]`."""
     walks, columns = np.nonzero(pointers >= 0)
     states = walks * clusters.count + clusters.labels[pointers[walks, columns]]
     return np.bincount(np.unique(states) // clusters.count, minlength=len(pointers))
@@ -126,13 +126,13 @@ def count_states(pointers: np.ndarray, clusters: Clusters) -> np.ndarray:
 def with_members(
     pointers: np.ndarray, clusters: Clusters, most: int, doubles: bool = False
 ) -> np.ndarray:
-    """Pointers, and after them the members of their clusters, those of the clusters that most of
-    them point to first.
+    """Pointers, followed by the members of their clusters, the clusters with the most pointers
+    first.
 
     Args:
         pointers: int64 `[W, m]`.
-        most: rows that a walk may have.
-        doubles: whether a pointer stands among the members too.
+        most: largest number of rows of a walk.
+        doubles: whether a pointer is repeated among the members.
 
     Returns:
         int64 `[W, n]`, n at most `most`.
@@ -146,7 +146,7 @@ def with_members(
     order = np.lexsort((states, -votes, states // clusters.count))
     of_walk, cluster = np.divmod(states[order], clusters.count)
     sizes = np.diff(clusters.bounds)[cluster]
-    # Of no walk are more gathered than it may have.
+    # Gathers no more members for a walk than it may have.
     before = np.cumsum(sizes) - sizes
     first = np.searchsorted(of_walk, np.arange(count))
     within = before - before[np.minimum(first, len(before) - 1)][of_walk]

@@ -1,17 +1,16 @@
-"""`RecentMemory`: the recent tokens of the running text vote for what comes next (the continuous
+"""`RecentMemory`: the recent tokens of the running text vote for the next one (the continuous
 cache; Grave et al., ICLR 2017).
 
-With key h_i of the context of position i, token w_i that followed it and temperature T, over the
-last `size` positions i before t of the same text:
+Let h_i be the key of the context of position i, w_i the token that followed it, and T the
+temperature. Over the last `size` positions i before t of the same text,
 
-    p(w) in proportion to the sum over i with w_i = w of exp(score(h_t, h_i) / T).
+    p(w) is proportional to the sum over i with w_i = w of exp(score(h_t, h_i) / T).
 
-The score is an inner product (the paper's, with theta = 1 / T), a cosine or minus a squared
+The score is an inner product, as in the paper (theta = 1 / T), a cosine, or minus a squared
 distance: eq. 2 of kNN-LM over a datastore that moves with the text.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,26 +20,24 @@ from torch import Tensor
 
 from neighborlm.common.contracts import Memory, Metric, Opinion, Resources, Scored, Want
 from neighborlm.common.errors import InputError
+from neighborlm.retrieval.engine import LIGHTEST, SMALL
 from neighborlm.retrieval.memories.recent_tuning import RecentTuning, parts_of, tune_recent
 from neighborlm.retrieval.memories.window import Block, Window
-
-LIGHTEST = -80.0
-"""Logarithm of the least weight beside the largest: those of less change no sum in fp32."""
-SMALL = -50.0
-"""Logarithm of what all votes for a token weigh, below which they are added up by themselves."""
 
 
 @dataclass
 class RecentSettings:
-    """The running text as a memory.
+    """The memory of the running text.
 
     Args:
-        size: recent tokens that vote, or `auto`: from 250 to 4000, by the validation split.
-        temperature: divides the scores, or `auto`: by the validation split.
-        key_type: of the keys that are compared; see `KNNSettings`.
-        similarity: squared Euclidean distance, inner product as in the paper, or cosine.
-        document_end: id of the token that ends a document, after which nothing before it votes; by
-            default the text is one document.
+        size: number of recent tokens that vote. `auto` chooses one from 250 to 4000 on the
+            validation split; give a number to save that pass or to bound the time of a token.
+        temperature: divides the scores. `auto` chooses it on the validation split.
+        key_type: type of the keys that are compared; see `KNNSettings`.
+        similarity: how keys are compared: `l2`, squared Euclidean distance; `ip`, inner product, as
+            in the paper; or `cosine`.
+        document_end: id of the token that ends a document; tokens before it have no vote after it.
+            By default the whole text is one document.
     """
 
     size: int | Literal["auto"] = "auto"
@@ -61,19 +58,18 @@ class RecentSettings:
 
 
 class RecentMemory(Memory):
-    """Remembers the last tokens that it was asked about and that were observed. What was not asked
-    about does not exist for it.
+    """Remembers the last tokens that were asked about and then observed; it knows no others.
 
     Args:
-        size: positions that vote; None to have `tune` find it.
+        size: number of positions that vote; None to have `tune` find it.
         temperature: divides the scores; None to have `tune` find it.
-        key_type: of the keys.
-        similarity: what scores are.
-        document_end: token that ends a document: nothing before it votes for what follows.
-        device: where keys are compared; what is said lies on the CPU.
+        key_type: type of the keys.
+        similarity: how keys are compared.
+        document_end: token that ends a document; positions before it have no vote after it.
+        device: where keys are compared; opinions lie on the CPU.
 
     Attributes:
-        tuning: what `tune` found, if it was called.
+        tuning: what `tune` found; None before.
     """
 
     in_order = True
@@ -96,11 +92,12 @@ class RecentMemory(Memory):
         self.want = Want(keys=(key_type,))
         self.tuning: RecentTuning | None = None
         self.heard: list[Scored] = []
+        """What it has collected for `tune`."""
         self._forget()
 
     @classmethod
     def of(cls, resources: Resources) -> "RecentMemory":
-        """As the section `recent` of the settings has it."""
+        """Makes the memory that the section `recent` of the settings describes."""
         settings = resources.settings.recent
         return cls(
             None if settings.size == "auto" else settings.size,
@@ -113,7 +110,7 @@ class RecentMemory(Memory):
 
     @property
     def needs_tuning(self) -> bool:
-        """Whether it only listens, since its size or temperature is not known."""
+        """Whether size or temperature is still unknown, so that it only collects the text."""
         return self.size is None or self.temperature is None
 
     @property
@@ -122,7 +119,7 @@ class RecentMemory(Memory):
         return self.size or 0
 
     def begin_pass(self, text: np.ndarray) -> None:
-        """Forgets what was observed. Of the text it knows what it is asked about alone."""
+        """Forgets what was observed. It does not read the text itself."""
         self._forget()
 
     def _forget(self) -> None:
@@ -132,11 +129,12 @@ class RecentMemory(Memory):
         self.last_position = -1
 
     def say(self, asked: Scored) -> Opinion:
-        """The votes for the targets. As features the score of the nearest position, as a distance
-        where it is one (`nearest_distance`), the probability of the favourite token
-        (`favourite`) and how many positions there are (`positions`).
+        """log p of the targets by the votes of the recent positions. Features are
+        `nearest_distance`, the squared distance of the nearest position, or its score for `ip` and
+        `cosine`; `favourite`, the probability of the most probable token; and `positions`, the
+        number of positions that vote.
 
-        While it needs tuning, it keeps what it hears and says nothing.
+        While it needs tuning, it collects the tokens and gives every target probability 0.
 
         Raises:
             InputError: the tokens are not in the order of the text.
@@ -166,7 +164,7 @@ class RecentMemory(Memory):
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
         """See `Memory.distribution`: the tokens that followed the recent positions, and their
-        weights. Nothing depends on the last target.
+        weights. They do not depend on the last target.
 
         Raises:
             InputError: it is not tuned, or the tokens are not in the order of the text.
@@ -183,7 +181,7 @@ class RecentMemory(Memory):
         return torch.cat(ids).cpu(), torch.cat(weights).cpu()
 
     def _begin(self, asked: Scored) -> Tensor:
-        """The keys as they are compared."""
+        """The keys as `Window` compares them; opens the window at the first token of a pass."""
         if self.window is None:
             index = int(asked.positions[0])
             given = (self.size, self.similarity, self.document_end, self.device)
@@ -217,20 +215,12 @@ class RecentMemory(Memory):
             if not self.needs_tuning:
                 self.window.append(keys, tokens)
 
-    def tune(
-        self,
-        first_position: int = 0,
-        sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> Opinion:
-        """Finds the size and the temperature, of those that are not given, with which the text that
-        was heard has the highest likelihood, mixed with the language model by one weight.
-
-        Args:
-            first_position: tokens before it only warm up.
-            sum_over_ranks: adds up a float64 tensor over the ranks that heard parts of the text.
+    def tune(self) -> Opinion:
+        """Finds the size and the temperature, where they are not given, that give the collected
+        text the highest likelihood in a mixture with the language model by one weight.
 
         Returns:
-            what it would have said of all tokens heard, which it forgets.
+            its opinion on all tokens of the text, which it then forgets.
         """
         heard, self.heard = Scored.joined(self.heard), []
         self._forget()
@@ -245,8 +235,6 @@ class RecentMemory(Memory):
             new_window,
             None if self.size is None else [self.size],
             None if self.temperature is None else [self.temperature],
-            first_position,
-            sum_over_ranks,
         )
         self.size, self.temperature = self.tuning.size, self.tuning.temperature
         opinions = []
@@ -264,12 +252,12 @@ class RecentMemory(Memory):
 
 
 class WindowVotes(NamedTuple):
-    """What the positions in a window say, fp32 `[n]` each.
+    """The votes of the positions in a window, fp32 `[n]` each.
 
     Attributes:
-        log_probs: of the targets, -inf where no position carries it.
+        log_probs: log p of the targets, -inf where no position carries it.
         best: score of the nearest position, -inf where there is none.
-        favourite: probability of the token that has most; NaN where there is none.
+        favourite: probability of the most probable token; NaN where there is no position.
     """
 
     log_probs: Tensor
@@ -278,7 +266,7 @@ class WindowVotes(NamedTuple):
 
     @staticmethod
     def joined(parts: list["WindowVotes"]) -> "WindowVotes":
-        """Those of one block or more as one."""
+        """The votes of one or more blocks as one."""
         return WindowVotes(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

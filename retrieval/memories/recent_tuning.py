@@ -1,8 +1,8 @@
-"""The size of the window and the temperature with which recent tokens help a language model most,
-from what one pass over a text has heard.
+"""Finds the window size and the temperature with which the recent tokens help a language model
+most, from the keys and log-probabilities that one pass over a text has collected.
 
-For every pair of a grid, and every weight of another, the loss of the mixture p = (1 - lmbda) p_LM
-+ lmbda p_recent is added up over the tokens; all pairs come from one set of matrix products.
+For every size, temperature and lmbda of a grid, the loss of the mixture p = (1 - lmbda) p_LM +
+lmbda p_recent is added up over the tokens; all come from one set of matrix products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from neighborlm.common.contracts import Scored
+from neighborlm.retrieval.engine import LIGHTEST
 from neighborlm.retrieval.memories.tuning import octave_of
 from neighborlm.retrieval.memories.window import Block, Window
 
 SIZES = (250, 500, 1000, 2000, 4000)
 NEARLY = 1e-3
-"""Nats a token by which a smaller window may be worse than the best: it takes less time."""
+"""Nats a token by which a smaller window, which takes less time, may be worse than the best."""
 LMBDAS = torch.arange(20, dtype=torch.float64) / 20
 OCTAVES = range(-6, 1)
-"""Temperatures that are tried first, in octaves above the spread of the scores; then half an octave
-below and above the best."""
-LIGHTEST = -80.0
-"""Logarithm of the least weight beside the largest: those of less change no sum in fp32."""
+"""Temperatures to try first, in octaves above the spread of the scores; half an octave below and
+above the best of them follows."""
 TOKENS_AT_ONCE, TOKENS_OF_SPREAD = 8192, 4096
-"""Tokens of the text that are gone through at a time, and those that tell the spread."""
+"""Tokens of the text that are compared at a time, and those whose scores measure the spread."""
 
 
 class RecentTuning(NamedTuple):
@@ -56,37 +55,30 @@ def tune_recent(
     new_window: Callable[[int], Window],
     sizes: Sequence[int] | None = None,
     temperatures: Sequence[float] | None = None,
-    first_position: int = 0,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> RecentTuning:
-    """The size and temperature for a text.
+    """Finds the size and the temperature for a text.
 
     Args:
         heard: the text, in its order, with keys and the language model's log-probabilities.
         key_type: of the keys that are compared.
         new_window: makes a window of some size at the beginning of the text.
         sizes: to try, ascending; `SIZES` by default.
-        temperatures: to try; by default such as suit the scores.
-        first_position: tokens before it only warm up.
-        sum_over_ranks: adds up a float64 tensor over the ranks that have parts of the text.
+        temperatures: to try; by default octaves above the spread of the scores.
     """
     sizes = SIZES if sizes is None else sizes
     losses: dict[float, Tensor] = {}
 
     def blocks(size: int) -> Iterator[tuple[Scored, Block]]:
-        return blocks_of(heard, key_type, new_window(size), first_position)
+        return blocks_of(heard, key_type, new_window(size))
 
     def try_out(temperatures: Sequence[float]) -> None:
         total = total_losses(blocks(sizes[-1]), sizes, temperatures)
-        count = torch.tensor([float((heard.positions >= first_position).sum())]).double()
-        total, count = sum_over_ranks(torch.cat([total.flatten(), count])).split([total.numel(), 1])
-        of_each = (total / count).view(len(temperatures), len(sizes), len(LMBDAS))
-        losses.update(zip(temperatures, of_each, strict=True))
+        losses.update(zip(temperatures, total / len(heard.positions), strict=True))
 
     if temperatures is not None:
         try_out(temperatures)
     else:
-        above, count = sum_over_ranks(spread(blocks(sizes[0]))).tolist()
+        above, count = spread(blocks(sizes[0])).tolist()
         octave = octave_of(above / count)
         try_out([2.0 ** (octave + more) for more in OCTAVES])
         best = min(losses, key=lambda temperature: losses[temperature].min())
@@ -101,36 +93,26 @@ def tune_recent(
 
 
 def parts_of(heard: Scored) -> Iterator[Scored]:
-    """The tokens, `TOKENS_AT_ONCE` at a time; without what the model was asked besides."""
+    """The tokens, `TOKENS_AT_ONCE` at a time, with keys and log-probabilities alone."""
     for first in range(0, len(heard.positions), TOKENS_AT_ONCE):
         part = slice(first, first + TOKENS_AT_ONCE)
         keys = {name: key[part] for name, key in heard.keys.items()}
         yield Scored(heard.positions[part], heard.targets[part], heard.log_probs[part], keys)
 
 
-def blocks_of(
-    heard: Scored, key_type: str, window: Window, first_position: int
-) -> Iterator[tuple[Scored, Block]]:
-    """The tokens from a position on, block by block, with what they look back at."""
+def blocks_of(heard: Scored, key_type: str, window: Window) -> Iterator[tuple[Scored, Block]]:
+    """The tokens, block by block, each with the positions that it looks back at."""
     for part in parts_of(heard):
         keys = window.prepared(part.keys[key_type])
         for block in window.look(keys, part.targets):
             columns = (part.positions, part.targets, part.log_probs)
-            asked = Scored(*(column[block.tokens] for column in columns))
-            counted = asked.positions >= first_position
-            if counted.all():
-                yield asked, block
-            elif counted.any():
-                on_device = counted.to(window.device)
-                scores, columns = block.scores[on_device], block.columns[on_device]
-                asked = Scored(*(column[counted] for column in asked[:3]))
-                yield asked, block._replace(scores=scores, columns=columns)
+            yield Scored(*(column[block.tokens] for column in columns)), block
         window.append(keys, part.targets)
 
 
 def spread(blocks: Iterator[tuple[Scored, Block]]) -> Tensor:
-    """How far the best score lies above the mean of those that are there, summed over the first
-    tokens that have any, and how many tokens these are; float64 `[2]`."""
+    """How far the best score lies above the mean score, summed over the first tokens that look back
+    at any position, and the number of these tokens; float64 `[2]`."""
     total = torch.zeros(2, dtype=torch.float64)
     for _, block in blocks:
         if total[1] >= TOKENS_OF_SPREAD:
@@ -153,7 +135,7 @@ def total_losses(
         targets = asked.targets.to(block.scores.device)
         recent = log_probs_by_size(block, targets, sizes, temperatures).double().cpu()
         lm = asked.log_probs.double()[:, None, None]
-        # log(1 - l + l p_recent / p_LM) + log p_LM
+        # log p = log(1 - lmbda + lmbda p_recent / p_LM) + log p_LM
         mixed = (1 - LMBDAS + LMBDAS * (recent - lm).exp()[..., None]).log()
         total -= mixed.sum(dim=0) + lm.sum()
     return total
@@ -162,25 +144,25 @@ def total_losses(
 def log_probs_by_size(
     block: Block, targets: Tensor, sizes: Sequence[int], temperatures: Sequence[float]
 ) -> Tensor:
-    """log p of the targets `[n]` by the newest positions alone, fp32 `[n, temperatures, sizes]`.
+    """log p of the targets `[n]` by windows of several sizes, fp32 `[n, temperatures, sizes]`.
 
     Args:
-        sizes: how many are the newest, ascending, the last of them all.
+        sizes: numbers of the newest positions, ascending; the last is that of all positions.
     """
     widths = np.diff(sizes, prepend=0).tolist()[::-1]
     n, stretches = len(targets), len(widths)
-    # Each stretch of positions is weighed relative to its own best, and the votes for the target to
-    # their own, so that no window is lost beside one that is larger.
+    # The positions between two sizes are weighed relative to the best among them, and their votes
+    # for the target to the best of those, so that no small sum is lost beside a larger one.
     best = torch.stack([part.amax(dim=1) for part in block.scores.split(widths, dim=1)], dim=1)
     repeats = torch.tensor(widths, device=targets.device)
     below = block.scores - best.nan_to_num(neginf=0.0).repeat_interleave(repeats, dim=1)
     hit = (block.columns == block.column_of(targets)[:, None]) & ~block.scores.isneginf()
     rows, columns = torch.nonzero(hit, as_tuple=True)
     cell = rows * stretches + torch.searchsorted(repeats.cumsum(dim=0), columns, right=True)
-    of_hits = block.scores[rows, columns]
-    best_hit = of_hits.new_full((n * stretches,), -torch.inf)
-    best_hit.scatter_reduce_(0, cell, of_hits, "amax")
-    below_hit = of_hits - best_hit[cell]
+    hit_scores = block.scores[rows, columns]
+    best_hit = hit_scores.new_full((n * stretches,), -torch.inf)
+    best_hit.scatter_reduce_(0, cell, hit_scores, "amax")
+    below_hit = hit_scores - best_hit[cell]
 
     def weights(below: Tensor, temperature: float) -> Tensor:
         return (below / temperature).clamp_(min=LIGHTEST).exp_()

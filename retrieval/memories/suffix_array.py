@@ -2,8 +2,8 @@
 
 A directory with `suffixes.npy` [N], uint32 or for 2^32 tokens and more uint64: the offsets of the
 text's suffixes in lexicographic order (Manber and Myers, SIAM J. Computing 1993). The tokens
-themselves stay where they are. It is built in memory, in a minute for 100 million tokens, and a
-killed run begins anew.
+themselves are not copied. The array is built in memory, in a minute for 100 million tokens; after a
+kill it is built anew.
 """
 
 from collections.abc import Callable, Mapping
@@ -159,7 +159,8 @@ class SuffixArray:
 
     def longest(self, text: np.ndarray, positions: np.ndarray) -> Matches:
         """The longest suffix of the text before each position that occurs here, followed by a
-        token; where not even the last token does, the empty phrase, which every token follows.
+        token. Where not even the last token occurs, it is the empty phrase, which every token
+        follows.
 
         Args:
             text: integers `[M]`; a token outside the vocabulary ends what can match.
@@ -180,8 +181,9 @@ class SuffixArray:
         return matches
 
     def last(self, text: np.ndarray, positions: np.ndarray, most: int) -> list[Matches]:
-        """The last one, two, ... `most` tokens before each position, as one `Matches` a length;
-        without occurrences where they do not occur or the text begins later. See `longest`."""
+        """The last one, two, ..., `most` tokens before each position, one `Matches` for each
+        length. A phrase has no occurrences where it does not occur or would begin before the text.
+        See `longest`."""
         text, n = _checked(text, positions), len(positions)
         begins, ends = self._in_parts(
             partial(loops.match_last, *self._arrays, text), (positions,), 2, (n, most)
@@ -199,7 +201,7 @@ class SuffixArray:
     def summary(self, matches: Matches) -> Continuations:
         """How many different tokens follow each phrase, and how often the most frequent one."""
         phrases, inverse = _distinct(matches)
-        # What follows a frequent token takes as long as all else, so it is kept.
+        # Counting what follows a frequent token takes as long as all the rest: its result is kept.
         short = np.flatnonzero((phrases.lengths <= 1) & (phrases.counts > 0))
         first_tokens = self.tokens[self.suffixes[phrases.begins[short]]]
         slots = np.where(phrases.lengths[short] == 0, self.vocab_size, first_tokens)
@@ -218,8 +220,8 @@ class SuffixArray:
         return np.full((2, self.vocab_size + 1), UNKNOWN)
 
     def continuations(self, matches: Matches) -> tuple[np.ndarray, np.ndarray]:
-        """What follows each phrase: token ids int64 `[n, m]`, ascending, and how often they do
-        int64 `[n, m]`, 0 where there are fewer; m is the largest number of different ones."""
+        """The tokens that follow each phrase: ids int64 `[n, m]`, ascending, and counts int64
+        `[n, m]`, 0 where there are fewer than m, the largest number of different tokens."""
         distinct = self.summary(matches).distinct
         shape = (len(distinct), int(distinct.max(initial=0)))
         loop = partial(loops.list_continuations, self.tokens, self.suffixes)
@@ -227,8 +229,8 @@ class SuffixArray:
         return ids, counts
 
     def occurrences(self, matches: Matches, most: int) -> np.ndarray:
-        """Offsets of the tokens that follow the first occurrences of each phrase in the order of
-        the array, so by what follows: int64 `[n, most]`, -1 where there are fewer."""
+        """Offsets of the tokens that follow the first `most` occurrences of each phrase, in the
+        order of the array: int64 `[n, most]`, -1 where there are fewer."""
         places = matches.begins[:, None] + np.arange(most)
         there = places < matches.ends[:, None]
         offsets = self.suffixes[np.where(there, places, 0)].astype(np.int64)
@@ -242,8 +244,8 @@ class SuffixArray:
     def _in_parts(
         loop: Callable, columns: tuple[np.ndarray, ...], results: int, shape: Any
     ) -> np.ndarray:
-        """Runs a loop over parts of some columns `[n]`, on all cores that searches take; gives its
-        results, zeros where it writes nothing."""
+        """Runs a loop over parts of some columns `[n]`, on as many cores as a search takes; its
+        results are zeros where it writes nothing."""
         written = np.zeros((results, *np.atleast_1d(shape)), dtype=np.int64)
 
         def work(first: int) -> None:
@@ -280,13 +282,13 @@ def _write_suffixes(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 def sort_suffixes(tokens: np.ndarray, vocab_size: int, suffixes: np.ndarray) -> None:
     """Writes the offsets of a text's suffixes in lexicographic order.
 
-    Tokens are written as bytes, the highest first: of the suffixes of those, the ones that begin
-    with a token have the order of the tokens' own.
+    Each token is written as bytes, the highest first, and the suffixes of the bytes are sorted:
+    those that begin where a token begins are in the order of the tokens' suffixes. Sorting takes
+    five bytes of memory for each of these bytes, or nine from 2^31 bytes on.
 
     Args:
         tokens: unsigned `[N]`, below `vocab_size`.
-        suffixes: unsigned `[N]`, to be written. Besides, sorting takes five bytes of memory for
-            each byte of a token, and nine where there are 2^31 bytes or more.
+        suffixes: unsigned `[N]`, to be written.
     """
     width = max(-(-(vocab_size - 1).bit_length() // 8), 1)
     packed = np.empty((len(tokens), width), dtype=np.uint8)
@@ -311,16 +313,16 @@ def _checked(text: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view that nobody can write to: loops are compiled for each type of array, and what is
-    mapped from disk is of another than what is not."""
+    """A read-only view. Loops are compiled for each type of array, and read-only arrays, such as
+    those mapped from disk, are a type of their own."""
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
 
 
 def _distinct(matches: Matches) -> tuple[Matches, np.ndarray]:
-    """The different phrases, and which of them each is, int64 `[n]`: a frequent one, which takes
-    long, comes again and again."""
+    """The distinct phrases, and which of them each phrase is, int64 `[n]`: frequent ones, which
+    take long, recur."""
     order = np.lexsort((matches.lengths, matches.begins))
     ordered = np.stack([column[order] for column in matches])
     new = np.ones(len(order), dtype=bool)

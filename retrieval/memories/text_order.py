@@ -1,19 +1,20 @@
-"""Whether the lines of a text stand in an order that means something.
+"""Tells a running text from shuffled lines.
 
-In a running text a line repeats rare words of the line before it; among shuffled sentences it
-shares no more of them with its neighbour than with any other line, and a memory of the recent
-tokens has nothing to remember.
+In a running text a line repeats rare words of the line before. A shuffled line shares no more of
+them with its neighbour than with any other line, and a memory of the recent tokens has nothing to
+remember.
 """
 
 import numpy as np
 
 TOKENS, LINES = 300_000, 100
-"""How many tokens are looked at, the first ones, and of how many lines at least."""
+"""How many tokens, from the first on, are compared, and the smallest number of lines that is
+judged."""
 FREQUENT = 200
-"""The most frequent tokens, which lines share whatever their order, are left out."""
+"""How many of the most frequent tokens are left out: lines share them in any order."""
 TIMES, SHARED = 1.2, 100
-"""A line shares more with the next than with a distant one, by this factor, in a running text; it
-can be told if at least so many tokens are shared with distant ones."""
+"""In a running text a line shares this many times more tokens with the next line than with a
+distant one; the smallest number of tokens shared with distant lines that is judged."""
 
 
 def lines_are_shuffled(tokens: np.ndarray, line_starts: np.ndarray) -> bool:
@@ -24,7 +25,7 @@ def lines_are_shuffled(tokens: np.ndarray, line_starts: np.ndarray) -> bool:
         line_starts: int64 `[lines + 1]`, the last is N.
 
     Returns:
-        False also where it cannot be told: of few lines, or lines that share nothing.
+        False also where that cannot be judged: few lines, or lines that share nothing.
     """
     tokens = np.asarray(tokens[:TOKENS]).astype(np.int64)
     lengths = np.diff(np.minimum(line_starts, len(tokens)))

@@ -1,12 +1,12 @@
-"""Perplexity for many k, temperatures and lmbdas at once, from what one pass of retrieval found;
-and the search for the best pair.
+"""The loss of a kNN-LM for many k, temperatures and lmbdas at once, from the neighbours that one
+pass of retrieval found, and the search for the best pair.
 
 Neighbours come nearest first, so those of a smaller k are the first of a larger (see
 `knn.knn_log_probs`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,18 +37,6 @@ def sweep(
     Returns:
         float64 `[ks, temperatures, lmbdas]`, nats per token.
     """
-    total, count = total_losses(blocks, ks, temperatures, lmbdas)
-    return (total / count).numpy()
-
-
-def total_losses(
-    blocks: Iterable[Retrieved],
-    ks: Sequence[int],
-    temperatures: Sequence[float],
-    lmbdas: Sequence[float],
-) -> tuple[Tensor, int]:
-    """Summed negative log-likelihoods, float64 `[ks, temperatures, lmbdas]`, and the number of
-    tokens; for the arguments see `sweep`."""
     weights = torch.as_tensor(lmbdas, dtype=torch.float64)
     total = torch.zeros(len(ks), len(temperatures), len(weights), dtype=torch.float64)
     count = 0
@@ -61,12 +49,12 @@ def total_losses(
             for i in range(len(temperatures)):
                 mixed = mixture([lm[:, None, None], of_knn[:, :, i, None]], [1 - weights, weights])
                 total[:, i] -= mixed.sum(0, dtype=torch.float64)
-    return total, count
+    return (total / count).numpy()
 
 
 def spread(blocks: Iterable[Retrieved]) -> tuple[Tensor, int]:
-    """How far the best score lies above the mean of those that are not missing, summed over the
-    tokens that have any, and how many tokens there are."""
+    """How far each token's best score lies above the mean of its scores, missing ones left out:
+    the sum over all tokens, to which one without neighbours adds 0, and the number of tokens."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for block in blocks:
         count += len(block.scores)
@@ -97,10 +85,8 @@ class Tuning(NamedTuple):
     losses: np.ndarray
 
 
-def tune(
-    blocks: Iterable[Retrieved], sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tuning:
-    """The lmbda and temperature that give retrieved tokens the highest likelihood.
+def tune(blocks: Iterable[Retrieved]) -> Tuning:
+    """Finds the lmbda and temperature that give retrieved tokens the highest likelihood.
 
     Temperatures are tried by octaves around the spread of the scores, then by quarter octaves
     around the best; each with lmbda from 0 to 0.99 in steps of 0.01.
@@ -108,19 +94,17 @@ def tune(
     Args:
         blocks: such as a `RetrievalCache` or a list, gone through three times; neighbours may come
             in any order.
-        sum_over_ranks: adds up a float64 tensor over the ranks that hold parts of the tokens.
     """
-    total, own = spread(blocks)
-    total, count = sum_over_ranks(torch.stack([total, torch.tensor(float(own)).double()])).tolist()
-    octave = octave_of(total / count)
-    k = next((block.scores.shape[1] for block in blocks), 1)
+    total, count = spread(blocks)
+    octave = octave_of(total.item() / count)
+    k = next(iter(blocks)).scores.shape[1]
     lmbdas = np.arange(100) / 100
     losses: dict[float, np.ndarray] = {}
 
     def try_out(exponents: np.ndarray) -> float:
         temperatures = [t for t in (2.0**exponents).tolist() if t not in losses]
-        table = sum_over_ranks(total_losses(blocks, [k], temperatures, lmbdas)[0])[0] / count
-        losses.update(zip(temperatures, table.numpy(), strict=True))
+        (table,) = sweep(blocks, [k], temperatures, lmbdas)
+        losses.update(zip(temperatures, table, strict=True))
         return math.log2(min(losses, key=lambda t: losses[t].min()))
 
     best = try_out(np.arange(octave - 7.0, octave + 6.0))

@@ -1,7 +1,8 @@
-"""`Window`: what the tokens of a running text look back at, by blocked matrix products.
+"""`Window`: compares each token of a running text with the recent positions, by blocked matrix
+products.
 
-A text is given part by part, in its order. Each of its tokens is compared with the keys of the last
-`size` positions before it, wherever parts and batches end.
+The text comes part by part, in its order. Each token is compared with the keys of the last `size`
+positions before it, wherever the parts begin and end.
 """
 
 from collections.abc import Iterator
@@ -14,19 +15,20 @@ from neighborlm.common.contracts import Metric
 
 BLOCK = 64
 """Tokens whose windows are multiplied together. Blocks begin at multiples of it and are always
-whole, so that the figure of a token does not depend on how many are given at a time."""
+full, so that the probability of a token does not depend on how the text is cut into parts."""
 
 
 class Block(NamedTuple):
-    """What some tokens, at most `BLOCK`, look back at.
+    """The positions that n tokens, at most `BLOCK`, look back at.
 
     Attributes:
-        tokens: which of those that were given they are.
-        scores: fp32 `[n, size]`, of the positions before each, the oldest first; -inf where there
-            is none. Squared distances lack the square of the query, which all have in common.
+        tokens: places of these tokens among those of the part.
+        scores: fp32 `[n, size]`, of the positions before each token, the oldest first; -inf where
+            there is none. For `l2` they lack the squared length of the query, a constant of a row.
         vocabulary: int64 `[v]`, the tokens that followed any of these positions, ascending.
-        columns: int64 `[n, size]`, which of the vocabulary followed each; any where there is none.
-        complete: whether none is missing.
+        columns: int64 `[n, size]`, where in the vocabulary the token is that followed each
+            position; any where there is no position.
+        complete: whether no position is missing.
     """
 
     tokens: slice
@@ -36,7 +38,7 @@ class Block(NamedTuple):
     complete: bool
 
     def column_of(self, tokens: Tensor) -> Tensor:
-        """Where some tokens, int64 `[n]`, are in the vocabulary, -1 for those that are not."""
+        """Where tokens int64 `[n]` are in the vocabulary; -1 for those that are not in it."""
         column = torch.searchsorted(self.vocabulary, tokens).clamp_(max=len(self.vocabulary) - 1)
         return torch.where(self.vocabulary[column] == tokens, column, -1)
 
@@ -47,9 +49,10 @@ class Window:
     Args:
         size: how many of them a token looks back at.
         similarity: inner product, cosine or `l2`, minus a squared distance.
-        document_end: token after which none looks back beyond it; None: all is one document.
+        document_end: token that ends a document, which no later token looks back beyond; None where
+            the text is one document.
         device: where keys lie and are compared.
-        index: of the first token in the text, by which blocks are cut.
+        index: of the first token in the text; blocks begin at multiples of `BLOCK`.
     """
 
     def __init__(
@@ -71,13 +74,13 @@ class Window:
         self.followed = torch.zeros(size + BLOCK, dtype=torch.int64, device=self.device)
 
     def prepared(self, keys: Tensor) -> Tensor:
-        """Keys `[n, d]` of any type and place, as they are compared: fp32 `[n, d]`."""
+        """Keys `[n, d]`, of any type and on any device, as they are compared: fp32 `[n, d]`."""
         keys = keys.to(self.device, torch.float32)
         return torch.nn.functional.normalize(keys) if self.similarity == "cosine" else keys
 
     def seen(self, followed: Tensor) -> Tensor:
-        """How many positions each of the next tokens int64 `[n]`, on the CPU, looks back at, int64
-        `[n]`. That of a token depends on those before it alone."""
+        """How many positions each of the next tokens int64 `[n]`, on the CPU, looks back at: int64
+        `[n]`. The number depends on earlier tokens alone."""
         index = torch.arange(self.index, self.index + len(followed))
         starts = torch.full_like(index, self.document_start)
         if self.document_end is not None:
@@ -107,18 +110,18 @@ class Window:
             first, last, at = max(start, 0), min(start + BLOCK, n), before + start
             visible, queries = slice(at - size, at + BLOCK - 1), keys[at : at + BLOCK]
             scores = torch.addmm(offset[visible], queries, keys[visible].T, alpha=factor)
-            # Row j looks at the columns from j to j + size: the window moves on with the token.
+            # Row j looks at the columns j to j + size - 1: the window moves on with the token.
             rows = slice(first - start, last - start)
             scores = scores.as_strided((BLOCK, size), (scores.shape[1] + 1, 1))[rows]
-            whole = bool(complete[first:last].all())
-            if not whole:
+            all_there = bool(complete[first:last].all())
+            if not all_there:
                 scores.masked_fill_(age > seen[first:last, None], -torch.inf)
             vocabulary, columns = followed[visible].unique(return_inverse=True)
             columns = columns.as_strided((BLOCK, size), (1, 1))[rows]
-            yield Block(slice(first, last), scores, vocabulary, columns, whole)
+            yield Block(slice(first, last), scores, vocabulary, columns, all_there)
 
     def append(self, keys: Tensor, followed: Tensor) -> None:
-        """Goes on after n tokens, given as to `look`."""
+        """Moves on by n tokens; see `look` for the arguments."""
         if self.document_end is not None:
             ends = torch.nonzero(followed == self.document_end)
             if len(ends):
@@ -130,7 +133,7 @@ class Window:
         self.index += len(keys)
 
     def _kept(self, keys: Tensor) -> Tensor:
-        """The keys of the last positions, of the width of some keys."""
+        """The keys of the last positions; zeros as wide as these keys at first."""
         if self.keys is None:
             self.keys = keys.new_zeros(len(self.followed), keys.shape[1])
         return self.keys

@@ -33,15 +33,15 @@ QUERIES_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class TableSettings:
-    """How the neighbours of a table are found: what determines it beside the two datastores.
+    """How the neighbours of a table are found: with the two datastores, this determines the table.
 
     Attributes:
         metric: how keys are compared.
         index: `flat` or what the index is called.
         nprobe: inverted lists that a query visits.
-        k: neighbours a token.
-        exclude_window: of a split that searches itself, rows less than this many tokens away from
-            the query's own are left out; k are found all the same.
+        k: neighbours of a token.
+        exclude_window: where a split searches itself, rows less than this many tokens away from the
+            query's own are left out; k other neighbours are found.
     """
 
     metric: Metric
@@ -216,7 +216,7 @@ def find_table(
 
 
 class NeighborSearch:
-    """Makes one neighbour table: searches for every token, and keeps what is done.
+    """Makes one neighbour table: searches for every token, and goes on where a killed run stopped.
 
     Args:
         queries: the split's own datastore, or one shard of it; row i is the query of token i, rows
@@ -285,9 +285,9 @@ class NeighborSearch:
     def _search(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Rows `[n, k]`, those in the window left out.
 
-        Few queries have much of their window among their neighbours: all fetch a little more than
-        k, and those who then lack some four times as many, until what they fetch is enough in any
-        case.
+        Few queries have much of their window among their neighbours. So all fetch a little more
+        than k; those with fewer than k left then fetch four times as many, until they fetch enough
+        for any window.
         """
         k = self.settings.k
         enough = k + max(2 * self.settings.exclude_window - 1, 0)

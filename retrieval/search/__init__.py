@@ -1,7 +1,8 @@
-"""Finds the nearest keys of a datastore: exact search, indexes of faiss, shards; builds indexes.
+"""Finds the nearest keys of a datastore, by exact search or by an index of faiss, and builds
+indexes.
 
-`open_retriever` gives what a `Search` describes. Another kind of index is a class of one's own that
-derives from `BaseRetriever`, and one entry in `INDEX_KINDS`.
+This room's door is `open_retriever`, which opens the retriever that a `Search` describes. A new
+kind of index is a class that derives from `BaseRetriever`, and one entry in `INDEX_KINDS`.
 """
 
 from neighborlm.retrieval.search.index import INDEX_KINDS, Search, open_retriever

@@ -1,11 +1,12 @@
 """Building a faiss index over a datastore, resumably.
 
-While it is built, `<name>.faiss.partial` holds the trained index with the keys added so far. One
-that is larger than `PART_BYTES` is built in parts, and its lists are merged on disk into
-`<name>.faiss.lists`; not so the fast-scan types, whose lists faiss can only hold in memory.
+While it is built, `<name>.faiss.partial` holds the trained index with the keys added so far. An
+index larger than `PART_BYTES` is built in parts, whose lists are merged on disk into
+`<name>.faiss.lists`; the fast-scan types are not, since faiss can hold their lists only in memory.
 
-Where a datastore lies in shards, each has an index of its own beside its keys. All begin with
-`<name>.faiss.trained` beside the manifest of the whole, so that what they find compares.
+Where a datastore lies in shards, each has an index of its own beside its keys. All begin with the
+trained index `<name>.faiss.trained` beside the manifest of the whole, so that their distances can
+be compared.
 """
 
 import time
@@ -41,12 +42,12 @@ from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
 TRAINED = Format("trained index", FORMAT.version, ("fingerprint",), FORMAT.libraries)
 POINTS_PER_CENTROID = 64
 SAMPLE_AT_LEAST = 65536
-"""Training vectors beyond what the centroids need, for the quantiser's sake."""
+"""Smallest number of training vectors, which the quantiser needs whatever the number of lists."""
 GPUS = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 PART_BYTES = 512 << 20
-"""What inverted lists may take in memory while they are built."""
+"""Largest size of inverted lists in memory while they are built."""
 PARTIAL_EVERY = 60.0
-"""Seconds of adding after which a partial index is kept (more if keeping it takes long)."""
+"""Seconds of adding after which the partial index is saved; more where saving takes long."""
 
 
 def sample_size(lists: int, n_keys: int) -> int:
@@ -55,7 +56,7 @@ def sample_size(lists: int, n_keys: int) -> int:
 
 
 def _bytes_of_lists(index: faiss.Index) -> int:
-    """What the codes and ids of an index take in memory; 0 if they cannot be merged on disk."""
+    """Bytes of an index's codes and ids in memory; 0 where lists cannot be merged on disk."""
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is None or GPUS:
         return 0
@@ -77,14 +78,14 @@ def on_gpus(index: faiss.Index) -> faiss.Index:
 
 
 class IndexBuilding:
-    """Builds one index: trains it on a sample, adds every key, and keeps what is done.
+    """Builds one index: trains it on a sample, adds every key, and saves its state on the way.
 
     Args:
-        datastore: whose keys to index.
+        datastore: its keys are indexed.
         factory: faiss factory string.
-        metric: how to compare.
+        metric: how keys are compared.
         seed: of the training sample.
-        trained: what `train` has left of the whole, where the datastore is a shard of it.
+        trained: the trained index that `train` has published, where the datastore is a shard.
     """
 
     def __init__(
@@ -105,12 +106,12 @@ class IndexBuilding:
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.seconds = {"train": 0.0, "add": 0.0, "measure": 0.0}
         self.recall: dict[str, Any] = {}
-        """What `RecallSample.measure` found, once the index is built."""
+        """The result of `RecallSample.measure`, once the index is built."""
         self.parts: list[str] = []
         """Names of the files that hold the first keys, in order."""
         self.n_in_parts = 0
-        self.whole = True
-        """False while faiss adds: what an exception leaves then is no index to go on from."""
+        self.consistent = True
+        """False while faiss adds keys: after an exception the index is not fit to go on from."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -143,25 +144,25 @@ class IndexBuilding:
         return True
 
     def job(self, work: Callable[[], object]) -> Job:
-        """Having `work` build it, which is to call `run`, unless it is there."""
+        """The job of building it, unless it is there, by `work`, which must call `run`."""
         return Job(self.artifact.lock(), self.is_complete, work)
 
     @property
     def trained_path(self) -> Path:
-        """What `train` publishes, with a `.json` beside it."""
+        """The file that `train` publishes, with a `.json` beside it."""
         part = self.datastore.part
         path = self.path if part is None else part.path / self.path.name
         return path.with_name(f"{path.name}.trained")
 
     def training_job(self, report: Report) -> Job:
-        """Having it trained, unless it is there."""
+        """The job of training it, unless that is done."""
         artifact = Artifact.file(TRAINED, self.trained_path)
         return Job(artifact.lock(), self._is_trained, lambda: self.train(report))
 
     def train(self, report: Report = lambda *_: None) -> Path:
-        """Publishes the trained index without any key in the directory of the whole, for those of
-        the shards to begin with, unless it is there already. Where the datastore is one shard, the
-        sample is of its keys.
+        """Publishes the trained index, without any key, in the directory of the whole, unless it is
+        there already; the shards' indexes begin with it. Where the datastore is one shard, the
+        sample comes from its keys.
 
         Raises:
             InputError: one of this name is there, but made from something else.
@@ -202,7 +203,7 @@ class IndexBuilding:
         try:
             self._add(index, sample, report)
         except KeyboardInterrupt:
-            if self.whole:
+            if self.consistent:
                 self._keep(index)
             raise
         if self.parts:
@@ -286,10 +287,10 @@ class IndexBuilding:
             keys = normalized(block, self.metric)
             with self._timed("measure"):
                 sample.show(keys)
-            self.whole = False
+            self.consistent = False
             with interrupts_held() as held:
                 self._add_block(index, keys, done)
-            self.whole = True
+            self.consistent = True
             done += len(block)
             report("adding", done, total)
             if held:
@@ -305,7 +306,7 @@ class IndexBuilding:
                 pause = max(PARTIAL_EVERY, 10 * (last_kept - start))
 
     def _show_again(self, sample: RecallSample, done: int, report: Report) -> None:
-        """Shows the sample the first `done` keys, which an interrupted run has added."""
+        """Compares the recall sample with the first `done` keys, which an interrupted run added."""
         blocks = self.datastore.blocks()
         while sample.n_shown < done:
             block = next(blocks)[: done - sample.n_shown]
@@ -321,7 +322,7 @@ class IndexBuilding:
             index.add(keys)
 
     def _put_aside(self, index: faiss.Index) -> None:
-        """Makes a part of what was added since the last one, and empties the index."""
+        """Writes the keys added since the last part as a new part, and empties the index."""
         part = self.path.with_name(f"{self.path.name}.part-{len(self.parts)}")
         self._write(index, part)
         self.n_in_parts += index.ntotal
@@ -330,7 +331,7 @@ class IndexBuilding:
         self._keep(index)
 
     def _merge(self, index: faiss.Index, report: Report) -> None:
-        """Fills the index with all parts, its lists being in a file."""
+        """Merges the lists of all parts into a file, which becomes the index's lists."""
         report("merging", 0, 1)
         self._put_aside(index)
         files = [str(self.path.with_name(part)) for part in self.parts]

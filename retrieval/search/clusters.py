@@ -1,9 +1,8 @@
 """Clusters of a datastore's keys: the states of RetoMaton's automaton (Alon et al., ICML 2022).
 
-`clusters-<count>.npy` int32 [N] lies beside the keys and says to which of the k-means clusters each
-row belongs, -1 where it has no key; `clusters-<count>-centroids.npy` fp32 [count, d] beside it has
-their centres. Until all rows are assigned `clusters-<count>.json` says up to which they are, and a
-killed run goes on from there.
+Beside the keys, `clusters-<count>.npy` int32 [N] has the k-means cluster of each row, -1 for a row
+without a key, and `clusters-<count>-centroids.npy` fp32 [count, d] the centroids. The manifest
+`clusters-<count>.json` says how many rows are assigned, and a killed run goes on from there.
 """
 
 from dataclasses import dataclass
@@ -21,21 +20,21 @@ from neighborlm.retrieval.store.datastore import BLOCK_BYTES, Datastore
 
 FORMAT = Format("set of clusters", 1, ("rows", "datastore", "clusters", "seed"), ("faiss", "numpy"))
 KEYS_A_CLUSTER = 100
-"""What `auto` makes of them, as the paper does."""
+"""Keys to each cluster for `auto`, as in the paper."""
 SAMPLE_A_CLUSTER = 64
-"""Keys of each cluster that k-means sees; faiss asks for 39 at least."""
+"""Keys to each cluster in the sample for k-means; faiss asks for at least 39."""
 ITERATIONS = 20
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which rows belong together.
+    """The clusters of all rows.
 
     Attributes:
         labels: int32 `[N]`, the cluster of each row, -1 for a row without a key.
-        count: how many there are.
+        count: number of clusters.
         members: int64, rows of the first cluster in ascending order, then those of the next one.
-        bounds: int64 `[count + 1]`, where those of each begin, and the last one's end.
+        bounds: int64 `[count + 1]`; cluster i has `members[bounds[i] : bounds[i + 1]]`.
     """
 
     labels: np.ndarray
@@ -45,7 +44,7 @@ class Clusters:
 
     @classmethod
     def of(cls, labels: np.ndarray, count: int) -> "Clusters":
-        """Of the labels of all rows.
+        """The clusters that the labels of all rows describe.
 
         >>> clusters = Clusters.of(np.array([1, 0, -1, 1], np.int32), 2)
         >>> clusters.members.tolist(), clusters.bounds.tolist()
@@ -57,7 +56,7 @@ class Clusters:
 
 
 def cluster_count(datastore: Datastore, clusters: int | Literal["auto"]) -> int:
-    """How many clusters `auto` stands for; any other number as it is.
+    """The number of clusters that `auto` stands for; any other number as it is.
 
     Raises:
         InputError: more clusters than keys.
@@ -74,17 +73,17 @@ def cluster_count(datastore: Datastore, clusters: int | Literal["auto"]) -> int:
 def ensure_clusters(
     datastore: Datastore, count: int, seed: int = 1, report: Report = lambda *_: None
 ) -> Clusters:
-    """Opens the clusters of a datastore; makes them where they are missing, or the rest of them. Of
+    """Opens the clusters of a datastore, after making them where they are missing or unfinished. Of
     several processes one makes them and the others wait.
 
     Args:
-        datastore: the whole.
-        count: how many.
+        datastore: the whole datastore, not a shard.
+        count: number of clusters.
         seed: of the sample and of k-means.
         report: called with a stage, how much of it is done, and how much there is.
 
     Raises:
-        InputError: those that are there are of another datastore or seed, or the disk has no room.
+        InputError: the clusters there are of another datastore or seed, or the disk has no room.
     """
     path = datastore.path / f"clusters-{count}.npy"
     artifact = Artifact(FORMAT, path.with_suffix(".json"), path)
@@ -113,7 +112,7 @@ def ensure_clusters(
 def _assigned(
     datastore: Datastore, centroids: np.ndarray, first: int, last: int
 ) -> tuple[np.ndarray]:
-    """Labels of these rows: which of the centroids fp32 `[count, d]` is nearest to each."""
+    """Labels of rows `first` to `last`: the nearest of the centroids fp32 `[count, d]`."""
     labels = np.full(last - first, -1, dtype=np.int32)
     rows = np.setdiff1d(np.arange(first, last), datastore.masked, assume_unique=True)
     if len(rows):

@@ -1,4 +1,5 @@
-"""Search of a faiss index: by the engine where many queries share inverted lists, else by faiss."""
+"""Searches a faiss index: by the engine where many queries share inverted lists, otherwise by
+faiss."""
 
 import faiss
 import numpy as np
@@ -10,14 +11,15 @@ from neighborlm.retrieval.store.datastore import Datastore
 
 
 class FaissRetriever(BaseRetriever):
-    """A built index.
+    """Searches with a complete index.
 
     Args:
         index: trained and filled; its ids count the datastore's keys.
-        datastore: what it was built from.
-        metric: what it was built with.
-        nprobe: inverted lists to visit, where the index has any. Where something else than
-            transformations of the queries lies before them, `auto` visits the most it would.
+        datastore: the datastore that it was built from.
+        metric: the metric that it was built with.
+        nprobe: number of inverted lists to visit, where the index has any. Where something other
+            than transforms of the queries comes before the lists, `auto` visits its largest number
+            for every query.
         name: of the index, for messages.
     """
 
@@ -44,7 +46,7 @@ class FaissRetriever(BaseRetriever):
                 if ListSearch.serves(ivf):
                     self.lists = ListSearch(ivf, probing)
 
-        # An index of the original program counts rows, zero ones at the end included.
+        # The ids of the original program's indexes count rows, with those of zeros at the end.
         self.counts_rows = index.ntotal != datastore.n_keys
         self.finds_masked = self.counts_rows and len(datastore.masked) > 0
         halves = datastore.keys.dtype == np.float16 and metric != "cosine"
@@ -67,7 +69,7 @@ class FaissRetriever(BaseRetriever):
 
     def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
         """See `contracts.Retriever.vote`."""
-        # Masked rows count among the k, but have no vote.
+        # Masked rows that the index finds are among the k, but have no vote.
         shared = None if self.finds_masked else self._shared(normalized(queries, self.metric))
         if shared is None:
             return super().vote(queries, k, targets, temperature)
@@ -83,7 +85,7 @@ class FaissRetriever(BaseRetriever):
             self.lists.vote(one, 1, nothing, np.zeros(1, dtype=np.int64), 1.0)
 
     def _shared(self, queries: np.ndarray) -> np.ndarray | None:
-        """The queries as the lists see them, if there are enough of them to share the lists."""
+        """The queries as the lists see them; None where they are too few to share lists."""
         if self.lists is None or not self.lists.pays(len(queries)):
             return None
         return self._transformed(queries)
@@ -109,7 +111,7 @@ class FaissRetriever(BaseRetriever):
         return ids
 
     def _missing_last(self, found: Neighbors) -> Neighbors:
-        """Moves masked rows that were found to the end."""
+        """Moves masked rows to the end, as missing."""
         if not self.finds_masked:
             return found
         order = np.argsort(found.rows < 0, axis=1, kind="stable")
@@ -118,7 +120,7 @@ class FaissRetriever(BaseRetriever):
 
 
 class ValuesOfIds:
-    """The values of a datastore by the ids of an index, to be indexed by arrays of these."""
+    """The values of a datastore, indexed by arrays of an index's ids."""
 
     def __init__(self, retriever: FaissRetriever) -> None:
         self.retriever = retriever

@@ -1,5 +1,5 @@
-"""What `--knn.index` names, and how it is opened: the registry of the kinds of index, and the index
-files of faiss.
+"""Opens the index that `--knn.index` names: one of the registry `INDEX_KINDS`, or an index file of
+faiss.
 
 `<name>.faiss` lies beside the keys, with `<name>.faiss.json` as its manifest; `search.building`
 makes both. Where a datastore lies in shards, each has an index of its own beside its keys.
@@ -28,9 +28,8 @@ from neighborlm.retrieval.store.datastore import Datastore
 
 FORMAT = Format("index", 2, libraries=("faiss", "numpy"))
 NUMBERED_RIGHTLY = 2
-"""The first version whose parts are merged right: `merge_ondisk` shifts the ids of each part by its
-own size in place of the sizes of those before it, which only comes to the same where all are equal.
-"""
+"""The first version that merges parts correctly: faiss's `merge_ondisk` shifts the ids of a part by
+a number that is right only where all parts are equally large."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Search:
     Attributes:
         index: `auto` (by size), one of `INDEX_KINDS`, a faiss factory string or the path of an
             index.
-        metric: what keys are compared by.
+        metric: how keys are compared.
         nprobe: inverted lists to visit, where the index has any.
         device: where `torch` computes.
     """
@@ -55,8 +54,8 @@ INDEX_KINDS: dict[str, Callable[[Datastore, Search], Retriever]] = {
     "flat": lambda datastore, search: FlatRetriever(datastore, search.metric),
     "torch": lambda datastore, search: TorchRetriever(datastore, search.metric, search.device),
 }
-"""By the names of `--knn.index`, what opens an index that needs no building; all other names are
-faiss factory strings or paths. Another kind is one more entry."""
+"""By the names of `--knn.index`: opens an index that needs no building. All other names are faiss
+factory strings or paths. A new kind is one more entry."""
 EXHAUSTIVE = ("flat", "torch")
 """Kinds that compare a query with every key: nprobe means nothing to them."""
 
@@ -67,11 +66,11 @@ EXHAUSTIVE = ("flat", "torch")
 def auto_factory(n_keys: int, dim: int, memory_bytes: int | None = None) -> str:
     """The index that `auto` stands for.
 
-    Exact search while reading every key is cheap; then inverted lists of half-precision keys,
-    of 8-bit keys, and of one-bit codes as memory binds. About 2 sqrt(n) lists.
+    Exact search while reading every key is cheap; then inverted lists, about 2 sqrt(n) of them, of
+    half-precision keys, or of 8-bit keys or one-bit codes where memory does not suffice.
 
     Args:
-        memory_bytes: what the index may take; by default a quarter of the machine's memory.
+        memory_bytes: largest size of the index; by default a quarter of the machine's memory.
     """
     if memory_bytes is None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
@@ -91,14 +90,14 @@ def artifact_of(path: Path) -> Artifact:
 
 
 def resolve(datastore: Datastore, index: str) -> str:
-    """`auto` replaced by what it stands for, which is that of the whole where the datastore is a
-    part; everything else as it is."""
+    """Replaces `auto` by the index that it stands for, that of the whole where the datastore is a
+    shard; returns any other name as it is."""
     return auto_factory(datastore.n_keys_of_whole, datastore.dim) if index == "auto" else index
 
 
 def is_path(index: str) -> bool:
-    """Whether `--knn.index` names a file; files called `auto` or like a kind of index need a folder
-    before their name."""
+    """Whether `--knn.index` is the path of a file. A file called `auto`, or like a kind of index,
+    needs a folder before its name."""
     if index == "auto" or index in INDEX_KINDS:
         return False
     return index.endswith((".faiss", ".index")) or os.sep in index or Path(index).is_file()
@@ -128,9 +127,9 @@ def index_path(datastore: Datastore, factory: str, metric: Metric) -> Path:
 
 
 def open_retriever(datastore: Datastore, search: Search) -> Retriever:
-    """Opens what searches a datastore by this process alone; of one in shards the index of the
-    whole where there is one, and else those of the shards. See `cluster.distributed` for a search
-    by all ranks together.
+    """Opens the retriever by which this process alone searches a datastore. Where the datastore
+    lies in shards, that is the index of the whole if there is one, otherwise those of the shards.
+    See `cluster.distributed` for a search by all ranks together.
 
     Raises:
         InputError: no such index, or one of another datastore, metric or dimension.
@@ -178,7 +177,7 @@ def open_faiss(datastore: Datastore, search: Search) -> FaissRetriever:
 
 
 def lies_in_shards(datastore: Datastore, search: Search) -> bool:
-    """Whether shards are what is searched: there is no index of the whole."""
+    """Whether the shards are searched, since there is no index of the whole."""
     if datastore.n_shards == 1 or is_path(search.index):
         return False
     index = resolve(datastore, search.index)
@@ -186,11 +185,11 @@ def lies_in_shards(datastore: Datastore, search: Search) -> bool:
 
 
 def open_shards(datastore: Datastore, numbers: Iterable[int], search: Search) -> ShardedRetriever:
-    """Opens some shards.
+    """Opens the retriever of some shards.
 
     Args:
-        datastore: the whole, or the shard itself where only that is asked for.
-        numbers: of the shards.
+        datastore: the whole, or a shard where that alone is searched.
+        numbers: the shards' numbers.
 
     Raises:
         InputError: a shard has no such index, or one that did not begin with the trained index of
@@ -213,7 +212,7 @@ def open_shards(datastore: Datastore, numbers: Iterable[int], search: Search) ->
 
 
 def check_numbers(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses an index that an earlier version has merged, see `NUMBERED_RIGHTLY`."""
+    """Refuses an index that an earlier version merged wrongly, see `NUMBERED_RIGHTLY`."""
     merged = path.with_name(f"{path.name}.lists").is_file()
     if merged and manifest["version"] < NUMBERED_RIGHTLY:
         raise InputError(
@@ -233,7 +232,7 @@ def read_index(path: Path) -> faiss.Index:
         ivf = faiss.try_extract_index_ivf(index)
         lists = None if ivf is None else faiss.downcast_InvertedLists(ivf.invlists)
         if isinstance(lists, faiss.OnDiskInvertedLists) and lists.ptr is None:
-            # Lists in a file of their own are mapped without being asked for.
+            # faiss maps lists in a file of their own without `IO_FLAG_MMAP`.
             moved = 0 if Path(lists.filename).is_file() else faiss.IO_FLAG_ONDISK_SAME_DIR
             index = faiss.read_index(str(path), faiss.IO_FLAG_READ_ONLY | moved)
         return index
@@ -263,6 +262,6 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
     ivf = faiss.try_extract_index_ivf(index)
     ivf = None if ivf is None else faiss.downcast_index(ivf)
     if isinstance(ivf, faiss.IndexIVFPQ):
-        # It would number the centroids anew for Hamming distances, seconds for each byte.
+        # It would reorder the centroids for Hamming distances, which takes seconds for each byte.
         ivf.do_polysemous_training = False
     return index

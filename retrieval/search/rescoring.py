@@ -1,4 +1,4 @@
-"""Distances to the stored keys of neighbours that an index found by its codes of them."""
+"""Computes distances to the stored keys of neighbours that an index has found by their codes."""
 
 from functools import partial
 
@@ -19,22 +19,22 @@ def exact_distances(
     place_bits: int = 20,
     key_bytes: int = 1 << 20,
 ) -> np.ndarray:
-    """Distances to the stored keys of neighbours that an index found.
+    """Distances to the stored keys of neighbours.
 
-    Each distinct row is read once, those of a block in ascending order; no `[Q, k, d]` array is
-    made. By as many threads as faiss would take here.
+    Each distinct row is read once, in blocks of ascending rows; no `[Q, k, d]` array is made. It
+    uses as many threads as faiss would.
 
     Args:
         queries: fp32 `[Q, d]`.
         rows: int64 `[Q, k]`, -1 where missing.
-        place_bits: of the places of neighbours that are sorted by their rows at a time.
-        key_bytes: of the keys that are compared at a time.
+        place_bits: 2^place_bits neighbours are sorted by their rows at a time.
+        key_bytes: bytes of the keys that are compared at a time.
 
     Returns:
-        fp32 `[Q, k]`; what stands at missing neighbours has no meaning.
+        fp32 `[Q, k]`; any number for missing neighbours.
 
     Raises:
-        ValueError: there are not as many queries as rows, or not as wide as keys.
+        ValueError: queries and rows differ in number, or queries and keys in width.
     """
     if queries.shape != (len(rows), datastore.dim):
         raise ValueError(f"{queries.shape} queries, {rows.shape} rows, {datastore.dim} wide keys")
@@ -65,8 +65,8 @@ def exact_distances(
 
 
 def _sorted_pairs(rows: np.ndarray, bits: int) -> np.ndarray:
-    """Row and place `[n]` of neighbours in one integer each, in ascending order, without missing
-    ones: numpy sorts integers much faster than it argsorts them."""
+    """Row and place of each neighbour in one integer, `[n]` in ascending order, missing neighbours
+    left out: numpy sorts integers much faster than it argsorts them."""
     places = np.flatnonzero(rows >= 0)
     pairs = rows[places] << bits
     pairs |= places
@@ -75,13 +75,13 @@ def _sorted_pairs(rows: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _firsts(ascending: np.ndarray) -> np.ndarray:
-    """Where each distinct number is for the first time."""
+    """Where each distinct number occurs first."""
     new = np.ones(len(ascending), dtype=bool)
     np.not_equal(ascending[1:], ascending[:-1], out=new[1:])
     return np.flatnonzero(new)
 
 
 def _rows_of(pairs: np.ndarray, bits: int) -> np.ndarray:
-    """The distinct rows."""
+    """The distinct rows of some pairs."""
     rows = pairs >> bits
     return rows[_firsts(rows)]

@@ -1,7 +1,7 @@
-"""What retrievers share, and the exact search by faiss.
+"""The base class of retrievers, and the exact search by faiss.
 
-A retriever of one's own derives from `BaseRetriever` and gives `search`; `search.index` has the
-registry that it is entered into.
+A new retriever derives from `BaseRetriever`, implements `search`, and is entered into the registry
+`search.index.INDEX_KINDS`.
 """
 
 import re
@@ -22,17 +22,17 @@ FAISS_METRICS = {
     "cosine": faiss.METRIC_INNER_PRODUCT,
 }
 AT_ONCE = 128
-"""Queries whose neighbours are worked on at a time: they stay in the cache."""
+"""Queries whose neighbours are worked on at a time, so that they stay in the cache."""
 
 
 class BaseRetriever(Retriever):
-    """All of a retriever but its search: votes are those of what it finds, and there are no others
-    that it searches together with.
+    """A retriever without its search: votes are counted among the neighbours that `search` finds,
+    and there are no other ranks to search with.
 
     Attributes:
-        datastore: what is searched.
-        metric: what keys are compared by.
-        exact: whether its distances are those to the stored keys, not to codes of them.
+        datastore: the datastore that is searched.
+        metric: how keys are compared.
+        exact: whether distances are those to the stored keys, not to codes of them.
         name: of the index, for messages.
         communication: see `contracts.Retriever`.
     """
@@ -48,27 +48,28 @@ class BaseRetriever(Retriever):
         """The k nearest keys of queries fp32 `[Q, d]`; see `contracts.Retriever`."""
 
     def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
-        """What the k nearest keys of queries fp32 `[Q, d]` say of targets int64 `[Q]`."""
+        """The votes of the k nearest keys of queries fp32 `[Q, d]` for targets int64 `[Q]`."""
         found = with_values(self.search(queries, k, ordered=False), self.datastore)
         return votes_of(found, targets, temperature, self.metric)
 
     def prepare(self) -> None:
-        """Loads what a first search would wait for."""
+        """Loads the compiled loops, which a first search would wait for."""
         one = np.zeros((1, 1), dtype=np.float32), *2 * (np.zeros((1, 1), dtype=np.int64),)
         votes_of(Neighbors(*one), np.zeros(1, dtype=np.int64), 1.0, self.metric)
         self.checked(Neighbors(*one))
 
     def begin_pass(self) -> None:
-        """There are no others to wait for."""
+        """Does nothing: there are no other ranks to wait for."""
 
     def end_pass(self) -> None:
-        """There are no others to search for."""
+        """Does nothing: there are no other ranks to search for."""
 
     def checked(self, found: Neighbors) -> Neighbors:
-        """What was found, which is to be in order; looking at it takes next to no time.
+        """Returns the neighbours after a check, which takes next to no time, that they are in
+        order.
 
         Raises:
-            RuntimeError: it is not in order.
+            RuntimeError: they are not.
         """
         query = first_out_of_order(found.distances, found.rows, self.metric != "l2")
         if query >= 0:
@@ -82,22 +83,22 @@ class BaseRetriever(Retriever):
 def votes_of(
     neighbors: Neighbors, targets: np.ndarray, temperature: float, metric: Metric
 ) -> Votes:
-    """What neighbours whose values are known say of targets; by as many threads as faiss would take
-    here.
+    """Counts the votes of neighbours with values for targets, by as many threads as faiss would
+    use.
 
     Args:
         neighbors: in any order.
         targets: int64 `[Q]`.
         temperature: divides the scores.
-        metric: of the distances.
+        metric: metric of the distances.
     """
     threads = faiss.omp_get_max_threads()
     return count_votes(neighbors, targets, temperature, metric != "l2", threads)
 
 
 def with_values(found: Neighbors, datastore: Datastore) -> Neighbors:
-    """Neighbours with their values, looked up where they are not known yet; by as many threads as
-    faiss would take here."""
+    """Neighbours with their values, which are looked up where they are missing, by as many threads
+    as faiss would use."""
     if found.values is not None:
         return found
     values = np.empty(found.rows.shape, dtype=datastore.values.dtype)
@@ -110,8 +111,7 @@ def with_values(found: Neighbors, datastore: Datastore) -> Neighbors:
 
 
 def in_parts(work: Callable[[slice], None], n: int) -> None:
-    """Has something done for n queries, some at a time, by as many threads as faiss would take
-    here."""
+    """Calls `work` for n queries, `AT_ONCE` at a time, by as many threads as faiss would use."""
     parts = [slice(first, first + AT_ONCE) for first in range(0, n, AT_ONCE)]
     in_parallel(work, parts, faiss.omp_get_max_threads())
 
@@ -126,21 +126,21 @@ def normalized(vectors: np.ndarray, metric: Metric) -> np.ndarray:
 
 
 def missing_distance(metric: Metric) -> np.float32:
-    """The distance of missing neighbours: no other one is farther."""
+    """The distance of missing neighbours, which no other exceeds."""
     return np.finfo(np.float32).max if metric == "l2" else np.finfo(np.float32).min
 
 
 def faiss_reason(error: RuntimeError) -> str:
-    """What a faiss error says, without where in faiss it arose."""
+    """The message of a faiss error, without the place in faiss where it arose."""
     return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
 
 
 class FlatRetriever(BaseRetriever):
-    """Exact search by reading all keys, block by block: no index file, no copy of the keys.
+    """Exact search that reads all keys, block by block: no index file, no copy of the keys.
 
     Args:
         datastore: where to search.
-        metric: what keys are compared by.
+        metric: how keys are compared.
     """
 
     name = "flat"

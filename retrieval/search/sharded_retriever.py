@@ -1,4 +1,4 @@
-"""Searches the shards of a datastore one by one, and keeps what is nearest of all."""
+"""Searches the shards of a datastore one by one, and keeps the nearest neighbours of all."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ class ShardedRetriever(BaseRetriever):
 
     Args:
         datastore: the whole, or the one shard of it that is searched.
-        retrievers: one a shard; the rows they find are those of the whole.
-        metric: what they compare by.
-        trained: fingerprint of the trained index that those of the shards began with, if any.
+        retrievers: one for each shard; they find rows of the whole.
+        metric: how keys are compared.
+        trained: fingerprint of the trained index that the shards' indexes began with, if any.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class ShardedRetriever(BaseRetriever):
 def nearest_of(
     found: Sequence[Sequence[np.ndarray]], k: int, metric: Metric
 ) -> tuple[np.ndarray, ...]:
-    """The k nearest of all that was found for the same queries, nearest first.
+    """The k nearest of several sets of neighbours of the same queries, nearest first.
 
     Args:
-        found: distances fp32 and rows int64, -1 where missing, and whatever else there is of each
-            neighbour, of any type; `[Q, n]`, with any n.
-        k: how many.
-        metric: of the distances.
+        found: of each set distances fp32, rows int64, -1 where missing, and any other columns; each
+            `[Q, n]` with any n.
+        k: number of neighbours.
+        metric: metric of the distances.
 
     Returns:
-        the same of the nearest, `[Q, k]`.
+        the same columns of the nearest, `[Q, k]`.
     """
     distances, rows, *others = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
     sign, farthest = np.float32(1 if metric == "l2" else -1), missing_distance("l2")

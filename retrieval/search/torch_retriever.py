@@ -1,8 +1,8 @@
-"""Exact search by matrix products on any device of torch: on a GPU without a faiss for GPUs, and
-wherever reading every key is cheaper than building an index.
+"""Exact search by matrix products on any device of torch: for GPUs without a faiss that supports
+them, and wherever reading every key is cheaper than building an index.
 
-Blocks of keys are multiplied with all queries, and of each block only what is among a query's k
-nearest so far is kept. No array grows with the number of keys, unless they stay on the device.
+Blocks of keys are multiplied with all queries, and only each query's k nearest keys so far are
+kept. No array grows with the number of keys, unless the keys stay on the device.
 """
 
 from collections.abc import Iterator
@@ -23,20 +23,21 @@ from neighborlm.retrieval.search.retriever import BaseRetriever, missing_distanc
 from neighborlm.retrieval.store.datastore import BLOCK_BYTES, Datastore
 
 MARGIN_BYTES = 4 << 30
-"""Memory of a GPU that keys leave free: for the model, and for what a search takes beside them."""
+"""Memory of a GPU that keys must leave free for the model and for the search's other arrays."""
 SAMPLE = 1024
-"""Keys whose mean stands for that of all."""
+"""Keys from which the mean of all is estimated."""
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How much is worked on at a time.
+    """Sizes of the blocks that a search works on.
 
     Attributes:
-        buffer_bytes: of the distances of a block.
-        keys: in a block, at least; on a CPU exactly, for distances to stay in its caches.
-        key_bytes: of a block's keys as fp32, at most.
-        group: queries that a thread of the CPU works on at a time, at most.
+        buffer_bytes: bytes of the distances of a block.
+        keys: smallest number of keys in a block; on a CPU the number itself, so that distances stay
+            in the caches.
+        key_bytes: largest number of bytes of a block's keys in fp32.
+        group: largest number of queries that a thread of the CPU works on at a time.
     """
 
     buffer_bytes: int = 256 << 20
@@ -48,20 +49,20 @@ class BlockSizes:
 class TorchRetriever(BaseRetriever):
     """Exact search on one device.
 
-    Squared distances are |q|^2 - 2 q.k + |k|^2, from queries and keys from which the mean of some
-    keys was taken: what the terms lose to one another is then a matter of how far the keys lie
-    apart, not of how far they lie from the origin. Their error is a few units in the last place
-    of fp32 of |q|^2 + |k|^2, hence `exact`.
+    Squared distances are computed as |q|^2 - 2 q.k + |k|^2 after the mean of some keys was
+    subtracted from queries and keys: cancellation then depends on the spread of the keys, not on
+    their distance from the origin. The error is a few units in the last place of |q|^2 + |k|^2 in
+    fp32, so the distances count as `exact`.
 
     Args:
         datastore: where to search.
-        metric: what keys are compared by.
+        metric: how keys are compared.
         device: where to compute; `cuda` is the calling thread's current GPU.
-        resident_bytes: keys that take no more than this, in the datastore's own type, stay on the
-            device from the first search on, and others are copied there block by block in each.
-            By default what a GPU has free at the first search, less a margin; nothing elsewhere:
-            keys in memory are the page cache's.
-        sizes: how much is worked on at a time.
+        resident_bytes: keys that take at most so many bytes, in the datastore's own type, stay on
+            the device after the first search; larger ones are copied block by block in each search.
+            By default a GPU's free memory at the first search, less a margin, and nothing on a CPU,
+            where the page cache holds the keys.
+        sizes: sizes of the blocks to work on.
     """
 
     name = "torch"
@@ -128,10 +129,10 @@ class TorchRetriever(BaseRetriever):
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of fp32 numbers as they are, not of their first ten bits (TF32).
+    """Multiplies fp32 numbers in full precision, not rounded to ten bits (TF32).
 
-    The setting is one of the process: the model's products in another thread get no less precise
-    by it, and lose no time but while a product is being started here.
+    The setting belongs to the process: while a product is started here, the model's products in
+    other threads are also computed in full precision, which takes longer.
     """
     before = torch.get_float32_matmul_precision()
     if before == "highest":
@@ -202,8 +203,8 @@ class DeviceKeys:
     def _streamed(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """Blocks of keys in their own type, copied to the device.
 
-        On a GPU the copies have a stream and two places of their own: while one block is worked on,
-        the next is read from the file and copied.
+        On a GPU the copies have a stream of their own and two buffers: while one block is worked
+        on, the next is read from the file and copied.
         """
         firsts = range(0, self.datastore.n_keys, size)
         shape = min(size, self.datastore.n_keys), self.datastore.dim
@@ -229,7 +230,8 @@ class DeviceKeys:
             place.used.record(working)
 
     def _read(self, first: int, out: Tensor) -> Tensor:
-        """Keys from number `first` on, as many as go into `out` or are left; a part of `out`."""
+        """Reads keys from number `first` on into `out`; returns the part of `out` that they
+        fill."""
         last = min(first + len(out), self.datastore.n_keys)
         out = out[: last - first]
         keys = self.datastore.keys
@@ -245,10 +247,10 @@ class CopyPlace:
     """A block of keys on its way to a GPU.
 
     Attributes:
-        staging: in the machine's memory, for the copy to run by itself.
-        keys: on the GPU.
-        copied: that the keys are there.
-        used: that they may be overwritten.
+        staging: pinned memory, so that the copy runs by itself.
+        keys: the block on the GPU.
+        copied: recorded when the keys have been copied.
+        used: recorded when they may be overwritten.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -259,8 +261,8 @@ class CopyPlace:
 
 
 class DeviceNearest:
-    """Finds, for each query, the k keys whose product with it plus a term of the key is smallest,
-    among keys that come block by block; by torch.topk.
+    """Finds, for each query, the k keys with the smallest sum of their product with the query and a
+    term of the key, among keys that come block by block; by torch.topk.
 
     Args:
         queries: fp32 `[Q, d]`.
@@ -285,7 +287,7 @@ class DeviceNearest:
         self.keep(values, first)
 
     def keep(self, values: Tensor, first: int) -> None:
-        """Keeps what is smallest among values fp32 `[Q, n]` and those before."""
+        """Keeps the smallest of the values fp32 `[Q, n]` of a block and those kept so far."""
         values, numbers = values.topk(min(self.k, values.shape[1]), largest=False, sorted=False)
         values = torch.cat([self.values, values], dim=1)
         numbers = torch.cat([self.numbers, numbers + first], dim=1)
@@ -299,13 +301,13 @@ class DeviceNearest:
 
 
 class CPUNearest:
-    """What `DeviceNearest` does, on a CPU, where torch.topk is slow: groups of queries are shared
-    among as many threads as torch would take here.
+    """Does what `DeviceNearest` does on a CPU, where torch.topk is slow: as many threads as torch
+    would use each work on a group of queries.
 
     Args:
         queries: fp32 `[Q, d]`.
         k: no more than there are keys in all blocks.
-        at_once: queries that a thread works on at a time, at most.
+        at_once: largest number of queries that a thread works on at a time.
     """
 
     def __init__(self, queries: Tensor, k: int, at_once: int) -> None:
@@ -326,10 +328,10 @@ class CPUNearest:
 
 
 class GroupNearest:
-    """What `DeviceNearest` does, for a few queries in one thread.
+    """Does what `DeviceNearest` does for a few queries in one thread.
 
-    Values below a query's bound are kept until there are 2 k; then the k smallest of them stay, and
-    the largest of these is the new bound.
+    Values below a query's bound are kept until there are 2 k of them; then only the k smallest
+    stay, and the largest of these is the new bound.
 
     Args:
         queries: fp32 `[Q, d]`.

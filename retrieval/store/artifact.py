@@ -1,10 +1,9 @@
-"""The one way in which a product lies on disk: a datastore, an index, a neighbour table, codes, a
-cache.
+"""The one way in which products lie on disk: datastores, indexes, neighbour tables, codes, caches.
 
-A product is files and, beside them, a manifest in JSON that says what they are, what they were made
-from and whether they are complete. It is made under a lock, by one process for all. Files appear
-whole, see `publishing`, or are filled row by row up to a mark from which a killed run goes on. What
-was made from something else than is at hand is refused in one sentence that names both sides.
+A product is some files and a manifest in JSON, which says what they are, what they were made from
+and whether they are complete. One process makes it for all, under a lock. Files appear complete,
+see `publishing`, or are filled row by row up to a mark, from which a killed run goes on. A product
+that was made from other inputs than those at hand is refused in one sentence that names both.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""What is done to datastores that exist: they are listed, shown, verified, dealt into other shards,
-merged, and put together from shards that lie apart."""
+"""Maintains existing datastores: verifies them by checksums, deals them into other shards or into
+one directory, and assembles shards that lie apart."""
 
 import os
 import time
@@ -31,11 +31,11 @@ from neighborlm.retrieval.store.sharded_builder import new_datastore
 from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind, Placement
 
 Report = Callable[[int, int], None]
-"""What is called with how much is done, and how much there is."""
+"""Is called with the number of rows that are done, and the number of all."""
 
 
 def shards_of(datastore: Datastore) -> list[Datastore]:
-    """The ordinary datastores that one consists of."""
+    """The ordinary datastores that a datastore consists of; itself where it has no shards."""
     paths = shard_paths(datastore.path, datastore.manifest)
     return [Datastore.open(path) for path in paths] or [datastore]
 
@@ -44,10 +44,10 @@ def shards_of(datastore: Datastore) -> list[Datastore]:
 
 
 def verify_datastore(datastore: Datastore, report: Report = lambda *_: None) -> None:
-    """Reads all of it and compares it with its checksums.
+    """Reads a datastore and compares it with its checksums.
 
     Raises:
-        InputError: it has none, or one sentence that names the first damaged file and its rows.
+        InputError: it has none, or is damaged; names the first damaged file and its rows.
     """
     shards = shards_of(datastore)
     total, done = sum(map(len, shards)), 0
@@ -80,7 +80,7 @@ def _file_of(datastore: Datastore, name: str) -> Path:
 
 
 def record_checksums(datastore: Datastore, report: Report = lambda *_: None) -> None:
-    """Gives checksums to what has none: made before there were any, or by another program."""
+    """Records checksums of a datastore that has none: an old one, or another program's."""
     for shard in shards_of(datastore):
         if "checksums" in shard.manifest:
             continue
@@ -160,14 +160,14 @@ def _largest_value(source: Datastore) -> int:
 
 
 def put_together(shards: list[Path], output: Path) -> Datastore:
-    """Makes one datastore of shards where they lie; nothing is copied.
+    """Writes the manifest of the datastore that some shards make up; copies nothing.
 
     Args:
         shards: their directories, in any order.
         output: directory for the manifest of the whole.
 
     Raises:
-        InputError: they are no shards, not of one datastore, or not all of it.
+        InputError: they are not shards, not of one datastore, or some are missing.
     """
     if not shards:
         raise InputError("--shards: names none; expected all shards of a datastore")

@@ -45,8 +45,8 @@ class Placement:
         Raises:
             InputError: a shard would have no row.
         """
-        whole = -(-rows // shards)
-        placement = cls(rows, shards, whole if kind == "contiguous" else min(block_rows, whole))
+        size = -(-rows // shards)
+        placement = cls(rows, shards, size if kind == "contiguous" else min(block_rows, size))
         filled = min(-(-rows // placement.block_rows), shards)
         if filled < shards:
             raise InputError(

@@ -1,10 +1,10 @@
-"""Smaller datastores made from a datastore (He et al., EMNLP 2021): near entries of one value are
-merged into one that counts for all of them, or a random part of all entries is kept.
+"""Makes smaller datastores from a datastore (He et al., EMNLP 2021): merges near entries with the
+same value into one entry that stands for all of them, or keeps a random part of all entries.
 
-They are datastores like others, but their rows no longer follow the text: beside the keys
-`rows.npy` int64 [M] says which rows of the larger one they were, and where entries were merged
-`weights.npy` uint32 [M] how many each stands for. With weights s_j (the paper's program takes
-s_j^(1/T)):
+The result is a datastore like others, but its rows no longer follow the text. Beside the keys,
+`rows.npy` int64 [M] says which rows of the larger datastore they were and, where entries were
+merged, `weights.npy` uint32 [M] how many entries each stands for. With weights s_j (the paper's
+program uses s_j^(1/T)):
 
     p_kNN(w) = sum over j with v_j = w of s_j exp(-d_j / T)  /  sum over all j of s_j exp(-d_j / T)
 """
@@ -36,8 +36,8 @@ def merged(
 ) -> np.ndarray:
     """How many entries each entry stands for after greedy merging.
 
-    Entries are visited in random order. One that has not been taken over takes over each of its
-    neighbours that carries the same value and has neither taken over another nor been taken over.
+    Entries are visited in random order. An entry that has not been merged into another absorbs each
+    neighbour that has the same value, has absorbed none and has not been absorbed.
 
     Args:
         neighbors: signed integers `[N, K]`, the nearest rows of each row's own key, -1 where
@@ -46,7 +46,7 @@ def merged(
         report: called with how many entries are visited, and how many there are.
 
     Returns:
-        uint32 `[N]`; 0 for those that were taken over, and for rows without a key.
+        uint32 `[N]`; 0 for entries that were absorbed, and for rows without a key.
     """
     weights = np.ones(len(datastore), dtype=WEIGHT)
     weights[datastore.masked] = 0

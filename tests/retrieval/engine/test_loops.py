@@ -23,8 +23,9 @@ def test_what_is_compiled_calls_nothing_of_another_file():
         assert {f.py_func.__module__ for f in functions} == {module.__name__}
     rooms = ("retrieval", "models", "callbacks", "datamodules", "programs", "originals", "tools")
     files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
-    users = [path.name for path in files if "numba" in path.read_text("utf-8")]
-    assert sorted(users) == ["loops.py", "suffix_loops.py", "thinning.py"]
+    users = [path for path in files if "numba" in path.read_text("utf-8")]
+    assert sorted(path.name for path in users) == ["loops.py", "suffix_loops.py", "thinning.py"]
+    assert [path.name for path in users if "cache=True" in path.read_text("utf-8")] == ["loops.py"]
 
 
 @pytest.mark.parametrize("size", [1e-37, 1e-31, 1.0, 1e25, 3e37])

@@ -17,6 +17,7 @@ from neighborlm.retrieval.memories.automaton import (
     AutomatonSettings,
     coded_distances,
 )
+from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.memories.pointers import with_members
 from neighborlm.retrieval.search import BaseRetriever
 from neighborlm.retrieval.search.clusters import Clusters, cluster_count, ensure_clusters
@@ -406,6 +407,13 @@ def test_clustering_goes_on_where_it_stopped(store, monkeypatch):
     again = ensure_clusters(datastore, 8, report=lambda *told: stages.append(told))
     np.testing.assert_array_equal(again.labels, expected)
     assert stages[0] == ("assigning", 200, ROWS)
+
+
+@pytest.mark.parametrize("memory", [AutomatonMemory, KNNMemory])
+def test_distances_of_an_index_are_read_as_no_other_measure(store, memory):
+    datastore = store()
+    with pytest.raises(InputError, match="the distances of the index are l2"):
+        memory(datastore, Brute(datastore), K, distances="index", similarity="ip")
 
 
 def test_clusters_of_another_seed_are_refused(store):

@@ -8,8 +8,8 @@ import torch
 
 from neighborlm.common.contracts import Neighbors
 from neighborlm.retrieval.memories.knn import (
-    knn_distribution,
     knn_log_prob,
+    knn_weights,
     neighbor_scores,
     votes_of_scores,
 )
@@ -34,9 +34,10 @@ def retrieved():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 30.0])
-def test_distribution_sums_to_one_and_holds_the_target(retrieved, temperature):
+def test_weights_sum_to_one_and_agree_with_the_probability_of_the_target(retrieved, temperature):
     scores, values, targets = retrieved
-    distribution = knn_distribution(scores, values, VOCAB, temperature)
+    weights = knn_weights(scores, temperature)
+    distribution = torch.zeros(40, VOCAB).scatter_add_(1, values, weights)
     torch.testing.assert_close(distribution[:-1].sum(1), torch.ones(39))
     assert distribution[-1].sum() == 0
     brute = np.zeros((40, VOCAB))

@@ -286,47 +286,6 @@ def test_what_is_given_is_not_tuned(text):
     assert memory.tuning.temperatures == [2.0]
 
 
-def test_ranks_that_hear_parts_tune_alike(text, monkeypatch):
-    """Two ranks, the second behind its warm-up; sums are made one after the other."""
-    monkeypatch.setattr(recent_tuning, "SIZES", (10, 40))
-    alone = memory_of(None, None)
-    heard(alone, text)
-    alone.tune()
-    first = 150
-    parts = [part_of(text, slice(0, first)), part_of(text, slice(first - 40, None))]
-    begins = [0, int(text.positions[first])]
-    sums: list[list[torch.Tensor]] = [[], []]
-
-    class Unknown(Exception):
-        pass
-
-    def tuned(rank: int) -> RecentMemory:
-        """With the sums that both ranks are known to have; stops at the first that is not."""
-        memory, calls = memory_of(None, None), iter(range(100))
-        memory.say(parts[rank])
-        memory.observe(parts[rank].targets)
-
-        def sum_over_ranks(own: torch.Tensor) -> torch.Tensor:
-            call = next(calls)
-            if len(sums[rank]) == call:
-                sums[rank].append(own)
-            if len(sums[1 - rank]) == call:
-                raise Unknown
-            return sums[0][call] + sums[1][call]
-
-        memory.tune(begins[rank], sum_over_ranks)
-        return memory
-
-    for turn in range(10):
-        try:
-            memory = tuned(turn % 2)
-            break
-        except Unknown:
-            continue
-    np.testing.assert_allclose(memory.tuning.losses, alone.tuning.losses, rtol=1e-5)
-    assert (memory.size, memory.temperature) == (alone.size, alone.temperature)
-
-
 def test_without_tuning_there_is_no_distribution(text):
     with pytest.raises(InputError, match="size and temperature"):
         memory_of(None, 1.0).distribution(text)

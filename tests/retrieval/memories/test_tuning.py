@@ -1,8 +1,5 @@
 """The sweep point by point, and the search against known mixtures."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -128,30 +125,3 @@ def test_tuning_reads_its_blocks_three_times():
     blocks = Counted(blocks_of(*planted(200, lmbda=0.4, temperature=2.0), size=50))
     tune(blocks)
     assert blocks.passes == 3
-
-
-def test_ranks_tune_as_one():
-    """Three ranks, the last with no token at all."""
-    lm, scores, hits = planted(600, lmbda=0.4, temperature=2.0)
-    parts = [slice(0, 450), slice(450, 600), slice(600, 600)]
-    barrier, tensors = threading.Barrier(3, timeout=30), {}
-
-    def run(rank):
-        def sum_over_ranks(tensor):
-            tensors[rank] = tensor
-            barrier.wait()
-            total = tensors[0] + tensors[1] + tensors[2]
-            barrier.wait()
-            return total
-
-        part = parts[rank]
-        blocks = blocks_of(lm[part], scores[part], hits[part], 200) if rank < 2 else []
-        return tune(blocks, sum_over_ranks)
-
-    with ThreadPoolExecutor(3) as pool:
-        ranks = list(pool.map(run, range(3)))
-    alone = tune(blocks_of(lm, scores, hits))
-    for tuned in ranks:
-        assert (tuned.lmbda, tuned.temperature) == (alone.lmbda, alone.temperature)
-        np.testing.assert_array_equal(tuned.temperatures, alone.temperatures)
-        np.testing.assert_allclose(tuned.losses, alone.losses, rtol=1e-6)
