@@ -44,6 +44,7 @@ from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.memories import MEMORIES, MIXERS, ConstantMixer, KNNMemory
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
+from neighborlm.retrieval.memories.text_order import lines_are_shuffled
 from neighborlm.retrieval.memories.tuning import Tuning, tune
 from neighborlm.retrieval.search import open_retriever
 from neighborlm.retrieval.search.index import is_path, resolve
@@ -497,6 +498,13 @@ def evaluate_mixture(
     """A mixture of any memories, weighed by a mixer that is fitted on the validation split."""
     memories = {name: MEMORIES[name](resources) for name in names}
     check_order(subject, memories)
+    stream = subject.data.stream(split)
+    if "recent" in names and lines_are_shuffled(stream.tokens, stream.line_starts):
+        print(
+            f"--memories recent: the lines of the {split} split have no more rare words in common "
+            "with the next line than with any other, as if they were shuffled; the running text "
+            "has little to remember"
+        )
     mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
     if mixer.needs_fitting:
         hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
@@ -535,9 +543,10 @@ def mixed_figures(tally: Tally, made: Pass) -> dict[str, Any]:
 
 def seconds_in(mixing: Interpolation) -> dict[str, dict[str, float]]:
     """What the time of a pass with memories was spent on."""
-    seconds = dict(mixing.seconds)
-    for memory in mixing.memories.values():
-        seconds |= getattr(memory, "seconds", {})
+    seconds, alone = dict(mixing.seconds), len(mixing.memories) == 1
+    for name, memory in mixing.memories.items():
+        for what, spent in getattr(memory, "seconds", {}).items():
+            seconds[what if alone else f"{name}.{what}"] = spent
     return {"seconds_of": seconds}
 
 
