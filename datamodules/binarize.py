@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.lib.format import write_array_header_1_0
@@ -33,7 +33,6 @@ from neighborlm.datamodules.dictionary import (
 )
 from neighborlm.datamodules.publishing import NO_ROOM, DiskFull
 
-LEVELS = get_args(Level)
 CHUNK_BYTES = 4 << 20
 CHUNKS_PER_WORKER = 4
 """Fewest chunks per process: with fewer, the seconds that a process takes to start do not pay."""

@@ -1,21 +1,47 @@
-"""`neighborlm convert ...`: checkpoints of fairseq to ours and back."""
+"""`neighborlm convert ...`: checkpoints and corpora to the files of fairseq, and checkpoints back."""
+
+from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings
+from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.originals.conversion import convert, export
+from neighborlm.originals.databin import write_databin
 from neighborlm.programs.exits import exit_with_one_sentence
+
+
+def to_databin(
+    corpus: str, output: Path, threshold: int = 0, dictionary: str | None = None
+) -> None:
+    """Writes a corpus as a data-bin of fairseq: dict.txt, and .bin and .idx of every split.
+
+    Args:
+        corpus: folder of text, or the name of a known corpus.
+        output: folder of the data-bin.
+        threshold: words rarer than this in the training text become <unk>; 0, the default, keeps
+            all.
+        dictionary: an existing dict.txt to use in place of the training text's own.
+    """
+    source = BinarizedCorpus(CorpusSettings(corpus, "word", threshold, dictionary))
+    for split in SPLITS:
+        write_databin(source.stream(split), output / split, len(source.dictionary))
+    source.dictionary.save(output / "dict.txt")
+    print(f"data-bin: {output}, a vocabulary of {len(source.dictionary):,} symbols")
 
 
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
-    """Reads and writes checkpoints of fairseq.
+    """Reads and writes files of fairseq.
 
     neighborlm convert from_fairseq checkpoint_best.pt lm.ckpt
     neighborlm convert to_fairseq lm.ckpt checkpoint_best.pt
+    neighborlm convert to_databin FOLDER DATA-BIN
     """
+    commands = {"from_fairseq": convert, "to_fairseq": export, "to_databin": to_databin}
     auto_cli(
-        {"from_fairseq": convert, "to_fairseq": export},
+        commands,
         args=args,
         prog="neighborlm convert",
-        description="Checkpoints of fairseq to ours and back.",
+        description="Checkpoints of fairseq to ours and back, and corpora to its data-bins.",
     )

@@ -38,7 +38,7 @@ class ShardedRetriever(BaseRetriever):
         found = self.retrievers[0].search(queries, k)[:2]
         for retriever in self.retrievers[1:]:
             found = nearest_of([found, retriever.search(queries, k)[:2]], k, self.metric)
-        return Neighbors(*found)
+        return self.checked(Neighbors(*found))
 
 
 def nearest_of(

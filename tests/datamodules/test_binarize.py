@@ -5,6 +5,7 @@ import io
 import os
 import resource
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,14 +13,13 @@ import pytest
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules import binarize as module
 from neighborlm.datamodules.binarize import (
-    LEVELS,
     NpyWriter,
     TokenStream,
     binarize,
     count_symbols,
     smallest_unsigned,
 )
-from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary
+from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary, Level
 from neighborlm.datamodules.publishing import DiskFull
 
 TEXT = (
@@ -97,7 +97,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", get_args(Level))
 @pytest.mark.parametrize("data", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("chunk_bytes", [1, 50, 1 << 20])
 def test_equals_a_loop_over_lines(tmp_path, monkeypatch, data, level, chunk_bytes):
@@ -192,7 +192,7 @@ def test_not_utf8(tmp_path, monkeypatch, level, chunk_bytes):
     binarize(path, Dictionary(*SYMBOLS, "byte"), tmp_path, workers=1)  # bytes are any
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", get_args(Level))
 def test_empty(tmp_path, level):
     path = tmp_path / "text.txt"
     path.touch()
