@@ -74,7 +74,8 @@ class EvaluateCLI(ProgramCLI):
             type=str,
             default="constant",
             help="what weighs the model and its memories, fitted on the validation split unless "
-            f"--knn.lmbda gives the weight of knn alone: {', '.join(MIXERS)}",
+            f"--knn.lmbda gives the weight of knn alone: {', '.join(MIXERS)}, or the .npz of one "
+            "that an earlier evaluation has fitted",
         )
         parser.add_argument(
             "--save_datastore", action="store_true", help="only write the split's datastore"

@@ -7,7 +7,7 @@ figures.
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -43,6 +43,7 @@ from neighborlm.programs.settings import KNNSettings, MemorySettings, NeighborSe
 from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.memories import MEMORIES, MIXERS, ConstantMixer, KNNMemory
 from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
+from neighborlm.retrieval.memories.fitted import FittedOn, load_mixer, save_mixer
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
 from neighborlm.retrieval.memories.text_order import lines_are_shuffled
 from neighborlm.retrieval.memories.tuning import Tuning, tune
@@ -441,12 +442,47 @@ def evaluate_with_memories(
     resources = MadeOnDemand(subject, settings)
     if tuple(memories) == ("knn",) and mixer == "constant":
         return evaluate_knn(subject, split, resources, keep_scores)
-    fitted = MIXERS[mixer]()
-    if fitted.needs_fitting and split == "valid":
-        raise InputError("--split valid: is what the mixer is fitted on; expected another")
+    if mixer in MIXERS:
+        weighing = MIXERS[mixer]()
+        if weighing.needs_fitting and split == "valid":
+            raise InputError("--split valid: is what the mixer is fitted on; expected another")
+    else:
+        text, model = subject.data.fingerprint(split), subject.model.fingerprint
+        remembered = identities(subject, memories, settings)
+        weighing, _ = load_mixer(Path(mixer), MIXERS, text, model, remembered)
     if settings.knn.temperature == "auto" and {"knn", "automaton"} & set(memories):
         resources.mix_by(temperature=tuned_knn(subject, resources).temperature)
-    return evaluate_mixture(subject, split, memories, fitted, resources, keep_scores)
+    kept = keep_mixer(subject, memories, mixer, settings) if mixer in MIXERS else None
+    return evaluate_mixture(subject, split, memories, weighing, resources, keep_scores, kept)
+
+
+def identities(subject: Subject, names: Sequence[str], settings: MemorySettings) -> dict[str, str]:
+    """By memory, what identifies what it remembers and how it is set: weights that were fitted
+    beside it fit no other."""
+    knn = {name: value for name, value in asdict(settings.knn).items() if name not in PLACES}
+    sections = {"knn": [knn], "automaton": [knn, asdict(settings.automaton)]}
+    sections["recent"] = [asdict(settings.recent)]
+    remembered = subject.data.fingerprint("train")
+    return {name: digest_of(json.dumps([remembered, sections.get(name)])) for name in names}
+
+
+def keep_mixer(
+    subject: Subject, names: Sequence[str], mixer: str, settings: MemorySettings
+) -> Callable[[Mixer], Path]:
+    """What keeps a fitted mixer in the run's directory, where `--mixer FILE` finds it."""
+    path = subject.run.directory / "mixers" / f"{mixer}-{'+'.join(names)}.npz"
+    text, model = subject.data.fingerprint("valid"), subject.model.fingerprint
+    fitted_on = FittedOn("valid", text, model, identities(subject, names, settings))
+
+    def keep(fitted: Mixer) -> Path:
+        save_mixer(path, mixer, fitted, fitted_on)
+        return path
+
+    return keep
+
+
+PLACES = ("datastore", "cache", "shards", "placement", "shard")
+"""Settings of a datastore that change no vote."""
 
 
 def check_names(memories: Sequence[str], mixer: str) -> None:
@@ -457,8 +493,9 @@ def check_names(memories: Sequence[str], mixer: str) -> None:
             raise InputError(f"--memories: {name} is no memory; expected some of {known}")
     if len(set(memories)) < len(memories):
         raise InputError(f"--memories are {','.join(memories)}; expected each once")
-    if mixer not in MIXERS:
-        raise InputError(f"--mixer is {mixer}; expected one of {', '.join(MIXERS)}")
+    if mixer not in MIXERS and Path(mixer).suffix != ".npz":
+        known = ", ".join(MIXERS)
+        raise InputError(f"--mixer is {mixer}; expected one of {known}, or a fitted one's .npz")
 
 
 def check_mixing(memories: Sequence[str], mixer: str, knn: KNNSettings) -> None:
@@ -494,8 +531,14 @@ def evaluate_mixture(
     mixer: Mixer,
     resources: MadeOnDemand,
     keep_scores: bool,
+    keep: Callable[[Mixer], Path] | None = None,
 ) -> Evaluated:
-    """A mixture of any memories, weighed by a mixer that is fitted on the validation split."""
+    """A mixture of any memories, weighed by a mixer that is fitted on the validation split unless
+    it was before.
+
+    Args:
+        keep: writes the mixer to a file once it is fitted.
+    """
     memories = {name: MEMORIES[name](resources) for name in names}
     check_order(subject, memories)
     stream = subject.data.stream(split)
@@ -506,16 +549,18 @@ def evaluate_mixture(
             "has little to remember"
         )
     mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
-    if mixer.needs_fitting:
-        hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
-        score(subject, "valid", mixing.want, [hearing])
-        opinions = hearing.tally.opinions(names)
-        for name, memory in memories.items():
-            if getattr(memory, "needs_tuning", False):
-                opinions[name] = memory.tune()
-        mixer.fit(opinions)
-    made = score(subject, split, mixing.want, [mixing])
     described = {"memories": list(names), "mixer": type(mixer).__name__}
+    untuned = [name for name, memory in memories.items() if getattr(memory, "needs_tuning", False)]
+    if mixer.needs_fitting or untuned:
+        hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
+        heard = score(subject, "valid", mixing.want, [hearing])
+        opinions = hearing.tally.opinions(names)
+        opinions |= {name: memories[name].tune() for name in untuned}
+        if mixer.needs_fitting:
+            mixer.fit(opinions)
+            if keep is not None and mixer.state() and heard.trainer.is_global_zero:
+                described["mixer_file"] = str(keep(mixer))
+    made = score(subject, split, mixing.want, [mixing])
     if {"knn", "automaton"} & set(names):
         described["knn_temperature"] = resources.knn.temperature
     results = {"mixture": described | mixed_figures(mixing.tally, made) | seconds_in(mixing)}

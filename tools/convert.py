@@ -1,4 +1,4 @@
-"""`neighborlm convert ...`: checkpoints and corpora to the files of fairseq, and checkpoints back."""
+"""`neighborlm convert ...`: checkpoints and corpora to fairseq's files, and checkpoints back."""
 
 from pathlib import Path
 
