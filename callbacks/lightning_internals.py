@@ -2,14 +2,20 @@
 and the signals it takes. A new release of Lightning is checked against this file.
 """
 
+import shutil
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.plugins.io import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from neighborlm.common.errors import Diverged, InputError
+from neighborlm.common.files import publishing
 from neighborlm.datamodules.lm import ResumableLoader
 from neighborlm.retrieval.cluster import rank_watch
 
@@ -17,10 +23,53 @@ COUNTS = ("ready", "started", "processed", "completed")
 """Of batches, as Lightning keeps them."""
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that others see whole or not at all. Lightning moves them from `TMPDIR`, which on
+    another disk is copying, and a kill in the middle leaves neither the old nor the new one."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
+    ) -> None:
+        """Writes it beside its place, and brings it to disk before it takes it.
+
+        Raises:
+            InputError: it cannot be written; the one that was there stays.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with publishing(path) as making:
+                torch.save(checkpoint, making)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            there = next(folder for folder in path.parents if folder.is_dir())
+            free = shutil.disk_usage(there).free / 1e6
+            raise InputError(
+                f"{path}: cannot be written ({reason}; {free:.1f} MB are free); the checkpoint "
+                "that was there stays, and the same command goes on from it"
+            ) from error
+
+
+class _OwnCheckpoints(_CheckpointConnector):
+    """Lightning's, but that it takes no checkpoint that nobody has named."""
+
+    _hpc_resume_path = None
+
+
+def take_named_checkpoints_only(trainer: Trainer) -> None:
+    """In a job of Slurm, Lightning would save `hpc_ckpt_N.ckpt` in the run's directory and queue
+    the job again; from then on it would load that file, in all stages, in the place of the model
+    that it is given."""
+    trainer._checkpoint_connector = _OwnCheckpoints(trainer)
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
+
+
 class Continuation(Callback):
     """Lets a run go on with the numbers it would have had: an interrupt waits for the end of an
     update, a validation that was not finished is made first, and ranks that would go on from
-    different updates are refused.
+    different updates are refused. A training that ends before any validation has one at its end.
 
     Args:
         ckpt_path: what this rank goes on from, if anything.
@@ -73,6 +122,8 @@ class Continuation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trains no more than was asked for, where validations have been given up since, and saves
         nothing between the batches of an update because one was saved just before them."""
+        if self.owes_validation:
+            self._validate_at_the_end(trainer)
         if not self._validates(trainer):
             self._restore_max_steps(trainer)
         for checkpoint in trainer.checkpoint_callbacks:
@@ -100,6 +151,7 @@ class Continuation(Callback):
         batch_idx: int,
     ) -> None:
         """Knows of a validation that is due before a checkpoint is saved."""
+        self._validate_at_the_end(trainer)
         self.owes_validation = self._validates(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,6 +199,18 @@ class Continuation(Callback):
         """Whether a validation is due at this update."""
         loop = trainer.fit_loop
         return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+    def _validate_at_the_end(self, trainer: Trainer) -> None:
+        """Has a validation due where the training ends and there was none, and so no best model."""
+        loop = trainer.fit_loop
+        max_steps = loop.max_steps if self.max_steps is None else self.max_steps
+        last_epoch = 0 <= loop.max_epochs <= loop.epoch_progress.current.processed + 1
+        ends = 0 <= max_steps <= trainer.global_step or (
+            last_epoch and loop.epoch_loop._num_ready_batches_reached()
+        )
+        best = (c.best_model_path for c in trainer.checkpoint_callbacks if c.monitor)
+        if ends and not any(best):
+            trainer.check_val_every_n_epoch, trainer.val_check_batch = None, 1
 
     def _restore_max_steps(self, trainer: Trainer) -> None:
         if self.max_steps is not None:

@@ -103,11 +103,15 @@ class TrainableLM(pl.LightningModule):
         return self.score(batch, Want()).log_probs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood of the batch's targets."""
+        """Mean negative log-likelihood of the batch's targets; of an epoch's last update, to which
+        fewer batches come, so much more that Lightning's division gives the mean of these."""
         loss = -self.training_log_probs(batch).mean()
         self.log("train/loss", loss, prog_bar=True)
         self._loss_of_update = self._loss_of_update + loss.detach()
-        return loss
+        usual = self.trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % usual
+        batches = min(usual, self.trainer.num_training_batches - first)
+        return loss if batches == usual else loss * (usual / batches)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds to the validation loss."""
@@ -176,8 +180,8 @@ class TrainableLM(pl.LightningModule):
         return Diverged(
             f"the training has diverged at update {self.trainer.global_step + 1}: {found}; "
             "expected finite numbers: in another --trainer.default_root_dir, try a lower "
-            "--model.lr, more --model.warmup_updates, a smaller --trainer.gradient_clip_val or, if "
-            "it has 16 bits, --trainer.precision bf16-mixed (checkpoints stay in "
+            "--model.lr, more --model.warmup_updates, a smaller --trainer.gradient_clip_val or, in "
+            "16 bits, --trainer.precision bf16-mixed (checkpoints stay in "
             f"{self.trainer.default_root_dir})"
         )
 

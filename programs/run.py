@@ -11,10 +11,16 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from neighborlm.callbacks.lightning_internals import KeepSigterm, WatchRanks
+from neighborlm.callbacks.lightning_internals import (
+    KeepSigterm,
+    WatchRanks,
+    WholeCheckpoints,
+    take_named_checkpoints_only,
+)
 from neighborlm.common.contracts import LanguageModel, Want
 from neighborlm.common.errors import InputError
 from neighborlm.models.scorer import Scorer
@@ -106,6 +112,10 @@ class Run:
             one_file = ModelParallelStrategy(save_distributed_checkpoint=False)
             settings["strategy"] = one_file if trained else "ddp"
             settings["inference_mode"] = False  # weights gathered in it could not be trained on
+        plugins = settings.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            settings["plugins"] = [*plugins, WholeCheckpoints()]
         chosen = settings.get("callbacks") or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         own = [WatchRanks(self.lost_after), KeepSigterm()]
@@ -119,6 +129,7 @@ class Run:
         except (ValueError, MisconfigurationException) as error:
             reason = " ".join(str(error).split()).split(". ")[0]
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
+        take_named_checkpoints_only(trainer)
         self.device = trainer.strategy.root_device
         return trainer
 

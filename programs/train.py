@@ -6,14 +6,13 @@ A run that was interrupted goes on from its last checkpoint when the same comman
 from pathlib import Path
 
 import yaml
-from jsonargparse.typing import PositiveInt
 from pytorch_lightning.cli import LightningArgumentParser
 
 from neighborlm.common.errors import InputError
 from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.training import train
+from neighborlm.programs.training import read_checkpoint, train
 
 FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing", "shard")
 """Settings that a continued run may have otherwise: they change no number."""
@@ -41,7 +40,7 @@ class TrainCLI(ProgramCLI):
         )
         parser.add_argument(
             "--checkpoint_every",
-            type=PositiveInt,
+            type=int,
             default=500,
             help="updates after which last.ckpt is saved, as it is at the end and at an interrupt "
             "(but for fsdp)",
@@ -60,7 +59,8 @@ class TrainCLI(ProgramCLI):
 
 
 def checkpoint_to_continue(cli: TrainCLI) -> str | None:
-    """The checkpoint that this command goes on from.
+    """The checkpoint that this command goes on from: the run's last one or, where that is damaged,
+    its best one.
 
     Raises:
         InputError: the run directory holds a run with another model or other data.
@@ -80,6 +80,12 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
         )
     before = yaml.safe_load(config.read_text())
     now = yaml.safe_load(resolved_config(cli))
+    seed, new_seed = before.get("seed_everything"), now.get("seed_everything")
+    if seed != new_seed:
+        raise InputError(
+            f"{cli.run_dir}: holds a run with --seed_everything {seed}, but this one has "
+            f"{new_seed}; choose another --trainer.default_root_dir"
+        )
     for section in ("model", "data", "neighbors"):
         for name, value in now.get(section, {}).items():
             had = before.get(section, {}).get(name)
@@ -89,6 +95,16 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
                     f"{cli.run_dir}: holds a run with --{section}.{name} {had}, but this one has "
                     f"{value}; choose another --trainer.default_root_dir"
                 )
+    try:
+        read_checkpoint(last)
+    except InputError as damage:
+        best = last.with_name("best.ckpt")
+        try:
+            read_checkpoint(best)
+        except InputError:
+            raise damage from None
+        print(f"{damage}; it is left aside")
+        last = best
     print(f"continuing from {last}")
     return str(last)
 

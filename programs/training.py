@@ -2,17 +2,24 @@
 in the run's directory."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
+from filelock import Timeout
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from neighborlm.callbacks.lightning_internals import Continuation
 from neighborlm.callbacks.random_numbers import RandomNumbers
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import Lock
 from neighborlm.common.interrupts import interrupts_held
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.lm import LMDataModule
@@ -24,6 +31,10 @@ from neighborlm.programs.settings import NeighborSettings
 
 BATCHES_TO_BEGIN = 8
 """Of the validation split, by which a graph network is made to begin as the LM."""
+
+LOCK_PATIENCE = 10
+"""Seconds until another training in the same directory is believed: workers of one that was killed
+hold its lock for a few more."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,29 @@ def train(
             settings.
 
     Raises:
-        InputError: the directory holds another run.
+        InputError: the directory holds another run, another training goes on in it, the checkpoint
+            is of another model or not whole, or a setting leaves nothing to train.
+        Diverged: loss, gradient or weights are not finite; the checkpoints of before stay.
     """
+    check_settings(run.settings, checkpoint_every)
+    if ckpt_path is not None:
+        check_fit(Path(ckpt_path), model, data)
+    trainer = run.trainer(stage="train")  # refuses what it cannot do before any work
+    check_validation_interval(trainer, data)
+    with only_training_in(run.directory, trainer):
+        return _train(model, data, run, ckpt_path, checkpoint_every, neighbors, config)
+
+
+def _train(
+    model: TrainableLM,
+    data: LMDataModule,
+    run: Run,
+    ckpt_path: Path | str | None,
+    checkpoint_every: int,
+    neighbors: NeighborSettings | None,
+    config: str | None,
+) -> Trained:
+    """What `train` does where nobody else trains in the run's directory."""
     checkpoints = run.directory / "checkpoints"
     if ckpt_path is None and (checkpoints / "last.ckpt").is_file():
         raise InputError(
@@ -95,7 +127,6 @@ def train(
         enable_version_counter=False,
         save_on_exception=run.settings.get("strategy") != "fsdp",  # not by one rank alone
     )
-    run.trainer(stage="train")  # refuses what it cannot do before any work
     seconds = {}
     if isinstance(model, GNNLM):
         seconds = give_neighbors(model, data, run, neighbors or NeighborSettings())
@@ -126,6 +157,105 @@ def train(
             figures = asdict(trained) | {"checkpoint": str(trained.checkpoint)}
             summary.write_text(json.dumps(figures, indent=1) + "\n")
     return trained
+
+
+def check_settings(settings: Mapping[str, Any], checkpoint_every: int) -> None:
+    """Raises InputError where a setting of the trainer leaves nothing to do, or divides by zero."""
+    if checkpoint_every < 1:
+        raise InputError(f"--checkpoint_every is {checkpoint_every}; expected at least 1 update")
+    for name in ("log_every_n_steps", "accumulate_grad_batches"):
+        value = settings.get(name)
+        if value is not None and value < 1:
+            raise InputError(f"--trainer.{name} is {value}; expected at least 1")
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if settings.get(name) == 0:
+            raise InputError(f"--trainer.{name} is 0, which trains nothing; expected more")
+
+
+def check_validation_interval(trainer: Trainer, data: LMDataModule) -> None:
+    """Raises InputError where an epoch ends before its first validation."""
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+        return
+    batches = -(-len(data.train_dataloader().sampler.batches) // trainer.world_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if interval > batches and trainer.limit_val_batches:
+        raise InputError(
+            f"--trainer.val_check_interval is {interval}, but an epoch has {batches} batches; "
+            "expected at most that, or --trainer.check_val_every_n_epoch null, which counts the "
+            "batches of all epochs"
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint from which a training goes on, its tensors mapped into memory. Nothing in it is
+    executed.
+
+    Raises:
+        InputError: it is not one, or not whole.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for part in ("state_dict", "hyper_parameters", "optimizer_states", "loops"):
+            checkpoint[part]
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint of train.py ({reason}); expected a whole one "
+            "to go on from"
+        ) from None
+    return checkpoint
+
+
+def check_fit(path: Path, model: TrainableLM, data: LMDataModule) -> None:
+    """Raises InputError where a checkpoint is of another model or another vocabulary."""
+    checkpoint = read_checkpoint(path)
+    own = model.state_dict()
+    kind = GNNLM if "lm" in checkpoint["hyper_parameters"] else TrainableLM
+    if isinstance(model, GNNLM) != (kind is GNNLM):
+        raise InputError(
+            f"--ckpt_path {path}: holds {'a GNN-LM' if kind is GNNLM else 'an LM'}, but this "
+            f"command trains a {type(model).__name__}; expected another --arch or checkpoint"
+        )
+    for name, tensor in checkpoint["state_dict"].items():
+        if name in own and own[name].shape != tensor.shape:
+            raise InputError(
+                f"--ckpt_path {path}: its {name} has the shape {tuple(tensor.shape)}, but that of "
+                f"this command's model is {tuple(own[name].shape)}; expected the settings and the "
+                "corpus that it was trained with"
+            )
+    if checkpoint.get("dictionary", data.dictionary.fingerprint) != data.dictionary.fingerprint:
+        raise InputError(
+            f"--ckpt_path {path}: was trained with another dictionary than that of this corpus; "
+            "expected the corpus of then, its dict.txt as --data.dictionary, or another "
+            "--trainer.default_root_dir to begin anew"
+        )
+
+
+@contextmanager
+def only_training_in(directory: Path, trainer: Trainer) -> Iterator[None]:
+    """Holds a lock on a run's directory, for all ranks by the first of them.
+
+    Raises:
+        InputError: another training goes on there.
+    """
+    if not trainer.is_global_zero:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = Lock(directory / ".training.lock")
+    try:
+        lock.acquire(timeout=LOCK_PATIENCE)
+    except Timeout:
+        raise InputError(
+            f"{directory}: another training goes on in this directory; expected its end, or "
+            "another --trainer.default_root_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def give_neighbors(

@@ -18,9 +18,9 @@ import torch
 from small import ROOT, SMALL, scalars, write_corpus
 
 from neighborlm.callbacks.lightning_internals import Continuation
-from neighborlm.common.files import publishing
+from neighborlm.common.files import Lock, publishing
 from neighborlm.datamodules.lm import ResumableLoader
-from neighborlm.programs import evaluate, places, train
+from neighborlm.programs import evaluate, places, train, training
 from neighborlm.programs.checkpoints import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
@@ -389,3 +389,77 @@ def test_weights_that_are_not_finite_are_refused(refused, workplace, tmp_path):
     torch.save(checkpoint, tmp_path / "nan.ckpt")
     sentence = refused(evaluate, *HERE, "--ckpt_path", tmp_path / "nan.ckpt")
     assert "decoder.layers.0.fc1.bias are not finite" in sentence
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--checkpoint_every", 0, ("--checkpoint_every is 0", "at least 1")),
+        ("--checkpoint_every", -1, ("--checkpoint_every is -1", "at least 1")),
+        ("--trainer.log_every_n_steps", 0, ("--trainer.log_every_n_steps is 0", "at least 1")),
+        ("--trainer.accumulate_grad_batches", 0, ("accumulate_grad_batches is 0", "at least 1")),
+        ("--trainer.max_steps", 0, ("--trainer.max_steps is 0", "trains nothing")),
+        ("--trainer.limit_train_batches", 0, ("limit_train_batches is 0", "trains nothing")),
+        ("--trainer.check_val_every_n_epoch", 1, ("val_check_interval is 500", "13 batches")),
+    ],
+)
+def test_settings_that_leave_nothing_to_train(refused, workplace, tmp_path, flag, value, words):
+    run = tmp_path / "run"
+    sentence = refused(train, *HERE, "--trainer.default_root_dir", run, flag, value)
+    assert all(word in sentence for word in words), sentence
+    assert not run.exists()
+
+
+def test_a_training_that_ends_before_its_first_validation_has_one(workplace, run_program, tmp_path):
+    """Also where that validation is interrupted."""
+    flags = (*HERE, "--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 3)
+    stop = interrupting("on_validation_batch_end", 4, signal.SIGINT)  # after two as a check
+    run_program(workplace, "train.py", *flags, *stop, status=130)
+    assert not (tmp_path / "checkpoints/best.ckpt").exists()
+    run_program(workplace, "train.py", *flags)
+    assert load_model(tmp_path / "checkpoints/best.ckpt").updates == 3
+    # Logged once, at the third update, counted from 0.
+    assert [event.step for event in scalars(tmp_path / "train")["val/ppl"]] == [2]
+
+
+def test_one_training_at_a_time(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "LOCK_PATIENCE", 0)
+    with Lock(tmp_path / ".training.lock"):
+        sentence = refused(train, *HERE, "--trainer.default_root_dir", tmp_path)
+    assert "another training goes on in this directory" in sentence
+
+
+@pytest.fixture
+def copied_run(workplace, tmp_path):
+    """Checkpoints of a copy of the workplace's run, to be damaged."""
+    return shutil.copytree(workplace / "runs/words", tmp_path / "run") / "checkpoints"
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text"])
+def test_a_damaged_last_checkpoint_is_left_aside(workplace, run_program, copied_run, damage):
+    last = copied_run / "last.ckpt"
+    content = last.read_bytes()
+    damaged = {"empty": b"", "cut": content[: len(content) // 2], "text": b"a text"}[damage]
+    flags = (*HERE, "--trainer.default_root_dir", copied_run.parent, "--trainer.max_steps", 42)
+    last.write_bytes(damaged)
+    done = run_program(workplace, "train.py", *flags)
+    assert f"{last}: cannot be read as a checkpoint" in done.stdout
+    assert f"continuing from {copied_run / 'best.ckpt'}" in done.stdout
+    assert load_model(last).updates == 42
+    for checkpoint in copied_run.iterdir():
+        checkpoint.write_bytes(damaged)
+    done = run_program(workplace, "train.py", *flags, status=2)
+    assert f"error: {last}: cannot be read as a checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_checkpoints_that_do_not_fit(refused, workplace, tmp_path):
+    last = workplace / "runs/words/checkpoints/last.ckpt"
+    place = ("--trainer.default_root_dir", tmp_path / "run", "--ckpt_path")
+    sentence = refused(train, *HERE, *place, last, "--model.layers", 2, "--model.ffn_width", 48)
+    assert "has the shape" in sentence
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["dictionary"] = "another"
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    assert "another dictionary" in refused(train, *HERE, *place, tmp_path / "other.ckpt")
+    assert "seed_everything 1" in refused(train, *HERE, "--seed_everything", 2)

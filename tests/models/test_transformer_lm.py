@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,7 @@ def test_gradient_reaches_every_parameter(batch, settings):
 def test_a_step_of_training_lowers_the_loss(batch):
     model = make(**BANDS)
     model.log = lambda *args, **kwargs: None
+    model.trainer = SimpleNamespace(accumulate_grad_batches=1, num_training_batches=1)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     losses = []
     for _ in range(3):
@@ -274,3 +276,13 @@ def test_settings_reach_their_places():
 @pytest.mark.parametrize(("scaled", "scale"), [(True, 8**0.5), (False, 1.0)])
 def test_embeddings_are_scaled(scaled, scale):
     assert make(scale_embedding=scaled).decoder.scale == pytest.approx(scale)
+
+
+def test_the_last_update_of_an_epoch_has_the_mean_of_its_batches(batch):
+    """Lightning divides each loss by 3, also where two batches are left."""
+    model = make(**BANDS)
+    model.log = lambda *args, **kwargs: None
+    model.trainer = SimpleNamespace(accumulate_grad_batches=3, num_training_batches=5)
+    losses = [model.training_step(batch, number).item() for number in range(5)]
+    assert losses[:3] == [losses[0]] * 3
+    assert losses[3] / 3 + losses[4] / 3 == pytest.approx(losses[0])
