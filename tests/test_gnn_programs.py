@@ -223,6 +223,7 @@ def test_interrupted_training_takes_the_same_paths(trained, run_program, tmp_pat
     flags = (*flags, "--neighbors.token_features", "online", "--trainer.val_check_interval", 6)
     stop = ("--trainer.callbacks", "interrupting.Interrupt", "--trainer.callbacks.moment")
     stop = (*stop, "on_train_batch_end", "--trainer.callbacks.call", 7)
+    stop = (*stop, "--trainer.callbacks.number", 2)
     runs = [tmp_path / name for name in ("whole", "cut")]
     for run, more, status in ((runs[0], (), 0), (runs[1], stop, 130), (runs[1], (), 0)):
         place = ("--trainer.default_root_dir", run)
