@@ -1,3 +1,5 @@
-from neighborlm.common.one_name import refuse_bare_name
+"""What all rooms know: contracts, errors, files, and what numpy and faiss must be told first.
 
-refuse_bare_name(__name__)
+Alone of the rooms it may also be imported under its bare name, as whoever loads numpy before
+`neighborlm` may import `common.before_numpy` first of all.
+"""

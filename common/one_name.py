@@ -14,13 +14,13 @@ def refuse_bare_name(package: str) -> None:
     """Each room's `__init__.py` calls this first, with its `__name__`.
 
     Raises:
-        ImportError: the room is imported under another name than `neighborlm.<room>`.
+        ModuleNotFoundError: the room is imported under another name than `neighborlm.<room>`.
         SystemExit: `python -m` is to run one of its modules under its bare name.
     """
     if package.startswith("neighborlm."):
         return
     if sys.argv[:1] != ["-m"]:  # Python sets it while it looks for the module to run
-        raise ImportError(f"{package} is imported as neighborlm.{package}", name=package)
+        raise ModuleNotFoundError(f"{package} is imported as neighborlm.{package}", name=package)
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words else package
     if module in MOVED:

@@ -74,5 +74,11 @@ def test_commands_of_old_say_the_new_one(module, sentence):
 
 @pytest.mark.parametrize("room", ["models", "datamodules", "retrieval", "callbacks", "tools"])
 def test_rooms_are_not_imported_by_their_bare_names(room):
-    with pytest.raises(ImportError, match=rf"^{room} is imported as neighborlm\.{room}$"):
+    with pytest.raises(ModuleNotFoundError, match=rf"^{room} is imported as neighborlm\.{room}$"):
         __import__(room)
+
+
+def test_what_numpy_must_be_told_can_be_imported_before_anything_else():
+    program = "import common.before_numpy, sys; assert 'numpy' not in sys.modules"
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
