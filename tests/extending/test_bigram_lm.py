@@ -15,10 +15,9 @@ class Bigram:
 
     def __init__(self, tokens, vocab_size, eos=2):
         self.vocab_size = vocab_size
-        counts = torch.ones(vocab_size, vocab_size)  # add-one smoothing
-        before = np.concatenate([[eos], tokens[:-1]]).astype(np.int64)
-        pairs = (torch.from_numpy(before), torch.from_numpy(tokens.astype(np.int64)))
-        counts.index_put_(pairs, torch.ones(len(tokens)), accumulate=True)
+        pairs = np.append(eos, tokens[:-1]).astype(np.int64) * vocab_size + tokens
+        counts = 1 + np.bincount(pairs, minlength=vocab_size**2)  # add-one smoothing
+        counts = torch.from_numpy(counts).view(vocab_size, vocab_size)
         self.log_probs = (counts / counts.sum(dim=1, keepdim=True)).log()
 
     def key_width(self, key_type):
@@ -31,10 +30,8 @@ class Bigram:
 
 
 def test_bigrams_are_evaluated(evaluated, words, monkeypatch):
-    def load(source):
-        return Bigram(source.data.stream("train").tokens, source.data.vocab_size)
-
-    monkeypatch.setitem(ARCHITECTURES, "bigram", Architecture(load=load))
+    bigram = Architecture(load=lambda s: Bigram(s.data.stream("train").tokens, s.data.vocab_size))
+    monkeypatch.setitem(ARCHITECTURES, "bigram", bigram)
     results, _ = evaluated("--arch", "bigram")
     train, test = ["</s>", *words("train")], ["</s>", *words("test")]
     pairs, first = Counter(pairwise(train)), Counter(train[:-1])

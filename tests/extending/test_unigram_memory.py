@@ -20,24 +20,21 @@ class Unigram(Memory):
         return Opinion(self.probs[asked.targets].log())
 
     def distribution(self, asked):
-        ids = torch.arange(len(self.probs)).expand(len(asked.positions), -1)
-        return ids, self.probs.float().expand_as(ids)
+        probs = self.probs.float().expand(len(asked.positions), -1)
+        return torch.arange(len(self.probs)).expand_as(probs), probs
 
 
 def test_unigrams_vote_beside_the_lm(evaluated, words, monkeypatch):
     monkeypatch.setitem(MEMORIES, "unigram", Unigram)
     counts = Counter(words("train"))
 
-    def probs(split, scores):
-        of_words = [counts[word] / counts.total() for word in words(split)]
-        return np.exp(scores["lm_log_prob"].astype(np.float64)), np.array(of_words)
+    def ppl(weight, split, scores):
+        unigram = np.array([counts[word] for word in words(split)]) / counts.total()
+        lm = np.exp(scores["lm_log_prob"].astype(np.float64))
+        return np.exp(-np.log(lm + weight * (unigram - lm)).mean(axis=-1))
 
-    lm, unigram = probs("valid", evaluated("--split", "valid")[1])
-    weights = np.linspace(0, 1, 10001)[:, None]
-    likelihoods = np.log((1 - weights) * lm + weights * unigram).mean(axis=1)
-    results, scores = evaluated("--memories", "unigram")
-    weight = results["mixture"]["weight.unigram"]
-    assert abs(weight - weights[likelihoods.argmax(), 0]) < 2e-4
-    lm, unigram = probs("test", scores)
-    expected = np.exp(-np.log((1 - weight) * lm + weight * unigram).mean())
-    np.testing.assert_allclose(results["mixture"]["ppl"], expected, rtol=1e-6)
+    results, on_test = evaluated("--memories", "unigram")
+    grid = ppl(np.linspace(0, 1, 10001)[:, None], "valid", evaluated("--split", "valid")[1])
+    weight, found = results["mixture"]["weight.unigram"], results["mixture"]["ppl"]
+    assert abs(weight - grid.argmin() / 10000) < 2e-4
+    np.testing.assert_allclose(found, ppl(weight, "test", on_test), rtol=1e-6)
