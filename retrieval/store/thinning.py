@@ -143,13 +143,6 @@ def write_thinned(
     return builder.finish()
 
 
-def open_rows(datastore: Datastore) -> np.ndarray | None:
-    """Which rows of the larger datastore a thinned one has, int64 `[M]`; None of any other."""
-    if "thinned" not in datastore.manifest["made_from"]:
-        return None
-    return open_array(datastore.path / "rows.npy", Layout(np.dtype(np.int64), (len(datastore),)))
-
-
 def open_weights(datastore: Datastore) -> np.ndarray | None:
     """How many entries each row stands for, uint32 `[M]`; None where each stands for itself."""
     if not datastore.manifest["made_from"].get("thinned", {}).get("weights"):
