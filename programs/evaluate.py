@@ -16,13 +16,15 @@ from neighborlm.programs.architectures import Source
 from neighborlm.programs.cli import ProgramCLI, check_row_length
 from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.effects import check_effects
-from neighborlm.programs.evaluation import Evaluated, Subject, evaluate, make_products
+from neighborlm.programs.evaluation import evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
 from neighborlm.programs.records import Record
 from neighborlm.programs.reports import log_figures, show
+from neighborlm.programs.resources import make_products
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, MemorySettings
+from neighborlm.programs.subject import Evaluated, Subject
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
 from neighborlm.retrieval.memories.automaton import AutomatonSettings
 from neighborlm.retrieval.memories.recent import RecentSettings

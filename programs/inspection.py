@@ -9,7 +9,7 @@ import torch
 
 from neighborlm.common.contracts import Scored, Want
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.programs.evaluation import PLAIN, Evaluated, Subject
+from neighborlm.programs.subject import PLAIN, Evaluated, Subject
 from neighborlm.retrieval.memories import KNNMemory
 from neighborlm.retrieval.memories.mixers import features_of, mixture
 

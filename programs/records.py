@@ -70,7 +70,7 @@ class Record:
         """What the file holds.
 
         Args:
-            results: see `programs.evaluation.Evaluated`; unit, split and window are among them.
+            results: see `programs.subject.Evaluated`; unit, split and window are among them.
         """
         return {
             "name": self.name,

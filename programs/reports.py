@@ -46,7 +46,7 @@ def show(results: dict[str, Any]) -> None:
     """Prints the figures.
 
     Args:
-        results: see `programs.evaluation.Evaluated`.
+        results: see `programs.subject.Evaluated`.
     """
     Console().print(as_table(results))
     for remark in remarks(results):
@@ -57,7 +57,7 @@ def log_figures(results: dict[str, Any], step: int, loggers: Sequence[Logger]) -
     """Logs the figures.
 
     Args:
-        results: see `programs.evaluation.Evaluated`.
+        results: see `programs.subject.Evaluated`.
         step: updates that the model was trained with.
         loggers: of the trainer.
     """
