@@ -1,11 +1,12 @@
 """Files and folders that become visible only when complete, the locks under which they are made,
-and digests of their contents."""
+what is said of disks that do not take them, and digests of their contents."""
 
+import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,33 +14,83 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.units import size_of
+
+LEFTOVER = r"\.making(-(\d+))?"
+"""Ends the temporary names; up to version 0.1 some named no process."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# -- whole or not at all -------------------------------------------------------------------------
 
 
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` under which the body writes a file or a folder. When
-    the body ends, this is synced to disk and renamed to `path`; when it fails, it is removed.
+    the body ends, this is synced to disk and takes the place of `path`; when it fails, it is
+    removed.
 
     Leftovers of killed processes are removed first. Several processes may publish the same path at
     once only under its lock.
     """
-    _remove_leftovers(path)
+    pattern = re.compile(re.escape(path.name) + LEFTOVER)
+    for other in path.parent.iterdir():
+        found = pattern.fullmatch(other.name)
+        if found and not (found[2] and _is_running(int(found[2]))):
+            _remove(other)
     making = path.with_name(f"{path.name}.making-{os.getpid()}")
     try:
         yield making
         _sync(making)
+        if making.is_dir():
+            _remove(path)
         os.replace(making, path)
     finally:
         _remove(making)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Removes temporary names whose process has ended; up to version 0.1 some named no process."""
-    pattern = re.compile(re.escape(path.name) + r"\.making(-(\d+))?")
-    for other in path.parent.iterdir():
-        found = pattern.fullmatch(other.name)
-        if found and not (found[2] and _is_running(int(found[2]))):
-            _remove(other)
+def publish_folder(
+    folder: Path,
+    make: Callable[[Path], None],
+    flag: str,
+    is_whole: Callable[[Path], bool] = Path.is_dir,
+) -> None:
+    """Makes a folder unless it exists; of several processes one makes it. One that exists may be on
+    a read-only file system. What killed processes have left of any folder beside it is removed.
+
+    Args:
+        folder: the folder; an incomplete one is replaced.
+        make: fills an empty folder, which is then renamed.
+        flag: the setting that chooses the place, for messages.
+        is_whole: whether an existing folder is complete.
+
+    Raises:
+        InputError: the place cannot be written to, or is full.
+    """
+    if is_whole(folder):
+        return
+    with sentences_about(folder.parent, flag):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = Lock(f"{folder}.lock").acquire()
+        except InputError as error:
+            raise InputError(f"{error}, or another one named as {flag}") from None
+        with lock:
+            if is_whole(folder):
+                return
+            _remove_leftovers(folder.parent)
+            with publishing(folder) as making:
+                making.mkdir()
+                make(making)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Removes temporary folders that nobody is filling any more."""
+    for other in parent.iterdir():
+        found = re.fullmatch(f"(.+){LEFTOVER}", other.name)
+        lock = parent / f"{found[1]}.lock" if found else parent
+        if lock.is_file():  # made by `publish_folder`
+            with suppress(Timeout), Lock(lock).acquire(timeout=0):
+                _remove(other)
 
 
 def _is_running(process: int) -> bool:
@@ -68,6 +119,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# -- disks ---------------------------------------------------------------------------------------
+
+
 class Lock(FileLock):
     """A lock file: one thread of one process holds it, all others wait."""
 
@@ -88,6 +142,53 @@ class Lock(FileLock):
                 f"{self.lock_file}: cannot be locked ({reason}); expected a writable folder on a "
                 "file system that supports locks"
             ) from None
+
+
+class DiskFull(OSError):
+    """A file does not fit on the disk.
+
+    Attributes:
+        needed: about how many bytes the whole file takes.
+    """
+
+    def __init__(self, cause: OSError, needed: float) -> None:
+        super().__init__(cause.errno, cause.strerror)
+        self.needed = needed
+
+
+@contextmanager
+def sentences_about(place: Path, flag: str) -> Iterator[None]:
+    """Turns errors of the file system under a folder into one sentence that names the place.
+
+    Args:
+        place: the folder; errors elsewhere pass through unchanged.
+        flag: the setting that chooses it.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = Path(error.filename) if isinstance(error.filename, str) else place
+        if error.errno in NO_ROOM:
+            found = f"{size_of(shutil.disk_usage(_existing(place)).free)} free"
+            if isinstance(error, DiskFull):
+                found += f", about {size_of(error.needed)} needed"
+            raise InputError(
+                f"{place}: has no more room ({found}); make room there or name another place as "
+                f"{flag}, and run the same command again"
+            ) from None
+        if place.absolute() not in (where.absolute(), *where.absolute().parents) and not (
+            place.absolute().is_relative_to(where.absolute())
+        ):
+            raise
+        raise InputError(
+            f"{where}: {error.strerror or error}; expected a folder that can be written, or "
+            f"another one named as {flag}"
+        ) from None
+
+
+def _existing(place: Path) -> Path:
+    """The folder, or its nearest ancestor that exists."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
 
 
 def digest_of(*parts: str | bytes | Path, size: int = 8) -> str:

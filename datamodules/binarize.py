@@ -22,6 +22,7 @@ from numpy.lib.format import write_array_header_1_0
 from rich.progress import track
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import NO_ROOM, DiskFull
 from neighborlm.datamodules.dictionary import (
     BYTE_ORDER_MARK,
     EOS,
@@ -31,7 +32,6 @@ from neighborlm.datamodules.dictionary import (
     Dictionary,
     Level,
 )
-from neighborlm.datamodules.publishing import NO_ROOM, DiskFull
 
 CHUNK_BYTES = 4 << 20
 CHUNKS_PER_WORKER = 4

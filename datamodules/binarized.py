@@ -17,6 +17,7 @@ import numpy as np
 
 from neighborlm.common.contracts import TokenStream as AnyTokenStream
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publish_folder
 from neighborlm.datamodules.binarize import (
     TokenStream,
     binarize,
@@ -25,7 +26,6 @@ from neighborlm.datamodules.binarize import (
 )
 from neighborlm.datamodules.corpora import CorpusFiles, resolve_corpus
 from neighborlm.datamodules.dictionary import BYTE_ORDER_MARK, UNK, Dictionary, Level
-from neighborlm.datamodules.publishing import publish
 
 CACHE_VERSION = 1  # raise it when the meaning of the files changes
 ARRAYS = ("tokens.npy", "line_starts.npy")
@@ -77,7 +77,9 @@ class BinarizedCorpus:
     def folder(self) -> Path:
         """The folder of the binarised corpus, made if it is missing."""
         folder = self.settings.cache_dir / f"{self.name}-{self._fingerprint_of_input()}"
-        publish(folder, self._make, "--data.cache_dir", lambda f: (f / "meta.json").is_file())
+        publish_folder(
+            folder, self._make, "--data.cache_dir", lambda f: (f / "meta.json").is_file()
+        )
         return folder
 
     @cached_property

@@ -29,8 +29,8 @@ from urllib.request import Request, urlopen
 import rich.progress
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import NO_ROOM, publish_folder
 from neighborlm.datamodules.dictionary import BYTE_ORDER_MARK
-from neighborlm.datamodules.publishing import NO_ROOM, publish
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
@@ -96,11 +96,11 @@ def resolve_corpus(corpus: str, cache_dir: Path) -> CorpusFiles:
     if corpus == "python_docs":
         stdlib = Path(sysconfig.get_path("stdlib"))
         made = cache_dir / f"{corpus}-{platform.python_version()}-{_fingerprint_of(stdlib)}"
-        publish(made, partial(write_python_docs, stdlib), "--data.cache_dir")
+        publish_folder(made, partial(write_python_docs, stdlib), "--data.cache_dir")
         return _files_in(made, corpus)
     if corpus in DOWNLOADS:
         download = partial(_download_and_unpack, corpus, cache_dir)
-        publish(cache_dir / corpus, download, "--data.cache_dir")
+        publish_folder(cache_dir / corpus, download, "--data.cache_dir")
         return _files_in(cache_dir / corpus, corpus)
     raise InputError(
         f"--data.corpus {corpus or repr(corpus)} is {found}; expected a folder with "

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import sentences_about
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.corpora import tokenize as separate_punctuation
-from neighborlm.datamodules.publishing import sentences_about
 from neighborlm.programs.exits import exit_with_one_sentence
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import DiskFull
 from neighborlm.datamodules import binarize as module
 from neighborlm.datamodules.binarize import (
     NpyWriter,
@@ -20,7 +21,6 @@ from neighborlm.datamodules.binarize import (
     smallest_unsigned,
 )
 from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary, Level
-from neighborlm.datamodules.publishing import DiskFull
 
 TEXT = (
     "the cat sat\n"

@@ -17,8 +17,9 @@ from small import write_corpus
 
 from neighborlm.common.contracts import Corpus
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import Lock
 from neighborlm.datamodules import binarize as binarize_module
-from neighborlm.datamodules import binarized, publishing
+from neighborlm.datamodules import binarized
 from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.dictionary import EOS, UNK, Dictionary
@@ -131,9 +132,9 @@ def test_a_killed_binarisation_is_done_again(own, monkeypatch, tmp_path, moment)
         own().folder  # noqa: B018
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert len(list((tmp_path / "cache").glob("*.making"))) == 1
+    assert len(list((tmp_path / "cache").glob("*.making-*"))) == 1
     check_streams(own())
-    assert not list((tmp_path / "cache").glob("*.making"))
+    assert not list((tmp_path / "cache").glob("*.making-*"))
 
 
 def test_a_folder_without_its_mark_is_made_again(own):
@@ -145,8 +146,8 @@ def test_a_folder_without_its_mark_is_made_again(own):
 
 def test_a_complete_cache_is_used_where_nothing_can_be_written(own, monkeypatch):
     folder = own().folder
-    publishing.Path(f"{folder}.lock").unlink()
-    monkeypatch.setattr(publishing, "FileLock", refuse)
+    Path(f"{folder}.lock").unlink()
+    monkeypatch.setattr(Lock, "acquire", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(Path, "write_text", refuse)
     check_streams(own())
