@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
-from neighborlm.common.contracts import Scored
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
 from neighborlm.programs.mixture import mixed_figures, seconds_in
@@ -24,7 +23,8 @@ from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.settings import KNNSettings
 from neighborlm.programs.subject import Evaluated, Pass, Subject, score, seconds_of, tokens_of
 from neighborlm.retrieval.memories import ConstantMixer, KNNMemory
-from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
+from neighborlm.retrieval.memories.cache import TOP, Extent, RetrievalCache
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
 from neighborlm.retrieval.memories.tuning import Tuning, tune
 from neighborlm.retrieval.search.index import is_path, resolve
@@ -133,8 +133,12 @@ def retrieved(
         made = Pass(dict(cache.manifest["results"]), 0.0, subject.run.trainer())
         return cache.nearest(knn.k), made
     subject.give_neighbors(split)
-    builder = RetrievalCacheBuilder(path, k=knn.k, **sizes, made_from=made_from)
     memory = KNNMemory.of(resources)
+    extent = Extent(weighted=memory.weights is not None)
+    if knn.cache is not None:
+        rows, on_lm = memory.datastore.whole["rows"], subject.neighbors is not None
+        extent = extent._replace(datastore_rows=rows, top=TOP, on_lm=on_lm)
+    builder = RetrievalCacheBuilder(path, k=knn.k, **sizes, made_from=made_from, extent=extent)
     memory.cache = builder
     keeping = Interpolation({"knn": memory}, None, resources.tokens(split))
     made = score(subject, split, memory.want, [keeping])
@@ -185,18 +189,18 @@ def mixed_from_cache(
     keep_scores: bool,
 ) -> tuple[Pass, Tally, dict[str, Any]]:
     """A pass over what `--knn.cache` keeps, retrieved first where it is missing."""
-    if keep_scores and subject.neighbors is not None:
-        raise InputError(
-            "--token_scores of a GNN-LM cannot come from --knn.cache, which does not keep what the "
-            "LM says alone; expected one of the two"
-        )
     knn = resources.knn
     cache, made = retrieved(subject, split, resources, Path(knn.cache))
+    if keep_scores and subject.neighbors is not None and cache.alone_log_prob is None:
+        raise InputError(
+            f"--token_scores: {cache.path} was made by an earlier version, which did not keep what "
+            "the LM of a GNN-LM says alone; expected another --knn.cache"
+        )
     start = time.perf_counter()
     tally = Tally(keep_scores)
     for block in islice(cache, *own_part()):
         opinion = opinion_from_cache(block, knn.temperature, knn.similarity or knn.metric)
-        asked = Scored(block.positions, block.targets, block.lm_log_prob)
+        asked = cache.scored(block)
         log_probs = (asked.log_probs.double(), opinion.log_probs.double())
         tally.add(asked, {"knn": opinion}, mixer.mixed(log_probs))
     seconds = made.seconds + time.perf_counter() - start

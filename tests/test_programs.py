@@ -97,7 +97,7 @@ def test_what_is_retrieved_is_kept_and_mixed_again(workplace, run_program):
     kept = ("--knn.cache", "kept")
     run_program(workplace, "evaluate.py", *flags, *kept)
     made = {path: path.stat().st_mtime_ns for path in (workplace / "kept").glob("*/*.npy")}
-    assert len(made) == 8  # of two splits
+    assert len(made) == 16  # of two splits
     again = ("--knn.lmbda", 0.4, "--knn.temperature", 3, "--token_scores", "c.npz")
     found = {}
     for name, cache in (("searching", ()), ("kept", kept)):

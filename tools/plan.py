@@ -22,6 +22,7 @@ from rich.table import Table
 from neighborlm.common.errors import InputError
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.settings import NeighborSettings
+from neighborlm.retrieval.memories.cache import TOP
 from neighborlm.retrieval.search.building import PART_BYTES, sample_size
 from neighborlm.retrieval.search.index import INDEX_KINDS, auto_factory, make_index
 from neighborlm.retrieval.store.checksums import rows_of_chunk
@@ -191,8 +192,9 @@ def on_disk(w: Wanted) -> dict[str, float]:
         found["neighbour table"] = HEADER + MANIFEST + w.keys * w.table_k * w.row_bytes
         found["codes"] = HEADER + MANIFEST + w.keys * code + codebook
     if w.cache:
-        row = 4 + w.value_bytes + w.k * (4 + w.value_bytes)
-        found["cache"] = 4 * HEADER + MANIFEST + math.ceil(w.queries) * row
+        of_neighbor = 4 + w.value_bytes + np.min_scalar_type(-math.ceil(w.tokens)).itemsize
+        row = 8 + w.value_bytes + w.k * of_neighbor + TOP * (4 + w.value_bytes)
+        found["cache"] = 8 * HEADER + MANIFEST + math.ceil(w.queries) * row
     return found
 
 

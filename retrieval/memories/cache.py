@@ -1,15 +1,23 @@
-"""Stores the neighbours that one pass of retrieval found for every scored token of a split, so that
-any lmbda, temperature and smaller k can be tried without the model and without a search.
+"""Stores what one pass of retrieval found for every scored token of a split, so that any lmbda,
+temperature, smaller k and mixer can be tried without the model and without a search.
 
 A directory with `manifest.json` and, row i belonging to token i of the split:
 
-    lm_log_prob.npy   fp32 [N]          of the target; NaN where the token is not scored
-    targets.npy       unsigned [N]      the targets, 0 where not scored
-    scores.npy        fp32 [N, k]       of the neighbours, nearest first, -inf where missing
-    values.npy        unsigned [N, k]   the tokens that followed them; any where missing
+    lm_log_prob.npy        fp32 [N]          of the target; NaN where the token is not scored
+    targets.npy            unsigned [N]      the targets, 0 where not scored
+    scores.npy             fp32 [N, k]       of the neighbours, nearest first, -inf where missing
+    values.npy             unsigned [N, k]   the tokens that followed them; any where missing
+    rows.npy               signed [N, k]     their rows of the datastore, -1 where missing
+    weights.npy            uint32 [N, k]     how many entries each stands for (merged ones)
+    entropy.npy            fp32 [N]          of the model's distribution, in nats
+    top_ids.npy            unsigned [N, t]   the model's t most probable tokens, 16 as a rule
+    top_log_probs.npy      fp32 [N, t]       their log-probabilities, the largest first
+    alone_log_prob.npy     fp32 [N]          of the target by the LM that a graph network stands on
 
-The unsigned type is the smallest that holds the vocabulary. The first k columns are the nearest k
-neighbours. A cache that is not complete is written anew.
+The first four are always there, the others where the manifest says so (`Extent`): format 1 had none
+of them. The unsigned type is the smallest that holds the vocabulary, the signed one the smallest
+that holds the datastore's rows. The first k columns are the nearest k neighbours. A cache that is
+not complete is written anew.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +27,41 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
+from neighborlm.common.contracts import Scored, Want
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.arrays import Layout, make_room, open_array
+from neighborlm.retrieval.store.arrays import Layout, open_array
 from neighborlm.retrieval.store.artifact import Artifact, Format, refuse_mismatch
 
 FIELDS = ("complete", "rows", "k", "vocab_size", "scored", "results", "made_from")
-FORMAT = Format("retrieval", 1, FIELDS, ("faiss", "torch", "numpy"))
+FORMAT = Format("retrieval", 2, FIELDS, ("faiss", "torch", "numpy"))
 BLOCK_BYTES = 16 << 20
 """Bytes of a cache that are in memory at a time."""
+TOP = 16
+"""Most probable tokens of the model that a cache keeps, with their probabilities."""
+
+
+class Extent(NamedTuple):
+    """What a cache keeps besides what tuning needs.
+
+    Attributes:
+        datastore_rows: of the datastore, which decides on the type of the neighbours' rows; 0 where
+            these are not kept.
+        top: how many of the model's most probable tokens; with any, the entropy is kept too.
+        weighted: whether the datastore's entries have weights.
+        on_lm: whether the model stands on an LM whose log-probabilities are kept too.
+    """
+
+    datastore_rows: int = 0
+    top: int = 0
+    weighted: bool = False
+    on_lm: bool = False
+
+    @property
+    def want(self) -> Want:
+        """What the model must be asked for."""
+        return Want(entropy=self.top > 0, top=self.top)
 
 
 class Retrieved(NamedTuple):
@@ -41,6 +73,8 @@ class Retrieved(NamedTuple):
         lm_log_prob: fp32 `[n]`.
         scores: fp32 `[n, k]`, -inf where missing.
         hits: bool `[n, k]`, whether there is a neighbour whose value is the target.
+        weights: fp32 `[n, k]`, how many entries each neighbour stands for; None where all stand for
+            themselves.
     """
 
     positions: Tensor
@@ -48,6 +82,7 @@ class Retrieved(NamedTuple):
     lm_log_prob: Tensor
     scores: Tensor
     hits: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +94,8 @@ class RetrievalCache:
         path: its directory.
         manifest: the content of `manifest.json`.
         k: how many neighbours of each token are read, the nearest ones.
+        lm_log_prob, targets, scores, values, rows, weights, entropy, top_ids, top_log_probs,
+            alone_log_prob: the files, a row for each token of the split; None where not kept.
     """
 
     path: Path
@@ -68,6 +105,12 @@ class RetrievalCache:
     targets: np.ndarray
     scores: np.ndarray
     values: np.ndarray
+    rows: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_log_probs: np.ndarray | None = None
+    alone_log_prob: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> "RetrievalCache":
@@ -80,9 +123,7 @@ class RetrievalCache:
         if not path.is_dir():
             raise InputError(f"{path}: no such directory; expected a cache of retrieved neighbours")
         manifest = Artifact.folder(FORMAT, path).open()
-        layouts = _layouts(manifest)
-        opened = (open_array(path / name, layout) for name, layout in layouts.items())
-        return cls(path, manifest, manifest["k"], *opened)
+        return cls(path, manifest, manifest["k"], **open_arrays(path, manifest))
 
     @staticmethod
     def is_complete(path: Path) -> bool:
@@ -97,6 +138,11 @@ class RetrievalCache:
     def n_scored(self) -> int:
         """The number of scored tokens, the only ones in `blocks`."""
         return self.manifest["scored"]
+
+    @property
+    def extent(self) -> Extent:
+        """What it keeps besides what tuning needs."""
+        return extent_of(self.manifest)
 
     def fits(self, expected: Mapping[str, Any]) -> None:
         """Refuses a cache that does not suit the data at hand; one with more neighbours suits a
@@ -127,7 +173,8 @@ class RetrievalCache:
 
     @property
     def _block_rows(self) -> int:
-        row = 8 + self.k * (self.scores.itemsize + self.values.itemsize + 1)
+        weight = 0 if self.weights is None else 4
+        row = 8 + self.k * (self.scores.itemsize + self.values.itemsize + 1 + weight)
         return max(BLOCK_BYTES // row, 1)
 
     def __len__(self) -> int:
@@ -145,145 +192,68 @@ class RetrievalCache:
             scores = torch.from_numpy(self.scores[block, : self.k][scored])
             targets = self.targets[block][scored]
             same = self.values[block, : self.k][scored] == targets[:, None]
+            weights = self.weights
+            if weights is not None:
+                weights = torch.from_numpy(weights[block, : self.k][scored].astype(np.float32))
             yield Retrieved(
                 torch.from_numpy(scored + first),
                 torch.from_numpy(targets.astype(np.int64)),
                 torch.from_numpy(lm_log_prob[scored]),
                 scores,
                 torch.from_numpy(same) & ~scores.isneginf(),
+                weights,
             )
 
+    def scored(self, block: Retrieved) -> Scored:
+        """What the model said of the tokens of a block, as far as it is kept; keys are not."""
+        at = block.positions.numpy()
 
-class RetrievalCacheBuilder:
-    """Writes a cache, any rows in any order, by any number of processes, each its own rows.
+        def column(array: np.ndarray | None, dtype: type = np.float32) -> Tensor | None:
+            return None if array is None else torch.from_numpy(array[at].astype(dtype))
 
-    After a kill all rows are written anew.
-
-    Args:
-        path: the directory.
-        rows: tokens N of the split.
-        k: neighbours a token.
-        vocab_size: targets and values are below it.
-        made_from: JSON-able settings that determine the content.
-
-    Raises:
-        InputError: the directory holds something else, or the disk has no room.
-    """
-
-    def __init__(
-        self, path: Path | str, rows: int, k: int, vocab_size: int, made_from: dict[str, Any]
-    ) -> None:
-        self.path = Path(path)
-        self.artifact = Artifact.folder(FORMAT, self.path)
-        self.fields = {"rows": rows, "k": k, "vocab_size": vocab_size, "made_from": made_from}
-        layouts = _layouts(self.fields)
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.artifact.lock():
-            if not self._is_begun():
-                self._create(layouts)
-        self.lm_log_prob, self.targets, self.scores, self.values = (
-            open_array(self.path / name, layout, "r+") for name, layout in layouts.items()
+        return Scored(
+            block.positions,
+            block.targets,
+            block.lm_log_prob,
+            entropy=column(self.entropy),
+            top_ids=column(self.top_ids, np.int64),
+            top_log_probs=column(self.top_log_probs),
+            lm_log_probs=column(self.alone_log_prob),
         )
 
-    def _is_begun(self) -> bool:
-        """Whether another process of this run, or a killed run of the same content, has made the
-        files. In either case every scored row is written again."""
-        if self.artifact.is_complete():
-            raise InputError(f"{self.path}: already holds a complete cache; expected none")
-        return self.artifact.says(self.fields)
 
-    def _create(self, layouts: Mapping[str, Layout]) -> None:
-        self.artifact.manifest.unlink(missing_ok=True)
-        make_room(self.path, layouts, "cache", "make room or choose a smaller --knn.k")
-        lm_log_prob = np.load(self.path / "lm_log_prob.npy", mmap_mode="r+")
-        lm_log_prob[:] = np.nan
-        lm_log_prob.flush()
-        self.artifact.write({**self.fields, "scored": 0, "results": None}, complete=False)
-
-    def write(
-        self,
-        positions: ArrayLike,
-        targets: ArrayLike,
-        lm_log_prob: ArrayLike,
-        scores: ArrayLike,
-        values: ArrayLike,
-    ) -> None:
-        """Stores the neighbours of n scored tokens.
-
-        Args:
-            positions: int64 `[n]`, of the tokens in the split.
-            targets: `[n]`.
-            lm_log_prob: fp32 `[n]`, natural logarithms.
-            scores: fp32 `[n, k]` in any order, -inf where missing.
-            values: `[n, k]`.
-
-        Raises:
-            InputError: a log-probability or a score is NaN.
-            ValueError: a position, target or value is out of range.
-        """
-        positions, lm_log_prob = np.asarray(positions), np.asarray(lm_log_prob, np.float32)
-        targets, scores, values = map(np.asarray, (targets, scores, values))
-        limits = {"positions": (positions, self.fields["rows"])}
-        limits |= {"targets": (targets, self.fields["vocab_size"])}
-        limits |= {"values": (values, self.fields["vocab_size"])}
-        for name, (array, limit) in limits.items():
-            if array.size and not 0 <= array.min() <= array.max() < limit:
-                raise ValueError(f"{name} from {array.min()} to {array.max()} in {self.path}")
-        if np.isnan(lm_log_prob).any() or np.isnan(scores).any():
-            raise InputError(
-                f"{self.path}: a log-probability or a neighbour's score is NaN; mend the model"
-            )
-        self.lm_log_prob[positions] = lm_log_prob
-        self.targets[positions] = targets
-        self.scores[positions], self.values[positions] = nearest_first(scores, values)
-
-    def sync(self) -> None:
-        """Brings to disk what was written."""
-        for array in (self.lm_log_prob, self.targets, self.scores, self.values):
-            array.flush()
-
-    def finish(self, results: dict[str, Any] | None = None) -> RetrievalCache:
-        """Marks the cache complete, once, after every process has called `sync`.
-
-        Args:
-            results: JSON-able figures of the pass, for the manifest.
-
-        Raises:
-            InputError: another command has taken the directory meanwhile.
-        """
-        with self.artifact.lock():
-            if not self.artifact.says(self.fields):
-                raise InputError(f"{self.path}: was taken by another command; choose another place")
-            scored = int(np.count_nonzero(~np.isnan(self.lm_log_prob)))
-            fields = {**self.fields, "scored": scored, "results": results}
-            self.artifact.write(fields, complete=True)
-        return RetrievalCache.open(self.path)
+# -- the files -----------------------------------------------------------------------------------
 
 
-def nearest_first(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores fp32 and values `[n, k]` by descending scores; of equal ones the first stays first.
-
-    >>> nearest_first(np.array([[-2, -np.inf, -1]], np.float32), np.array([[7, 8, 9]]))[1].tolist()
-    [[9, 7, 8]]
-    """
-    if (scores[:, 1:] <= scores[:, :-1]).all():
-        return scores, values
-    # Score and place in one integer: numpy sorts those faster than it argsorts, and stably.
-    bits = np.ascontiguousarray(scores, np.float32).view(np.int32)
-    descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    pairs = (descending.astype(np.int64) << 32) | np.arange(scores.shape[1])
-    pairs.sort(axis=1)
-    order = pairs & 0xFFFFFFFF
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(values, order, 1)
+def extent_of(fields: Mapping[str, Any]) -> Extent:
+    """From the manifest's fields, which has none of these in format 1."""
+    return Extent(**{name: fields[name] for name in Extent._fields if name in fields})
 
 
-def _layouts(fields: Mapping[str, Any]) -> dict[str, Layout]:
-    """Layouts of the files, from the manifest's fields."""
+def layouts_of(fields: Mapping[str, Any]) -> dict[str, Layout]:
+    """Layouts of the files by their names without `.npy`, from the manifest's fields."""
     token, real = np.min_scalar_type(fields["vocab_size"] - 1), np.dtype(np.float32)
-    rows, k = fields["rows"], fields["k"]
-    return {
-        "lm_log_prob.npy": Layout(real, (rows,)),
-        "targets.npy": Layout(token, (rows,)),
-        "scores.npy": Layout(real, (rows, k)),
-        "values.npy": Layout(token, (rows, k)),
+    rows, k, extent = fields["rows"], fields["k"], extent_of(fields)
+    layouts = {
+        "lm_log_prob": Layout(real, (rows,)),
+        "targets": Layout(token, (rows,)),
+        "scores": Layout(real, (rows, k)),
+        "values": Layout(token, (rows, k)),
     }
+    if extent.datastore_rows:
+        layouts["rows"] = Layout(np.min_scalar_type(-extent.datastore_rows), (rows, k))
+    if extent.weighted:
+        layouts["weights"] = Layout(np.dtype(np.uint32), (rows, k))
+    if extent.top:
+        layouts["entropy"] = Layout(real, (rows,))
+        layouts["top_ids"] = Layout(token, (rows, extent.top))
+        layouts["top_log_probs"] = Layout(real, (rows, extent.top))
+    if extent.on_lm:
+        layouts["alone_log_prob"] = Layout(real, (rows,))
+    return layouts
+
+
+def open_arrays(path: Path, fields: Mapping[str, Any], mode: str = "r") -> dict[str, np.ndarray]:
+    """The files by their names without `.npy`."""
+    layouts = layouts_of(fields).items()
+    return {name: open_array(path / f"{name}.npy", layout, mode) for name, layout in layouts}

@@ -22,10 +22,11 @@ from neighborlm.common.contracts import (
     Votes,
     Want,
 )
-from neighborlm.common.errors import InputError
-from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder, Retrieved
+from neighborlm.retrieval.memories.cache import Retrieved
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn import (
     check_similarity,
+    knn_log_prob,
     knn_weights,
     neighbor_scores,
     votes_of_scores,
@@ -96,8 +97,13 @@ class KNNMemory(Memory):
         self.key_type = key_type or key_type_of(datastore)
         self.others = self.key_type if rescoring is None else key_type_of(rescoring)
         """Type of the queries that neighbours are rescored by."""
-        self.want = Want(keys=tuple(dict.fromkeys((self.key_type, self.others))))
         self.seconds: Counter[str] = Counter()
+
+    @property
+    def want(self) -> Want:
+        """See `Memory`: the queries, and what the cache keeps of the model."""
+        keys = Want(keys=tuple(dict.fromkeys((self.key_type, self.others))))
+        return keys if self.cache is None else keys.and_also(self.cache.extent.want)
 
     @classmethod
     def of(cls, resources: Resources) -> "KNNMemory":
@@ -158,24 +164,27 @@ class KNNMemory(Memory):
         return -scores if self.similarity == "l2" else scores
 
     def _write(self, asked: Scored, neighbors: Neighbors) -> None:
-        """Writes the neighbours to the cache.
-
-        Raises:
-            InputError: the datastore's entries have weights, which a cache does not keep.
-        """
-        if self.weights is not None:
-            raise InputError(
-                f"{self.datastore.path}: its entries were merged, and what is retrieved for tuning "
-                "or --knn.cache is kept without their weights; expected numbers for --knn.lmbda "
-                "and --knn.temperature, and no --knn.cache"
-            )
+        """Writes the neighbours, and what the model said, to the cache."""
+        extent = self.cache.extent
+        of_model = (asked.positions, asked.targets, asked.log_probs)
+        others = {}
+        if extent.top:
+            others |= {name: getattr(asked, name) for name in ("entropy", "top_ids")}
+            others["top_log_probs"] = asked.top_log_probs
+        if extent.on_lm:
+            others["alone_log_prob"] = asked.lm_log_probs
+        if extent.datastore_rows:
+            others["rows"] = neighbors.rows
+        if extent.weighted:
+            others["weights"] = self.weights[np.maximum(neighbors.rows, 0)]
 
         def write(part: slice) -> None:
             scores = neighbor_scores(
                 neighbors.distances[part], neighbors.rows[part], self.similarity
             )
-            columns = (asked.positions[part], asked.targets[part], asked.log_probs[part])
-            self.cache.write(*columns, scores, neighbors.values[part])
+            columns = (column[part] for column in of_model)
+            more = {name: column[part] for name, column in others.items()}
+            self.cache.write(*columns, scores, neighbors.values[part], **more)
 
         in_parts(write, len(neighbors.rows))
 
@@ -229,7 +238,11 @@ def opinion_of(votes: Votes, similarity: Metric) -> Opinion:
 
 def opinion_from_cache(block: Retrieved, temperature: float, similarity: Metric) -> Opinion:
     """The opinion of `KNNMemory.say` on the tokens of a cache, at any temperature."""
-    return opinion_of(votes_of_scores(block.scores, block.hits, temperature), similarity)
+    votes = votes_of_scores(block.scores, block.hits, temperature)
+    if block.weights is not None:
+        merged = weighted_scores(block.scores, block.weights, temperature)
+        votes = votes._replace(log_probs=knn_log_prob(merged, block.hits, temperature).numpy())
+    return opinion_of(votes, similarity)
 
 
 def key_type_of(datastore: Datastore) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neighborlm.common.contracts import Memory, Metric, Neighbors, Opinion, Scored
-from neighborlm.retrieval.memories.cache import nearest_first
+from neighborlm.retrieval.memories.cache_builder import nearest_first
 from neighborlm.retrieval.memories.knn import knn_log_probs, neighbor_scores
 
 

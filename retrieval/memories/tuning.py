@@ -6,7 +6,7 @@ Neighbours come nearest first, so those of a smaller k are the first of a larger
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neighborlm.retrieval.memories.cache import Retrieved
-from neighborlm.retrieval.memories.knn import PART, knn_log_probs
+from neighborlm.retrieval.memories.knn import PART, knn_log_probs, weighted_scores
 from neighborlm.retrieval.memories.mixers import mixture
 
 # -- the grid ------------------------------------------------------------------------------------
@@ -43,13 +43,33 @@ def sweep(
     rows = max(PART // max(ks[-1], len(ks) * len(weights)), 1)
     for block in blocks:
         count += len(block.lm_log_prob)
-        columns = (block.lm_log_prob, block.scores[:, : ks[-1]], block.hits[:, : ks[-1]])
-        for lm, scores, hits in zip(*(column.split(rows) for column in columns), strict=True):
-            of_knn = knn_log_probs(scores, hits, ks, temperatures)
+        for part in parts_of(block, ks[-1], rows):
+            of_knn = log_probs_of(part, ks, temperatures)
+            lm = part.lm_log_prob[:, None, None]
             for i in range(len(temperatures)):
-                mixed = mixture([lm[:, None, None], of_knn[:, :, i, None]], [1 - weights, weights])
+                mixed = mixture([lm, of_knn[:, :, i, None]], [1 - weights, weights])
                 total[:, i] -= mixed.sum(0, dtype=torch.float64)
     return (total / count).numpy()
+
+
+def parts_of(block: Retrieved, k: int, rows: int) -> Iterator[Retrieved]:
+    """A block, some tokens at a time, each with its nearest k neighbours."""
+    for first in range(0, len(block.positions), rows):
+        part = slice(first, first + rows)
+        alone = (column[part] for column in block[:3])
+        yield Retrieved(*alone, *(x if x is None else x[part, :k] for x in block[3:]))
+
+
+def log_probs_of(block: Retrieved, ks: Sequence[int], temperatures: Sequence[float]) -> Tensor:
+    """log p_kNN of the targets `[n, ks, temperatures]`; see `knn.knn_log_probs`."""
+    if block.weights is None:
+        return knn_log_probs(block.scores, block.hits, ks, temperatures)
+    merged = (weighted_scores(block.scores, block.weights, t) for t in temperatures)
+    by_temperature = [
+        knn_log_probs(scores, block.hits, ks, [temperature])
+        for scores, temperature in zip(merged, temperatures, strict=True)
+    ]
+    return torch.cat(by_temperature, dim=2)
 
 
 def spread(blocks: Iterable[Retrieved]) -> tuple[Tensor, int]:

@@ -14,7 +14,7 @@ from neighborlm.callbacks.tally import Tally
 from neighborlm.callbacks.token_scores import ScoreTable
 from neighborlm.common.contracts import Neighbors, Scored
 from neighborlm.retrieval.memories import ConstantMixer, KNNMemory
-from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
 from neighborlm.retrieval.search import BaseRetriever, Search
 from neighborlm.retrieval.search.building import IndexBuilding

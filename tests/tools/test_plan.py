@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
+from neighborlm.retrieval.memories.cache import TOP, Extent
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.retrieval.neighbors.codec import build_codes
 from neighborlm.retrieval.neighbors.tables import NeighborSearch, TableSettings
 from neighborlm.retrieval.search import Search
@@ -70,7 +71,8 @@ def test_bytes_of_tables_codes_and_caches(new_store, tmp_path):
     codes = build_codes(store, codec)
     settings = TableSettings("l2", "flat", 1, 16)
     NeighborSearch(store, store, open_retriever(store, Search("flat", "l2", 1)), settings).run()
-    RetrievalCacheBuilder(tmp_path / "cache", 3000, 64, VOCAB, {}).finish()
+    extent = Extent(len(store), TOP)
+    RetrievalCacheBuilder(tmp_path / "cache", 3000, 64, VOCAB, {}, extent).finish()
     plan = {"table_k": 16, "codec": codec, "k": 64, "queries": 3000, "cache": True}
     bytes_of = on_disk(wanted(tokens=4000, index="flat", **plan))
     assert bytes_of["index"] == 0

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.retrieval.memories.tuning import sweep, tune
 from neighborlm.tools.sweep import main
 

@@ -1,5 +1,6 @@
 """The cache of a retrieval pass: any order, any number of writers, bounded blocks, refusals."""
 
+import json
 import shutil
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories import cache as cache_module
-from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
+from neighborlm.retrieval.memories.cache import Extent, RetrievalCache
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 
 N, K, VOCAB = 90, 7, 300
 RNG = np.random.default_rng(0)
@@ -44,7 +46,8 @@ def write(builder, some, shuffled=False):
 
 def check(cache, k=K):
     """Holds what was written, in corpus order."""
-    columns = [np.concatenate(parts) for parts in zip(*cache, strict=True)]
+    blocks = [block[:5] for block in cache]
+    columns = [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
     hits = np.equal(VALUES, TARGETS[:, None]) & np.isfinite(SCORES)
     expected = (SCORED, TARGETS, LM, SCORES[:, :k], hits[:, :k])
     for found, wanted in zip(columns, expected, strict=True):
@@ -64,7 +67,7 @@ def test_two_writers_in_any_order(new, monkeypatch, shuffled):
     monkeypatch.setattr(cache_module, "BLOCK_BYTES", 800)
     blocks = list(cache)
     assert len(blocks) == len(cache) > 5
-    assert max(sum(column.nbytes for column in block[3:]) for block in blocks) <= 800
+    assert max(sum(column.nbytes for column in block[3:5]) for block in blocks) <= 800
     check(cache)
 
 
@@ -117,6 +120,25 @@ def test_a_larger_k_serves_a_smaller(new):
             cache.fits(expected)
     with pytest.raises(InputError, match="keeps 7 neighbours a token, not 8"):
         cache.nearest(8)
+
+
+def test_a_cache_of_format_1_is_read_for_what_it_has(new, tmp_path):
+    """Its manifest says nothing of what was not kept then."""
+    builder = new()
+    write(builder, np.arange(70))
+    builder.finish()
+    path = tmp_path / "cache" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert [manifest.pop(name) for name in Extent._fields] == [0, 0, False, False]
+    path.write_text(json.dumps(manifest | {"version": 1}))
+    cache = RetrievalCache.open(tmp_path / "cache")
+    check(cache)
+    assert cache.rows is cache.top_ids is cache.scored(next(iter(cache))).entropy is None
+
+
+def test_a_column_is_missing(new):
+    with pytest.raises(ValueError, match="expected lm_log_prob, targets, scores, values"):
+        new().write(SCORED, TARGETS, LM, SCORES, VALUES, rows=VALUES)
 
 
 def test_disk_space(new, tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from neighborlm.common.contracts import Scored
-from neighborlm.common.errors import InputError
-from neighborlm.retrieval.memories.cache import RetrievalCacheBuilder
-from neighborlm.retrieval.memories.knn_memory import KNNMemory
+from neighborlm.retrieval.memories.cache import Extent
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
+from neighborlm.retrieval.memories.knn_memory import KNNMemory, opinion_from_cache
+from neighborlm.retrieval.memories.tuning import log_probs_of
 from neighborlm.retrieval.search.retriever import FlatRetriever
 from neighborlm.retrieval.store.thinning import write_thinned
 
@@ -55,9 +56,32 @@ def test_an_entry_votes_as_often_as_it_stands_for_others(merged, asked, metric):
     np.testing.assert_allclose(probs.sum(dim=1), 1, rtol=1e-5)
 
 
-def test_a_cache_does_not_lose_the_weights(merged, asked, tmp_path):
-    store, keys, *_ = merged
-    cache = RetrievalCacheBuilder(tmp_path / "cache", TOKENS, len(keys), 50, {})
-    memory = KNNMemory(store, FlatRetriever(store, "l2"), len(keys), cache=cache)
-    with pytest.raises(InputError, match="its entries were merged"):
-        memory.say(asked)
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_a_cache_keeps_all_that_was_retrieved(merged, asked, tmp_path, metric):
+    """Weights of merged entries included: votes at any temperature, the rows, and the model."""
+    store, keys, values, weights = merged
+    extent = Extent(len(store), top=3, weighted=True, on_lm=True)
+    builder = RetrievalCacheBuilder(tmp_path / "cache", TOKENS, len(keys), 50, {}, extent)
+    memory = KNNMemory(store, FlatRetriever(store, metric), len(keys), cache=builder)
+    assert (memory.want.entropy, memory.want.top) == (True, 3)
+    top = torch.arange(3 * TOKENS).reshape(TOKENS, 3)
+    of_model = {"top_ids": top % 50, "top_log_probs": -top.float(), "entropy": top[:, 0] / 7}
+    asked = asked._replace(**of_model, lm_log_probs=torch.full((TOKENS,), -2.0))
+    memory.say(asked)
+    memory.end_pass()
+    cache = builder.finish()
+    (block,) = cache
+    for temperature in (0.5, TEMPERATURE, 30.0):
+        searching = KNNMemory(store, FlatRetriever(store, metric), len(keys), temperature)
+        expected = searching.say(asked)
+        found = opinion_from_cache(block, temperature, metric)
+        torch.testing.assert_close(found.log_probs, expected.log_probs)
+        torch.testing.assert_close(found.features, expected.features)
+        of_grid = log_probs_of(block, [1, len(keys)], [7.0, temperature])[:, 1, 1]
+        torch.testing.assert_close(of_grid, expected.log_probs)
+    np.testing.assert_array_equal(np.sort(cache.rows, axis=1)[0], np.arange(len(keys)))
+    np.testing.assert_array_equal(cache.values, values[cache.rows])
+    np.testing.assert_array_equal(cache.weights, weights[cache.rows])
+    for name, column in cache.scored(block)._replace(keys=None)._asdict().items():
+        if name != "keys":
+            torch.testing.assert_close(column, getattr(asked, name), check_dtype=False)

@@ -11,7 +11,8 @@ from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import Lock
 from neighborlm.originals.raw_datastore import import_datastore
-from neighborlm.retrieval.memories.cache import RetrievalCache, RetrievalCacheBuilder
+from neighborlm.retrieval.memories.cache import RetrievalCache
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.retrieval.neighbors.codec import build_codes
 from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search.index import open_retriever
