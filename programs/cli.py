@@ -37,7 +37,8 @@ class ProgramCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         quiet()
-        self.arch = chosen_architecture(sys.argv[1:] if args is None else args)
+        given = self.completed(sys.argv[1:] if args is None else args)
+        self.arch = chosen_architecture(given)
         self.architecture = ARCHITECTURES[self.arch]
         super().__init__(
             self.architecture.make,
@@ -49,8 +50,12 @@ class ProgramCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={} if args is None else {"prog": f"neighborlm {self.tool}"},
-            args=args,
+            args=given,
         )
+
+    def completed(self, args: list[str]) -> list[str]:
+        """The command line with what it stands for; as it is unless a program says otherwise."""
+        return args
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is no section, and the section neighbors of a GNN-LM."""

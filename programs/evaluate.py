@@ -18,11 +18,12 @@ from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.effects import check_effects
 from neighborlm.programs.evaluation import evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.named_run import with_settings_of_run
 from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
 from neighborlm.programs.records import Record
 from neighborlm.programs.reports import log_figures, show
 from neighborlm.programs.resources import make_products
-from neighborlm.programs.run import Run
+from neighborlm.programs.run import Run, run_of
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import Evaluated, Subject
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
@@ -36,6 +37,10 @@ class EvaluateCLI(ProgramCLI):
 
     tool = "evaluate"
 
+    def completed(self, args: list[str]) -> list[str]:
+        """A run that is named is followed by its settings."""
+        return with_settings_of_run(args)
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections; what the one of the model says is only carried along."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -48,6 +53,14 @@ class EvaluateCLI(ProgramCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section of train.py."""
         super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "run",
+            type=str | None,
+            nargs="?",
+            default=None,
+            help="in front of all flags, the directory of a run, such as runs/NAME: its checkpoint "
+            "is evaluated, with the corpus and the rows that it was trained on",
+        )
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
@@ -111,13 +124,13 @@ class EvaluateCLI(ProgramCLI):
 
     @property
     def run_dir(self) -> Path:
-        """`--trainer.default_root_dir`, else the run that the checkpoint lies in, else
-        runs/<corpus>[-<arch>]."""
-        checkpoint = Path(self.config.ckpt_path or "")
-        in_a_run = checkpoint.suffix == ".ckpt" and checkpoint.parent.name == "checkpoints"
-        if in_a_run and not self.config.trainer.default_root_dir:
-            return checkpoint.parent.parent
-        return super().run_dir
+        """`--trainer.default_root_dir`, else the run that the checkpoint lies in, else the run that
+        is named, else runs/<corpus>[-<arch>]."""
+        if self.config.trainer.default_root_dir:
+            return super().run_dir
+        named = None if self.config.run is None else Path(self.config.run)
+        checkpoint = self.config.ckpt_path
+        return run_of(checkpoint) or named or super().run_dir
 
     @property
     def output(self) -> Path:
@@ -166,8 +179,8 @@ class EvaluateCLI(ProgramCLI):
         if self.memories or not makes_products:
             self.check_places()
         self.knn = self.settings.knn
-        path = self.config.ckpt_path or self.run_dir / "checkpoints" / "best.ckpt"
-        self.ckpt_path = Path(path)
+        run = Path(self.config.run or self.run_dir)
+        self.ckpt_path = Path(self.config.ckpt_path or run / "checkpoints" / "best.ckpt")
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule: LMDataModule = self.config_init.data
         source = Source(self.datamodule, self.ckpt_path, self.config.model)

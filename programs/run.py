@@ -35,6 +35,17 @@ TRAINER_DEFAULTS = {
 """Settings of every stage's trainer unless the user gives others."""
 
 
+def run_of(checkpoint: Path | str | None) -> Path | None:
+    """The directory of the run that a checkpoint of a training lies in; None where in none.
+
+    >>> run_of("runs/mine/checkpoints/best.ckpt")
+    PosixPath('runs/mine')
+    """
+    path = Path(checkpoint or "")
+    in_a_run = path.suffix == ".ckpt" and path.parent.name == "checkpoints"
+    return path.parent.parent if in_a_run else None
+
+
 class Run:
     """Makes the trainers of a run's stages.
 
