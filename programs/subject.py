@@ -15,7 +15,8 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.scorer import Scorer
-from neighborlm.programs.products import NeighborProducts, Products
+from neighborlm.programs.neighbor_products import NeighborProducts
+from neighborlm.programs.products import Products
 from neighborlm.programs.reports import figures
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, NeighborSettings

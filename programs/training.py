@@ -25,7 +25,7 @@ from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.trainable_lm import TrainableLM
-from neighborlm.programs.products import NeighborProducts
+from neighborlm.programs.neighbor_products import NeighborProducts
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import NeighborSettings
 
