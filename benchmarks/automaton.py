@@ -79,14 +79,7 @@ class Text:
     def blocks(self) -> Iterator[Scored]:
         """Tokens to be asked about together."""
         for first in range(0, len(self), AT_ONCE):
-            yield slice_of(self.tokens, slice(first, first + AT_ONCE))
-
-
-def slice_of(tokens: Scored, part: slice) -> Scored:
-    """Some of the tokens."""
-    keys = {name: key[part] for name, key in tokens.keys.items()}
-    columns = (None if column is None else column[part] for column in tokens._replace(keys=None))
-    return Scored(*columns)._replace(keys=keys)
+            yield self.tokens.some(slice(first, first + AT_ONCE))
 
 
 @dataclass(frozen=True)

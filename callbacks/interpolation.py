@@ -1,7 +1,8 @@
 """`Interpolation`: mixes a model's test-time log-probabilities with what memories say.
 
 The callback collects scored tokens, asks the memories in a thread beside Lightning's loop while the
-model computes the next batches, mixes and tallies.
+model computes the next batches, mixes and tallies. Tokens before a rank's own part of the text
+(`Scorer.first_position`) only bring the memories of the running text up to it.
 """
 
 import time
@@ -70,6 +71,7 @@ class Interpolation(Callback):
         self.sharing: CoreSharing | None = None
         self.background: Background | None = None
         self.waiting: list[Scored] = []
+        self.first_position = 0
         self.enough = 0
         self.submitted = self.begun = self.ended = 0
         """Times that memories were asked; each number is changed by one thread only."""
@@ -109,6 +111,7 @@ class Interpolation(Callback):
         """Starts new sums."""
         self.seconds.clear()
         self.waiting, self.enough = [], min(FIRST_TOKENS, self.tokens_at_once)
+        self.first_position = pl_module.first_position
         self.submitted = self.begun = self.ended = 0
         self.tally = Tally(self.keep_scores)
 
@@ -160,12 +163,19 @@ class Interpolation(Callback):
             threads = self.sharing.threads if another_waits else self.sharing.share
             faiss.omp_set_num_threads(threads)
             opinions = {}
+            counted = asked.positions >= self.first_position
+            own = asked if counted.all() else asked.some(counted)
             for name, memory in self.memories.items():
                 with self._timed(name):
-                    opinions[name] = memory.say(asked)
-                    memory.observe(asked.targets)
+                    if memory.in_order:
+                        opinions[name] = memory.say(asked).some(counted)
+                        memory.observe(asked.targets)
+                    elif counted.any():
+                        opinions[name] = memory.say(own)
+                        memory.observe(own.targets)
             with self._timed("mix"):
-                self._mix(asked, opinions)
+                if counted.any():
+                    self._mix(own, opinions)
         self.ended += 1
 
     def _mix(self, asked: Scored, opinions: Mapping[str, Opinion]) -> None:

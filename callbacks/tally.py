@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from neighborlm.callbacks.token_scores import ScoreTable, model_columns
+from neighborlm.common.all_ranks import from_all_ranks
 from neighborlm.common.contracts import Opinion, Scored
 from neighborlm.models.metrics import TokenLoss
 from neighborlm.retrieval.memories.mixers import LM, features_of, lm_opinion
@@ -94,12 +94,8 @@ class Tally:
         """Means over the tokens of all ranks: of each memory's features, where they are finite;
         under `<memory>.has_target` the share of tokens that it gives a probability; and under
         `weight.<source>` the weights."""
-        sums, counts = self.sums, self.counts
-        if dist.is_available() and dist.is_initialized():
-            parts: list = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (sums, counts))  # a rank may have had no token
-            sums, counts = Counter(), Counter()
-            for of_rank in parts:
-                sums.update(of_rank[0])
-                counts.update(of_rank[1])
+        sums, counts = Counter(), Counter()
+        for of_rank in from_all_ranks((self.sums, self.counts)):  # a rank may have had no token
+            sums.update(of_rank[0])
+            counts.update(of_rank[1])
         return {name: sums[name] / counts[name] for name in counts if counts[name]}

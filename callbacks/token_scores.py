@@ -1,10 +1,12 @@
 """Per-token scores of an evaluation: gathered from all ranks, in corpus order."""
 
+from itertools import chain
+
 import numpy as np
-import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from neighborlm.common.all_ranks import from_all_ranks
 from neighborlm.common.contracts import Scored, Want
 
 
@@ -20,11 +22,7 @@ class ScoreTable:
 
     def gathered(self) -> dict[str, np.ndarray]:
         """All ranks' tokens, sorted by position; every rank gets them."""
-        batches = self.batches
-        if dist.is_available() and dist.is_initialized():
-            parts: list = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, batches)
-            batches = [batch for part in parts for batch in part]
+        batches = list(chain.from_iterable(from_all_ranks(self.batches)))
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         order = np.argsort(columns["position"])
         return {name: column[order] for name, column in columns.items()}

@@ -76,6 +76,12 @@ class Scored(NamedTuple):
     top_log_probs: Tensor | None = None
     lm_log_probs: Tensor | None = None
 
+    def some(self, which: Tensor | slice) -> "Scored":
+        """Some of the tokens."""
+        keys = {name: key[which] for name, key in self.keys.items()}
+        others = (None if x is None else x[which] for x in self._replace(keys=None))
+        return Scored(*others)._replace(keys=keys)
+
     def on_cpu(self) -> "Scored":
         """A copy on the CPU, with keys in fp32."""
         keys = {name: key.float().cpu() for name, key in self.keys.items()}
@@ -342,6 +348,11 @@ class Opinion(NamedTuple):
     log_probs: Tensor
     features: Mapping[str, Tensor] = {}
 
+    def some(self, which: Tensor | slice) -> "Opinion":
+        """The opinion on some of the tokens."""
+        features = {name: column[which] for name, column in self.features.items()}
+        return Opinion(self.log_probs[which], features)
+
 
 class Memory(Protocol):
     """Has an opinion on the next token. A subclass inherits defaults for what most do not need.
@@ -349,13 +360,14 @@ class Memory(Protocol):
     Attributes:
         want: what it needs to know of each token.
         in_order: whether tokens must come in the order of the text.
-        warm_up: tokens before a part of the text that it must be asked about first, so that its
-            opinion on the part is the same as after the whole text before it.
+        warm_up: where tokens must come in order, how many before a part of the text it must be
+            asked about first, so that its opinion on the part is the same as after the whole text
+            before it; None where nothing less will do, so that ranks cannot share the text.
     """
 
     want: Want
     in_order: bool
-    warm_up: int = 0
+    warm_up: int | None = None
 
     def prepare(self) -> None:
         """Loads what the first question would otherwise wait for."""

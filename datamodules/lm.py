@@ -1,7 +1,7 @@
 """`LMDataModule`: from a corpus to batches of rows, for every model of this project.
 
-Batches are composed for the whole split and then dealt to the ranks, so that a batch holds the same
-rows however many ranks there are, and every token is scored exactly once.
+Every token of a split is scored exactly once, whatever the batches, and however many ranks share
+them (`dealing`).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,15 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from neighborlm.common.contracts import Corpus, NeighborReader, TokenStream, Vocabulary
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings
-from neighborlm.datamodules.blocks import BreakMode, Rows, make_batches, make_rows
+from neighborlm.datamodules.blocks import BreakMode, Rows, make_rows
 from neighborlm.datamodules.corpora import SPLITS
+from neighborlm.datamodules.dealing import DealtBatches, PartOfText
 from neighborlm.datamodules.dictionary import EOS, PAD, Level
 from neighborlm.datamodules.mapped import MappedByPath
 
@@ -97,72 +97,6 @@ class RowDataset(MappedByPath, Dataset):
         )
 
 
-class DealtBatches(Sampler[np.ndarray]):
-    """Batches of row numbers, dealt round-robin to the ranks.
-
-    In evaluation the order is fixed, and ranks that run out get empty batches, so that all take the
-    same number of steps and nothing is repeated. In training, rows and batches are shuffled again
-    each epoch, and the first batches are repeated where the ranks do not divide them evenly.
-
-    Args:
-        lengths: int64 `[rows]`, tokens of each row.
-        max_tokens: most tokens in a batch, padding included.
-        shuffle_seed: seed of the shuffling; None for evaluation.
-        in_text_order: whether evaluation takes rows in the order of the text, not by length.
-    """
-
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        max_tokens: int,
-        shuffle_seed: int | None = None,
-        in_text_order: bool = False,
-    ) -> None:
-        self.lengths = lengths
-        self.max_tokens = max_tokens
-        self.shuffle_seed = shuffle_seed
-        self.in_text_order = in_text_order
-        self.dealt = True  # if False, each rank gets all batches
-        self.epoch = 0
-        self.first = 0  # batches of this rank to skip in an epoch that is resumed
-        self.batches = self._compose()
-
-    def _compose(self) -> list[np.ndarray]:
-        order = np.arange(len(self.lengths))
-        if self.shuffle_seed is None:
-            return make_batches(self.lengths, order, self.max_tokens, not self.in_text_order)
-        generator = np.random.default_rng((self.shuffle_seed, self.epoch))
-        batches = make_batches(self.lengths, generator.permutation(order), self.max_tokens)
-        return [batches[i] for i in generator.permutation(len(batches))]
-
-    def start_at(self, epoch: int, first: int) -> None:
-        """Lets the next iteration begin at batch `first` of this rank's in `epoch`."""
-        self.first = first
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.batches = self._compose()
-
-    def _rank_and_ranks(self) -> tuple[int, int]:
-        return _rank_and_ranks() if self.dealt else (0, 1)
-
-    def __len__(self) -> int:
-        _, ranks = self._rank_and_ranks()
-        return -(-len(self.batches) // ranks)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        rank, ranks = self._rank_and_ranks()
-        empty = np.empty(0, dtype=np.int64)
-        first, self.first = self.first, 0
-        for step in range(first, len(self)):
-            number = step * ranks + rank
-            if number < len(self.batches):
-                yield self.batches[number]
-            elif self.shuffle_seed is None:
-                yield empty
-            else:
-                yield self.batches[number % len(self.batches)]
-
-
 class ResumableLoader(DataLoader):
     """A training loader whose position within its epochs is saved in Lightning's checkpoints.
 
@@ -189,12 +123,6 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resumes after the batches that were consumed."""
         self.epoch, self.consumed = state.get("epoch", 0), state["consumed"]
-
-
-def _rank_and_ranks() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 class LMDataModule(pl.LightningDataModule):
@@ -347,6 +275,7 @@ class LMDataModule(pl.LightningDataModule):
         skip: Callable[[np.ndarray], bool] | None = None,
         wanted: np.ndarray | None = None,
         in_text_order: bool = False,
+        warm_up: int | None = None,
     ) -> DataLoader:
         """Scores every token of `split` once, in rows with left context.
 
@@ -354,6 +283,8 @@ class LMDataModule(pl.LightningDataModule):
             skip: called with the int64 offsets that a batch scores; True leaves the batch out.
             wanted: bool `[tokens]`; only rows that score at least one of these are read.
             in_text_order: whether rows come in the order of the text, not by length.
+            warm_up: if given, rows come in the order of the text, and each of several ranks gets a
+                contiguous part of it, behind at least so many tokens before it; see `PartOfText`.
         """
         rows = self.rows(split, self.context_window)
         if wanted is not None:
@@ -362,8 +293,11 @@ class LMDataModule(pl.LightningDataModule):
             ranges = (rows.context_starts, rows.starts, rows.ends)
             rows = Rows(*(offsets[which] for offsets in ranges), rows.kept)
         dataset = RowDataset(self.stream(split), rows, self.memories.get(split))
-        lengths = dataset.rows.lengths
-        sampler = DealtBatches(lengths, self.max_tokens, in_text_order=in_text_order)
+        if warm_up is not None:
+            sampler = PartOfText(dataset.rows, self.max_tokens, warm_up)
+        else:
+            lengths = dataset.rows.lengths
+            sampler = DealtBatches(lengths, self.max_tokens, in_text_order=in_text_order)
         if skip is not None:
             sampler.batches = [b for b in sampler.batches if not skip(dataset.rows.scored_by(b))]
         return self._loader(DataLoader, dataset, sampler)

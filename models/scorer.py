@@ -19,6 +19,8 @@ class Scorer(pl.LightningModule):
     Attributes:
         test_loss: of the tokens of the last test run, over all ranks.
         lm_loss: the same for the language model on which the model stands, if there is one.
+        first_position: offset of the first token that counts. Those before it, which each step
+            returns too, bring memories up to this rank's part of the text.
     """
 
     def __init__(self, model: LanguageModel, want: Want) -> None:
@@ -27,6 +29,7 @@ class Scorer(pl.LightningModule):
         self.want = want
         self.test_loss = TokenLoss()
         self.lm_loss = TokenLoss()
+        self.first_position = 0
         if hasattr(model, "hparams"):  # for the loggers
             self.save_hyperparameters(dict(model.hparams))
 
@@ -38,10 +41,11 @@ class Scorer(pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Scored:
         """What is wanted of the batch's tokens; adds their losses to those of the run."""
         scored = self.model.score(batch, self.want)
+        counted = scored.positions >= self.first_position if self.first_position else slice(None)
         if scored.log_probs is not None:
-            self.test_loss.update(scored.log_probs)
+            self.test_loss.update(scored.log_probs[counted])
         if scored.lm_log_probs is not None:
-            self.lm_loss.update(scored.lm_log_probs)
+            self.lm_loss.update(scored.lm_log_probs[counted])
         return scored
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Scored:

@@ -66,13 +66,22 @@ def evaluate_mixture(
 
 
 def check_order(subject: Subject, memories: Mapping[str, Memory]) -> None:
-    """Refuses several ranks where tokens must come in the order of the text."""
+    """Refuses several ranks where a memory that reads the text in its order would read less of it
+    in one than the whole before."""
     ranks = subject.run.trainer().world_size
     for name, memory in memories.items():
-        if memory.in_order and ranks > 1:
+        if not memory.in_order or ranks == 1:
+            continue
+        if memory.warm_up is None:
             raise InputError(
-                f"--memories {name}: reads tokens in the order of the text, but {ranks} ranks "
-                "share them out; expected --trainer.devices 1"
+                f"--memories {name}: must have read all of the text before a token, but {ranks} "
+                "ranks would read a part each; expected --trainer.devices 1"
+            )
+        if subject.run.evaluates_part:
+            raise InputError(
+                f"--memories {name}: reads the text in its order, and {ranks} ranks read a part "
+                "each, of which --trainer.limit_test_batches or --trainer.fast_dev_run would leave "
+                "out the end; expected --trainer.devices 1, or no such flag"
             )
 
 

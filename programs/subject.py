@@ -128,9 +128,14 @@ def score(
     throughput, scorer = Throughput(), Scorer(subject.model, want)
     trainer = subject.run.trainer([throughput, *callbacks])
     asking = [callback for callback in callbacks if isinstance(callback, Interpolation)]
-    in_order = subject.run.evaluates_part
-    in_order |= any(memory.in_order for callback in asking for memory in callback.memories.values())
-    loader = subject.data.evaluation_dataloader(split, in_text_order=in_order)
+    memories = [memory for callback in asking for memory in callback.memories.values()]
+    warm_ups = [memory.warm_up or 0 for memory in memories if memory.in_order]
+    loader = subject.data.evaluation_dataloader(
+        split, in_text_order=subject.run.evaluates_part, warm_up=max(warm_ups, default=None)
+    )
+    if warm_ups:
+        part = (trainer.global_rank, trainer.world_size)
+        scorer.first_position = loader.sampler.first_position(*part)
     trainer.test(scorer, loader, verbose=False)
     total = scorer.test_loss.compute()
     tokens = int(total["tokens"])

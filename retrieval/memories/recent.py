@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neighborlm.common.all_ranks import from_all_ranks
 from neighborlm.common.contracts import Memory, Metric, Opinion, Resources, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.engine import LIGHTEST, SMALL
@@ -217,12 +218,15 @@ class RecentMemory(Memory):
 
     def tune(self) -> Opinion:
         """Finds the size and the temperature, where they are not given, that give the collected
-        text the highest likelihood in a mixture with the language model by one weight.
+        text the highest likelihood in a mixture with the language model by one weight. Every rank
+        finds them by the whole text, whichever part of it each has collected.
 
         Returns:
             its opinion on all tokens of the text, which it then forgets.
         """
-        heard, self.heard = Scored.joined(self.heard), []
+        heard = Scored.joined([part for of_rank in from_all_ranks(self.heard) for part in of_rank])
+        order = np.unique(heard.positions.numpy(), return_index=True)[1]  # some in two warm-ups
+        heard, self.heard = heard.some(torch.from_numpy(order)), []
         self._forget()
 
         def new_window(size: int) -> Window:

@@ -40,6 +40,7 @@ class FakeModule:
 
     device = torch.device("cpu")
     part = torch.nn.Identity()
+    first_position = 0
 
     @classmethod
     def modules(cls) -> list[torch.nn.Module]:

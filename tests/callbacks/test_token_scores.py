@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from neighborlm.callbacks import token_scores
 from neighborlm.callbacks.token_scores import LMScores, ScoreTable
+from neighborlm.common import all_ranks
 from neighborlm.common.contracts import Scored
 
 
@@ -51,7 +51,7 @@ def test_ranks_are_put_together(monkeypatch):
     tables = [table_of(positions, x=x[positions]) for positions in of_rank]
     for rank, table in enumerate(tables):
         ranks = ThisRank(rank, [t.batches for t in tables])
-        monkeypatch.setattr(token_scores, "dist", ranks)
+        monkeypatch.setattr(all_ranks, "dist", ranks)
         np.testing.assert_array_equal(table.gathered()["x"], x)
 
 

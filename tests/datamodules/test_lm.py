@@ -12,10 +12,9 @@ import torch
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules import lm
 from neighborlm.datamodules.binarize import TokenStream
-from neighborlm.datamodules.blocks import make_batches
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.dictionary import EOS, PAD, UNK, Dictionary
-from neighborlm.datamodules.lm import DealtBatches, LMDataModule
+from neighborlm.datamodules.lm import LMDataModule
 
 MODES = ["none", "complete", "eos"]
 SHAPES = [  # tokens_per_sample, context_window, max_tokens, max_target_positions
@@ -259,42 +258,6 @@ def test_training_goes_on_as_if_it_had_not_stopped(make, tmp_path, stop):
     had = fit(make(**settings), stop, save_to=tmp_path / "last.ckpt")
     rest = fit(make(**settings), 2 * BATCHES + 2, go_on_from=tmp_path / "last.ckpt")
     assert had + rest == whole
-
-
-# -- several ranks ------------------------------------------------------------------------------
-
-
-def dealt(sampler: DealtBatches, ranks: int, monkeypatch) -> list[list[list[int]]]:
-    """Every rank's batches of row numbers."""
-    of_ranks = []
-    for rank in range(ranks):
-        monkeypatch.setattr(lm, "_rank_and_ranks", lambda rank=rank: (rank, ranks))
-        of_ranks.append([batch.tolist() for batch in sampler])
-        assert len(sampler) == len(of_ranks[-1])
-    assert len({len(batches) for batches in of_ranks}) == 1
-    return of_ranks
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 9])
-def test_evaluation_is_dealt_without_repeats(ranks, monkeypatch):
-    lengths = np.random.default_rng(0).integers(1, 9, 31)  # seven batches
-    batches = [batch.tolist() for batch in make_batches(lengths, np.arange(31), 27)]
-    assert len(batches) == 7
-    of_ranks = dealt(DealtBatches(lengths, 27), ranks, monkeypatch)
-    in_order = [batch for step in zip(*of_ranks, strict=True) for batch in step]
-    assert in_order[: len(batches)] == batches
-    assert in_order[len(batches) :] == [[]] * (-len(batches) % ranks)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 9])
-def test_training_is_dealt_whole(ranks, monkeypatch):
-    lengths = np.random.default_rng(0).integers(1, 9, 31)  # seven batches
-    alone = dealt(DealtBatches(lengths, 27, shuffle_seed=5), 1, monkeypatch)[0]
-    of_ranks = dealt(DealtBatches(lengths, 27, shuffle_seed=5), ranks, monkeypatch)
-    in_order = [batch for step in zip(*of_ranks, strict=True) for batch in step]
-    assert sorted(np.concatenate(alone)) == list(range(31))
-    assert in_order[: len(alone)] == alone
-    assert in_order[len(alone) :] == alone[: -len(alone) % ranks]
 
 
 # -- batches that are left out ------------------------------------------------------------------
