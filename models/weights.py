@@ -19,7 +19,8 @@ def content_hash(module: nn.Module, settings: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(repr(dict(settings)).encode(), digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().reshape(-1)  # a single number has no bytes to view
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

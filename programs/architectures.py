@@ -12,11 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 from neighborlm.common.contracts import LanguageModel
 from neighborlm.common.errors import InputError
+from neighborlm.common.extras import module_of_extra
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM, OF_NETWORK
 from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.programs.checkpoints import load_model, load_model_of
+from neighborlm.programs.settings import PretrainedSettings
 
 
 class Source(NamedTuple):
@@ -44,11 +46,14 @@ class Architecture:
             in its docstring, but for `vocab_size`, which is the corpus's. None where models of
             this kind are not trained here.
         has_neighbors: whether batches must have what a GNN-LM reads (`--neighbors.*`).
+        settings: a dataclass that the flags `--model.*` of an evaluation fill; None where a
+            checkpoint has all that they could say.
     """
 
     load: Callable[[Source], LanguageModel]
     make: Callable[..., TrainableLM] | None = None
     has_neighbors: bool = False
+    settings: type | None = None
 
 
 def load_transformer_lm(source: Source) -> TransformerLM:
@@ -59,6 +64,12 @@ def load_transformer_lm(source: Source) -> TransformerLM:
 def load_gnn_lm(source: Source) -> GNNLM:
     """The `GNNLM` of a checkpoint."""
     return _load(GNNLM, source, "gnn_lm")
+
+
+def load_huggingface(source: Source) -> LanguageModel:
+    """The model of transformers that the settings name."""
+    pretrained = module_of_extra("neighborlm.programs.pretrained", "hf", "--arch huggingface")
+    return pretrained.load_pretrained(PretrainedSettings(**source.settings))
 
 
 def _load(kind: type[TrainableLM], source: Source, arch: str) -> TrainableLM:
@@ -141,4 +152,5 @@ def _settings_of_start(start: GNNLM, path: str, given: Mapping[str, Any]) -> dic
 ARCHITECTURES: dict[str, Architecture] = {
     "lm": Architecture(load_transformer_lm, TransformerLM),
     "gnn_lm": Architecture(load_gnn_lm, make_gnn_lm, has_neighbors=True),
+    "huggingface": Architecture(load_huggingface, settings=PretrainedSettings),
 }

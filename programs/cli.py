@@ -63,8 +63,9 @@ class ProgramCLI(LightningCLI):
             "--arch",
             type=Literal[tuple(ARCHITECTURES)],
             default="lm",
-            help="what --model.* describes: lm, a transformer LM, or gnn_lm, a graph network on "
-            "top of one (default: what the config file says, else lm)",
+            help="what --model.* describes: lm, a transformer LM, gnn_lm, a graph network on top "
+            "of one, or huggingface, any causal LM of transformers (default: what the config file "
+            "says, else lm)",
         )
         parser.add_argument(
             "--threads",

@@ -45,9 +45,11 @@ class EvaluateCLI(ProgramCLI):
         """The sections; what the one of the model says is only carried along."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
-        parser.add_argument(
-            "--model", type=dict, default={}, help="settings of training; the checkpoint has them"
-        )
+        if self.architecture.settings is not None:
+            parser.add_class_arguments(self.architecture.settings, "model")
+        else:
+            ignored = "settings of training; the checkpoint has them"
+            parser.add_argument("--model", type=dict, default={}, help=ignored)
         parser.add_lightning_class_args(CorpusDataModule, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -183,7 +185,7 @@ class EvaluateCLI(ProgramCLI):
         self.ckpt_path = Path(self.config.ckpt_path or run / "checkpoints" / "best.ckpt")
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule: LMDataModule = self.config_init.data
-        source = Source(self.datamodule, self.ckpt_path, self.config.model)
+        source = Source(self.datamodule, self.ckpt_path, dict(self.config.model))
         self.model = self.architecture.load(source)
         if self.memories or makes_products:
             for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):

@@ -199,6 +199,33 @@ class NeighborSettings:
 
 
 @dataclass
+class PretrainedSettings:
+    """Which model of transformers is read, and how.
+
+    Args:
+        pretrained: a directory that transformers has saved a causal language model to
+            (config.json, *.safetensors), or a name on the Hugging Face hub, which transformers
+            looks for in its own cache first.
+        revision: branch, tag or commit of a name on the hub.
+        dtype: of the weights in memory: `auto`, the default, is what the files have; float32
+            computes without rounding and takes more memory.
+        device_map: `auto` spreads a model that is too large for one device over all there are; by
+            default it is where Lightning puts it.
+        trust_remote_code: run the Python code that comes with the model; only for authors whose
+            code you have read.
+        allow_pickle: read weights that are not safetensors too; by default those are refused, as a
+            pickle can run code.
+    """
+
+    pretrained: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass
 class MemorySettings:
     """The settings of an evaluation's memories, each a section of the command line.
 
