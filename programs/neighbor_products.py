@@ -94,7 +94,7 @@ class NeighborProducts:
             refuse_mismatch(self.checkpoint, model.neighbors, seen)
         model.neighbors = seen
         if settings.index != IMPORTED:
-            self.products.check_index()
+            self.products.check_index(len(data.stream("train").tokens))
         if settings.features == "codes" and self.codec != IMPORTED:
             check_codec(self.codec, model.lm.key_width(settings.key_type))
 

@@ -237,6 +237,7 @@ class Products:
 
         share_files(self.run.join_ranks(self.model), files, train)
 
-    def check_index(self) -> None:
-        """Refuses a factory string that faiss does not know."""
-        check_index(self.knn.index, self.model.key_width(self.knn.key_type), self.knn.metric)
+    def check_index(self, n_keys: int) -> None:
+        """Refuses a factory string that faiss does not know, or that this many keys do not suit."""
+        width = self.model.key_width(self.knn.key_type)
+        check_index(self.knn.index, width, self.knn.metric, n_keys)

@@ -128,7 +128,7 @@ def check_search(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> N
             )
         open_retriever(existing, knn.search(subject.run.device))
     else:
-        products.check_index()
+        products.check_index(n_keys)
 
 
 def check_search_by_hosts(run: Run, knn: KNNSettings) -> None:
@@ -158,7 +158,7 @@ def make_products(
     finished unless they are there; and how long each stage took."""
     products = subject.products(knn)
     if with_index:
-        products.check_index()
+        products.check_index(len(subject.data.stream(split).tokens))
     if knn.key_type == "gnn":
         subject.give_neighbors(split)
     make = products.ensure_datastore_and_index if with_index else products.ensure_datastore

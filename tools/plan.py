@@ -23,6 +23,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.memories.cache import TOP
+from neighborlm.retrieval.neighbors.codec import check_codec
 from neighborlm.retrieval.search.building import PART_BYTES, sample_size
 from neighborlm.retrieval.search.index import INDEX_KINDS, auto_factory, make_index
 from neighborlm.retrieval.store.checksums import rows_of_chunk
@@ -187,6 +188,7 @@ def on_disk(w: Wanted) -> dict[str, float]:
     }
     if w.table_k:
         codec = NeighborSettings(codec=w.codec).codec_for(w.dim)
+        check_codec(codec, w.dim)
         code = faiss.index_factory(w.dim, codec).sa_code_size()
         codebook = 4 * 256 * w.dim + 4 * w.dim**2 * codec.startswith("OPQ")
         found["neighbour table"] = HEADER + MANIFEST + w.keys * w.table_k * w.row_bytes

@@ -275,7 +275,7 @@ def check_pair(memory: Datastore, queries: Datastore, k: int) -> None:
 
 def check_search(memory: Datastore, name: str, metric: Metric) -> None:
     """Refuses a factory string that faiss does not know, and a file that does not fit."""
-    check_index(name, memory.dim, metric)
+    check_index(name, memory.dim, metric, memory.n_keys)
     if is_path(name):
         open_retriever(memory, Search(name, metric, nprobe=1))
 

@@ -21,6 +21,7 @@ import numpy as np
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.progress import Report
+from neighborlm.retrieval.search.factory import check_factory
 from neighborlm.retrieval.search.retriever import faiss_reason
 from neighborlm.retrieval.store.arrays import Layout, open_array, open_raw
 from neighborlm.retrieval.store.artifact import (
@@ -66,6 +67,7 @@ class FeatureCodec:
             InputError: faiss cannot make it, train it on so many vectors, or use it as a codec.
         """
         size, dim = sample.shape
+        check_factory(factory, dim, "codec")
         try:
             codec = faiss.index_factory(dim, factory)
             quantizer = _parts(codec)[1]
@@ -173,6 +175,7 @@ def check_codec(factory: str, dim: int) -> None:
     Raises:
         InputError: not a factory string, or of another kind of codec.
     """
+    check_factory(factory, dim, "codec")
     try:
         whole = faiss.index_factory(dim, factory)
     except RuntimeError as error:

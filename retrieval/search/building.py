@@ -25,6 +25,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.interrupts import interrupts_held
 from neighborlm.common.progress import Report
+from neighborlm.retrieval.search.factory import check_lists, warn_of_lists
 from neighborlm.retrieval.search.index import (
     FORMAT,
     NUMBERED_RIGHTLY,
@@ -254,6 +255,7 @@ class IndexBuilding:
         ivf = faiss.try_extract_index_ivf(index)  # hidden once the index is on GPUs
         lists = ivf.nlist if ivf is not None else 0
         index = on_gpus(index)
+        warn_of_lists(self.factory, lists, self.datastore.n_keys)
         report("training", 0, 1)
         with self._timed("train"):
             self._train(index, lists)
@@ -263,11 +265,7 @@ class IndexBuilding:
     def _train(self, index: faiss.Index, lists: int) -> None:
         """Trains on a seeded random sample, read in file order."""
         size = sample_size(lists, self.datastore.n_keys)
-        if lists > size:
-            raise InputError(
-                f"--knn.index {self.factory} has {lists} lists but the datastore only {size} keys; "
-                "choose fewer lists"
-            )
+        check_lists(self.factory, lists, size)
         _, sample = self.datastore.sample(size, self.seed)
         try:
             index.train(normalized(sample, self.metric))

@@ -19,6 +19,7 @@ import torch
 from neighborlm.common.contracts import Metric, NProbe, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.engine import stores_halves
+from neighborlm.retrieval.search.factory import check_factory, check_lists, lists_of
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.retriever import FAISS_METRICS, FlatRetriever, faiss_reason
 from neighborlm.retrieval.search.sharded_retriever import ShardedRetriever
@@ -108,14 +109,20 @@ def is_factory(index: str) -> bool:
     return index != "auto" and index not in INDEX_KINDS and not is_path(index)
 
 
-def check_index(index: str, dim: int, metric: Metric) -> None:
-    """Refuses a factory string that faiss does not know.
+def check_index(index: str, dim: int, metric: Metric, n_keys: int | None = None) -> None:
+    """Refuses a factory string that faiss does not know, or that does not suit the datastore.
+
+    Args:
+        n_keys: keys of the datastore, where they are known.
 
     Raises:
-        InputError: it does not, for keys of this width.
+        InputError: faiss does not know it for keys of this width, or there are fewer keys than
+            lists.
     """
     if is_factory(index):
         make_index(dim, index, metric)
+        if n_keys is not None:
+            check_lists(index, lists_of(index), n_keys)
 
 
 def index_path(datastore: Datastore, factory: str, metric: Metric) -> Path:
@@ -248,6 +255,7 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
     Raises:
         InputError: faiss does not know the factory string.
     """
+    check_factory(factory, dim)
     try:
         index = faiss.index_factory(dim, factory, FAISS_METRICS[metric])
     except RuntimeError as error:
