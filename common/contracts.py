@@ -319,7 +319,7 @@ class Retriever(Protocol):
 
     def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
         """What the k nearest keys of queries fp32 `[Q, d]` say of targets int64 `[Q]`, without a
-        list of the neighbours.
+        list of the neighbours. An entry into which others were merged has the votes of them all.
 
         Args:
             temperature: divides the scores.

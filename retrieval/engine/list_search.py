@@ -51,7 +51,13 @@ class ListSearch(InvertedLists):
         return Neighbors(distances, ids)
 
     def vote(
-        self, queries: np.ndarray, k: int, values: Any, targets: np.ndarray, temperature: float
+        self,
+        queries: np.ndarray,
+        k: int,
+        values: Any,
+        targets: np.ndarray,
+        temperature: float,
+        counts: Any = None,
     ) -> Votes:
         """The votes for targets of the k nearest vectors of the lists that are visited; the
         neighbours themselves are not gathered.
@@ -61,8 +67,9 @@ class ListSearch(InvertedLists):
             values: unsigned `[N]` or like it, indexed by arrays of the index's ids.
             targets: int64 `[Q]`.
             temperature: divides the scores.
+            counts: as `values`, for how many entries each stands; None where each is one.
         """
-        ballot = Ballot(values, targets, temperature, self.similar)
+        ballot = Ballot(values, targets, temperature, self.similar, counts)
 
         def vote(visit: Visit, part: np.ndarray) -> None:
             visit.vote(ballot, part)

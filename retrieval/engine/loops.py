@@ -374,6 +374,7 @@ def votes_of_visits(
     sizes,
     values_at,
     values_of_lists,
+    counts_of_lists,
     lengths,
     least,
     targets,
@@ -392,6 +393,7 @@ def votes_of_visits(
         buffer, rows, sizes: fp32, int64 and int64 `[n, probes]`, see `_gather`.
         values_at: int64 `[n, probes]`, where the values of a list's vectors begin among all.
         values_of_lists: int32, of all lists.
+        counts_of_lists: fp32, for how many entries each stands; empty where each is one.
         lengths: fp32 `[n]`, to be added to distances.
         least: fp32, no distance is less.
         targets: int32 `[n]`.
@@ -414,13 +416,13 @@ def votes_of_visits(
             continue
         nearest[i] = -max(low + lengths[i], least)
         farthest[i] = -max(high + lengths[i], least)
-        of_lists = (sizes[i], values_at[i], values_of_lists)
+        of_lists = (sizes[i], values_at[i], values_of_lists, counts_of_lists)
         log_probs[i] = _log_prob(found, limit, low, *of_lists, targets[i], temperature)
 
 
 @compiled
 def votes_of_neighbors(
-    distances, rows, values, similar, targets, temperature, log_probs, nearest, farthest
+    distances, rows, values, counts, similar, targets, temperature, log_probs, nearest, farthest
 ):
     """What neighbours that have been put together say of their queries' targets.
 
@@ -428,6 +430,7 @@ def votes_of_neighbors(
         distances: fp32 `[n, k]`.
         rows: int64 `[n, k]`, -1 where missing.
         values: int32 `[n, k]`.
+        counts: fp32 `[n, k]`, for how many entries each stands; `[n, 0]` where each is one.
         similar: whether large is near.
         targets: int32 `[n]`.
         temperature: fp32, of the weights.
@@ -446,25 +449,28 @@ def votes_of_neighbors(
         if not low <= FARTHEST:  # all are missing
             continue
         nearest[i], farthest[i] = -low, -high
-        of_list = (one_list, from_the_first, values[i])
+        of_list = (one_list, from_the_first, values[i], counts[i])
         log_probs[i] = _log_prob(found, FARTHEST, low, *of_list, targets[i], temperature)
 
 
 @compiled
-def _log_prob(row, limit, nearest, sizes, values_at, values_of_lists, target, temperature):
+def _log_prob(
+    row, limit, nearest, sizes, values_at, values_of_lists, counts_of_lists, target, temperature
+):
     """log p_kNN of a target (Khandelwal et al., ICLR 2020, eq. 2): the logarithm of what its hits
-    weigh, less that of what all weigh.
+    weigh, less that of what all weigh. One that stands for several entries weighs as much as they.
 
     Args:
         row: fp32, distances; those above the limit have no part. Is overwritten.
         limit: fp32.
         nearest: fp32, the smallest distance, relative to which all are weighed.
-        sizes, values_at, values_of_lists: see `votes_of_visits`.
+        sizes, values_at, values_of_lists, counts_of_lists: see `votes_of_visits`.
         target: int32.
         temperature: fp32.
     """
     weights = np.empty_like(row)
     _weigh(row, limit, nearest, temperature, weights)
+    _multiply_lists(weights, sizes, values_at, counts_of_lists)
     total, of_hits = _add_up_lists(weights, sizes, values_at, values_of_lists, target)
     if of_hits <= 0:
         return np.float32(-np.inf)
@@ -472,6 +478,7 @@ def _log_prob(row, limit, nearest, sizes, values_at, values_of_lists, target, te
     if result < SMALL:  # relative to the nearest hit they can be told apart
         first = _leave_out_others(row, sizes, values_at, values_of_lists, target, limit)
         _weigh(row, limit, first, temperature, weights)
+        _multiply_lists(weights, sizes, values_at, counts_of_lists)
         of_hits, _ = _add_up_lists(weights, sizes, values_at, values_of_lists, target)
         result = np.float32((nearest - first) / temperature + np.log(of_hits) - np.log(total))
     return result
@@ -524,6 +531,20 @@ def _weigh(row, limit, nearest, temperature, weights):
         power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
         weight = (series * r + np.float32(1)) * power
         weights[j] = weight if row[j] <= limit else np.float32(0)
+
+
+@compiled
+def _multiply_lists(weights, sizes, values_at, counts_of_lists):
+    """Multiplies weights by the counts of their entries, if there are any, see `votes_of_visits`.
+    No count is so large that `LIGHTEST` would be seen beside `SMALL`: it has 32 bits."""
+    if len(counts_of_lists) == 0:
+        return
+    begin = 0
+    for visit in range(len(sizes)):
+        at = values_at[visit] - begin
+        for j in range(begin, begin + sizes[visit]):
+            weights[j] *= counts_of_lists[at + j]
+        begin += sizes[visit]
 
 
 @compiled

@@ -82,10 +82,14 @@ class Visit:
         ends = np.cumsum(sizes)
         at = ends - sizes
         values = np.empty(ends[-1], dtype=np.int32)
+        counts = np.empty(0 if ballot.counts is None else ends[-1], dtype=np.float32)
 
         def look_up(numbers: list[int]) -> None:
-            ids = [search.ids_of(number) for number in numbers]
-            values[at[numbers[0]] : ends[numbers[-1]]] = ballot.values[np.concatenate(ids)]
+            ids = np.concatenate([search.ids_of(number) for number in numbers])
+            part = slice(at[numbers[0]], ends[numbers[-1]])
+            values[part] = ballot.values[ids]
+            if ballot.counts is not None:
+                counts[part] = ballot.counts[ids]
 
         search.map(look_up, search.together(visits))
         targets = ballot.targets[which]
@@ -94,7 +98,7 @@ class Visit:
         def count(group: slice) -> None:
             lists, lengths = self.lists[group], self.lengths[group]
             votes = no_votes(len(lists))
-            of_lists = (self.rows[group], self.sizes[group], at[lists], values)
+            of_lists = (self.rows[group], self.sizes[group], at[lists], values, counts)
             asked = (lengths, least, targets[group], self.k, ballot.temperature)
             votes_of_visits(self.buffer, *of_lists, *asked, *votes)
             ballot.write(which[group], votes)

@@ -5,6 +5,9 @@ A neighbour's score is minus its distance, or its similarity. Of neighbours with
 values v_j, and a temperature T:
 
     p_kNN(w) = sum over j with v_j = w of exp(s_j / T)  /  sum over all j of exp(s_j / T)
+
+A neighbour that stands for n_j entries, which were merged into it, adds n_j exp(s_j / T) to either
+sum (He et al., EMNLP 2021).
 """
 
 from typing import Any
@@ -27,13 +30,23 @@ class Ballot:
         targets: int64 `[Q]`.
         temperature: divides the scores.
         similar: whether a large distance is near, as with inner products.
+        counts: numbers `[N]` or like it, as `values`: for how many entries each stands; None where
+            each stands for itself.
 
     Attributes:
         votes: the votes counted so far.
     """
 
-    def __init__(self, values: Any, targets: np.ndarray, temperature: float, similar: bool) -> None:
+    def __init__(
+        self,
+        values: Any,
+        targets: np.ndarray,
+        temperature: float,
+        similar: bool,
+        counts: Any = None,
+    ) -> None:
         self.values = values
+        self.counts = counts
         self.targets = np.asarray(targets).astype(np.int32)
         self.temperature = np.float32(temperature)
         self.similar = similar
@@ -47,9 +60,10 @@ class Ballot:
             distances, ids: fp32 and int64 `[n, k]`, none missing.
         """
         values = np.asarray(self.values[ids]).astype(np.int32, copy=False)
+        counts = as_counts(ids[:, :0] if self.counts is None else self.counts[ids])
         votes = no_votes(len(ids))
         asked = (self.targets[which], self.temperature)
-        votes_of_neighbors(distances, ids, values, self.similar, *asked, *votes)
+        votes_of_neighbors(distances, ids, values, counts, self.similar, *asked, *votes)
         self.write(which, votes)
 
     def write(self, which: np.ndarray, votes: Votes) -> None:
@@ -64,6 +78,7 @@ def count_votes(
     temperature: float,
     similar: bool,
     threads: int = 1,
+    counts: np.ndarray | None = None,
 ) -> Votes:
     """Counts the votes of neighbours with values.
 
@@ -73,6 +88,7 @@ def count_votes(
         temperature: divides the scores.
         similar: whether large is near.
         threads: how many may work at a time.
+        counts: `[Q, k]`, for how many entries each neighbour stands; any where it is missing.
 
     Raises:
         ValueError: the shapes differ.
@@ -81,6 +97,9 @@ def count_votes(
     shapes = [array.shape for array in (distances, rows, values)]
     if shapes != [(len(targets), rows.shape[-1])] * 3:
         raise ValueError(f"{len(targets)} targets, and distances, rows, values of shapes {shapes}")
+    counts = rows[:, :0] if counts is None else counts
+    if counts.shape not in (rows.shape, (len(rows), 0)):
+        raise ValueError(f"neighbours of shape {rows.shape}, and counts of {counts.shape}")
     distances, rows = np.ascontiguousarray(distances, np.float32), np.ascontiguousarray(rows)
     targets = targets.astype(np.int32)
     votes = no_votes(len(targets))
@@ -89,11 +108,16 @@ def count_votes(
         part = slice(first, first + GROUP)
         of_part = np.ascontiguousarray(values[part], np.int32)
         written = (column[part] for column in votes)
-        asked = (targets[part], np.float32(temperature))
-        votes_of_neighbors(distances[part], rows[part], of_part, similar, *asked, *written)
+        found = (distances[part], rows[part], of_part, as_counts(counts[part]))
+        votes_of_neighbors(*found, similar, targets[part], np.float32(temperature), *written)
 
     in_parallel(count, range(0, len(targets), GROUP), threads)
     return votes
+
+
+def as_counts(counts: np.ndarray) -> np.ndarray:
+    """Counts as the loops take them."""
+    return np.ascontiguousarray(counts, np.float32)
 
 
 def no_votes(n: int) -> Votes:

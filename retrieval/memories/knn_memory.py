@@ -33,7 +33,7 @@ from neighborlm.retrieval.memories.knn import (
     weighted_scores,
 )
 from neighborlm.retrieval.search.rescoring import exact_distances
-from neighborlm.retrieval.search.retriever import in_parts, votes_of, with_values
+from neighborlm.retrieval.search.retriever import counts_of, in_parts, votes_of, with_values
 from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.thinning import open_weights
 
@@ -147,21 +147,10 @@ class KNNMemory(Memory):
             neighbors = self.neighbors(asked)
             if self.cache is not None:
                 self._write(asked, neighbors)
-            votes = votes_of(neighbors, targets, self.temperature, self.similarity)
-            if self.weights is None:
-                return votes
-            merged = neighbors._replace(distances=self._merged_distances(neighbors))
-            merged = votes_of(merged, targets, self.temperature, self.similarity)
-            return votes._replace(log_probs=merged.log_probs)
+            counts = counts_of(neighbors.rows, self.weights)
+            return votes_of(neighbors, targets, self.temperature, self.similarity, counts)
         with self._timed("search"):
             return self.retriever.vote(queries, self.k, targets, self.temperature)
-
-    def _merged_distances(self, neighbors: Neighbors) -> np.ndarray:
-        """Distances at which one entry has the weight of all that were merged into it."""
-        scores = neighbor_scores(neighbors.distances, neighbors.rows, self.similarity)
-        weights = torch.from_numpy(self.weights[np.maximum(neighbors.rows, 0)].astype(np.float32))
-        scores = weighted_scores(scores, weights, self.temperature).numpy()
-        return -scores if self.similarity == "l2" else scores
 
     def _write(self, asked: Scored, neighbors: Neighbors) -> None:
         """Writes the neighbours, and what the model said, to the cache."""
@@ -192,7 +181,7 @@ class KNNMemory(Memory):
     def neighbors_are_needed(self) -> bool:
         """Whether the neighbours themselves are needed; otherwise their votes suffice."""
         changed = self.rescores or self.rescoring is not None or self.missing == "last_row"
-        return changed or self.cache is not None or self.weights is not None
+        return changed or self.cache is not None
 
     def neighbors(self, asked: Scored) -> Neighbors:
         """The neighbours of some tokens, with their values and the distances that weigh their
@@ -216,7 +205,7 @@ class KNNMemory(Memory):
         distances, rows, values = self.neighbors(asked)
         scores = neighbor_scores(distances, rows, self.similarity)
         if self.weights is not None:
-            weights = torch.from_numpy(self.weights[np.maximum(rows, 0)].astype(np.float32))
+            weights = torch.from_numpy(counts_of(rows, self.weights).astype(np.float32))
             scores = weighted_scores(scores, weights, self.temperature)
         ids = torch.from_numpy(values.astype(np.int64))
         return ids, knn_weights(scores, self.temperature)

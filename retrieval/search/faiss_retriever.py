@@ -1,6 +1,8 @@
 """Searches a faiss index: by the engine where many queries share inverted lists, otherwise by
 faiss."""
 
+from collections.abc import Callable
+
 import faiss
 import numpy as np
 
@@ -73,7 +75,9 @@ class FaissRetriever(BaseRetriever):
         shared = None if self.finds_masked else self._shared(normalized(queries, self.metric))
         if shared is None:
             return super().vote(queries, k, targets, temperature)
-        return self.lists.vote(shared, k, ValuesOfIds(self), targets, temperature)
+        values = ByIds(self, self.datastore.values_of)
+        counts = None if self.counts is None else ByIds(self, self.counts.__getitem__)
+        return self.lists.vote(shared, k, values, targets, temperature, counts)
 
     def prepare(self) -> None:
         """See `contracts.Retriever.prepare`."""
@@ -119,11 +123,15 @@ class FaissRetriever(BaseRetriever):
         return Neighbors(np.where(rows < 0, missing_distance(self.metric), distances), rows)
 
 
-class ValuesOfIds:
-    """The values of a datastore, indexed by arrays of an index's ids."""
+class ByIds:
+    """A column of a datastore, which a function gives for arrays of rows, indexed by arrays of an
+    index's ids."""
 
-    def __init__(self, retriever: FaissRetriever) -> None:
+    def __init__(
+        self, retriever: FaissRetriever, of_rows: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
         self.retriever = retriever
+        self.of_rows = of_rows
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        return self.retriever.datastore.values_of(self.retriever._rows_of(ids))
+        return self.of_rows(self.retriever._rows_of(ids))

@@ -7,6 +7,7 @@ A new retriever derives from `BaseRetriever`, implements `search`, and is entere
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import MappingProxyType
 
 import faiss
@@ -15,6 +16,7 @@ import numpy as np
 from neighborlm.common.contracts import Metric, Neighbors, Retriever, Votes
 from neighborlm.retrieval.engine import count_votes, first_out_of_order, in_parallel
 from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.thinning import open_weights
 
 FAISS_METRICS = {
     "l2": faiss.METRIC_L2,
@@ -50,7 +52,13 @@ class BaseRetriever(Retriever):
     def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
         """The votes of the k nearest keys of queries fp32 `[Q, d]` for targets int64 `[Q]`."""
         found = with_values(self.search(queries, k, ordered=False), self.datastore)
-        return votes_of(found, targets, temperature, self.metric)
+        counts = counts_of(found.rows, self.counts)
+        return votes_of(found, targets, temperature, self.metric, counts)
+
+    @cached_property
+    def counts(self) -> np.ndarray | None:
+        """For how many entries each row of the datastore stands; None where for itself."""
+        return open_weights(self.datastore)
 
     def prepare(self) -> None:
         """Loads the compiled loops, which a first search would wait for."""
@@ -81,7 +89,11 @@ class BaseRetriever(Retriever):
 
 
 def votes_of(
-    neighbors: Neighbors, targets: np.ndarray, temperature: float, metric: Metric
+    neighbors: Neighbors,
+    targets: np.ndarray,
+    temperature: float,
+    metric: Metric,
+    counts: np.ndarray | None = None,
 ) -> Votes:
     """Counts the votes of neighbours with values for targets, by as many threads as faiss would
     use.
@@ -91,9 +103,20 @@ def votes_of(
         targets: int64 `[Q]`.
         temperature: divides the scores.
         metric: metric of the distances.
+        counts: `[Q, k]`, for how many entries each neighbour stands, see `counts_of`.
     """
     threads = faiss.omp_get_max_threads()
-    return count_votes(neighbors, targets, temperature, metric != "l2", threads)
+    return count_votes(neighbors, targets, temperature, metric != "l2", threads, counts)
+
+
+def counts_of(rows: np.ndarray, counts: np.ndarray | None) -> np.ndarray | None:
+    """For how many entries each row of some neighbours int64 `[Q, k]` stands, any number where it
+    is -1; None where each stands for itself.
+
+    Args:
+        counts: of all rows of a datastore.
+    """
+    return None if counts is None else counts[np.maximum(rows, 0)]
 
 
 def with_values(found: Neighbors, datastore: Datastore) -> Neighbors:

@@ -134,12 +134,13 @@ def test_where_bytes_tell_too_little_numbers_do(tmp_path, monkeypatch):
     assert used
 
 
-def votes_by_brute_force(distances, ids, values, targets, temperature, sign):
+def votes_by_brute_force(distances, ids, values, targets, temperature, sign, counts=None):
     """In float64, of what faiss finds."""
     scores = np.where(ids < 0, -np.inf, -sign * distances.astype(np.float64))
     hits = values[ids] == targets[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_weights = (scores - scores.max(1, keepdims=True)) / temperature
+        log_weights += 0 if counts is None else np.log(counts[ids])
         of_hits = np.logaddexp.reduce(np.where(hits, log_weights, -np.inf), axis=1)
         log_probs = of_hits - np.logaddexp.reduce(log_weights, axis=1)
     return Votes(log_probs, scores.max(1), np.where(ids < 0, np.inf, scores).min(1))
@@ -163,6 +164,25 @@ def test_votes_are_those_of_what_faiss_finds(tmp_path, metric, temperature, k):
     assert close[1:].all()
     assert np.isneginf(votes.log_probs).any()
     assert (found[1] < 0).any() == (k == 900)
+
+
+@pytest.mark.parametrize("k", [20, 70, 900])
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_an_entry_votes_for_all_that_were_merged_into_it(tmp_path, metric, temperature, k):
+    """Some stand for as many as a count can say."""
+    index = opened(tmp_path, "IVF20,Flat", metric)
+    rng = np.random.default_rng(3)
+    values, targets = rng.integers(0, 40, N), rng.integers(0, 42, 200)
+    counts = rng.integers(1, 20, N).astype(np.uint32)
+    counts[rng.random(N) < 0.01] = 2**32 - 1
+    votes = searching(index).vote(queries(), k, values, targets, temperature, counts)
+    found = index.search(queries(), k)
+    sign = 1 if metric == faiss.METRIC_L2 else -1
+    expected = votes_by_brute_force(*found, values, targets, temperature, sign, counts)
+    close = np.isclose(votes, expected, rtol=2e-5, atol=2e-4 / temperature)
+    assert close[0].mean() > 0.99
+    assert close[1:].all()
 
 
 def test_of_equal_keys_at_the_last_place_just_k_vote(tmp_path):

@@ -42,6 +42,17 @@ def test_nobody_votes():
     assert np.isposinf(votes.farthest).all()
 
 
+def test_neighbours_stand_for_several_entries():
+    found = Neighbors(DISTANCES, ROWS, VALUES)
+    counts = np.array([[5, 1, 9], [2, 3, 9]])
+    votes = count_votes(found, np.array([1, 2]), 0.5, similar=False, counts=counts)
+    np.testing.assert_allclose(votes.log_probs, [0, -np.log1p(1.5 * np.exp(-2))], atol=1e-6)
+    assert votes.nearest.tolist() == [-1, -4]
+    assert votes.farthest.tolist() == [-2, -5]
+    with pytest.raises(ValueError, match=r"of shape \(2, 3\), and counts of \(2, 2\)"):
+        count_votes(found, np.array([1, 2]), 0.5, similar=False, counts=counts[:, :2])
+
+
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"3 targets, and distances, rows, values of shapes"):
         count_votes(Neighbors(DISTANCES, ROWS, VALUES), np.arange(3), 1.0, similar=False)

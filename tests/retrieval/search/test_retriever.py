@@ -3,16 +3,19 @@
 import faiss
 import numpy as np
 import pytest
+import torch
 
 from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.common.contracts import Neighbors
 from neighborlm.common.errors import InputError
+from neighborlm.retrieval.memories.knn import knn_log_prob, neighbor_scores, weighted_scores
 from neighborlm.retrieval.search import INDEX_KINDS, BaseRetriever, Search, open_retriever
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import check_index, is_factory, is_path
 from neighborlm.retrieval.search.retriever import FlatRetriever, normalized
 from neighborlm.retrieval.store import datastore as datastore_module
 from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.thinning import write_thinned
 
 ROWS, DIM, BLOCK = 90, 8, 32
 MASKED = (0, 1, 31, 32, 33, 60, 89)
@@ -156,6 +159,29 @@ def test_every_retriever_votes_as_what_it_finds(make_store, metric, index, queri
     np.testing.assert_allclose(votes.farthest, last, rtol=1e-4, atol=1e-4)
     assert (share[50:] == 0).all()
     assert (share[:50] > 0).any()
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("index", ["flat", "torch", "IVF7,SQfp16"])
+def test_merged_entries_vote_as_torch_counts_them(make_store, tmp_path, metric, index):
+    source, *_ = make_store(dtype="fp16")
+    rows = np.arange(0, 300, 2)
+    weights = np.random.default_rng(1).integers(1, 9, len(rows)).astype(np.uint32)
+    store = write_thinned(source, tmp_path / "merged", rows, {"by": "a test"}, weights)
+    if is_factory(index):
+        IndexBuilding(store, index, metric).run()
+    retriever = open_retriever(store, Search(index, metric, nprobe=3))
+    asked = np.random.default_rng(6).normal(size=(60, DIM)).astype(np.float32)
+    targets = np.arange(60)
+    votes = retriever.vote(asked, 40, targets, temperature=2.0)
+    distances, found, _ = retriever.search(asked, 40)
+    scores = neighbor_scores(distances, found, metric)
+    weighted = weighted_scores(scores, torch.from_numpy(weights[found].astype(np.float32)), 2.0)
+    hits = torch.from_numpy(store.values_of(found) == targets[:, None])
+    expected = knn_log_prob(weighted, hits, 2.0)
+    np.testing.assert_allclose(votes.log_probs, expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(votes.log_probs, knn_log_prob(scores, hits, 2.0))
+    np.testing.assert_allclose(votes.nearest, scores.max(dim=1).values, rtol=1e-5, atol=1e-5)
 
 
 # -- the registry --------------------------------------------------------------------------------
