@@ -350,6 +350,7 @@ class GNNLM(TrainableLM):
         """Records the LM whose features the neighbours have, and what the neighbours were."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["lm_fingerprint"] = self.lm_fingerprint
+        checkpoint["lm_checkpoint"] = getattr(self.lm, "checkpoint", None)
         checkpoint["neighbors"] = self.neighbors
 
 

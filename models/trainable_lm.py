@@ -41,6 +41,8 @@ class TrainableLM(pl.LightningModule):
         self.val_loss = TokenLoss()
         self.dictionary_fingerprint: str | None = None
         """Fingerprint of the vocabulary of its training; saved with checkpoints."""
+        self.checkpoint: str | None = None
+        """The file that it was loaded from, for messages and for the places of what is made."""
         self.updates = 0
         """Optimiser steps in the checkpoint that it was loaded from."""
         self.batch_seed: tuple[int, ...] = (0,)

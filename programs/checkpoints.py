@@ -16,7 +16,7 @@ from neighborlm.originals.fairseq import is_fairseq_checkpoint
 Model = TypeVar("Model", bound=TrainableLM)
 
 
-def load_model(path: Path) -> TransformerLM | GNNLM:
+def load_model(path: Path | str) -> TransformerLM | GNNLM:
     """A model from a checkpoint of train.py or of fairseq, on the CPU, for evaluation. Nothing in
     the file is executed: it is read with `weights_only=True`.
 
@@ -24,7 +24,8 @@ def load_model(path: Path) -> TransformerLM | GNNLM:
         InputError: no such file, not a checkpoint of a model of ours, or one of a training that has
             diverged.
     """
-    model = _read(path)
+    model = _read(Path(path))
+    model.checkpoint = str(path)
     damaged = not_finite(model.state_dict())
     if damaged is not None:
         raise InputError(
@@ -51,11 +52,15 @@ def _read(path: Path) -> TransformerLM | GNNLM:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise InputError(f"{path}: cannot be read as a checkpoint of train.py ({reason})") from None
     model.dictionary_fingerprint = checkpoint.get("dictionary")
+    if isinstance(model, GNNLM):
+        model.lm.dictionary_fingerprint = model.dictionary_fingerprint
+        given = checkpoint["hyper_parameters"].get("lm_checkpoint")
+        model.lm.checkpoint = checkpoint.get("lm_checkpoint", given)
     model.updates = checkpoint.get("global_step", 0)
     return model
 
 
-def load_model_of(kind: type[Model], path: Path, flag: str) -> Model:
+def load_model_of(kind: type[Model], path: Path | str, flag: str) -> Model:
     """`load_model`, of a checkpoint that must hold a model of this kind.
 
     Args:

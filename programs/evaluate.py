@@ -208,7 +208,9 @@ def make_stages(cli: EvaluateCLI, subject: Subject, split: str) -> dict[str, flo
     """`--save_datastore` and `--build_index`: what they ask for and no more; how long each took."""
     with_index = cli.config.build_index
     products = subject.products(cli.knn)
-    if not cli.config.save_datastore and products.open_fitting_datastore(split) is None:
+    if cli.config.save_datastore:
+        products.refuse_other(split)
+    elif products.open_fitting_datastore(split) is None:
         raise InputError(
             f"{products.datastore_path(split)}: no complete datastore to index; --save_datastore "
             "makes it"

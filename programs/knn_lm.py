@@ -16,6 +16,7 @@ from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
+from neighborlm.programs.made_with import as_made
 from neighborlm.programs.mixture import mixed_figures, seconds_in
 from neighborlm.programs.places import check_writable
 from neighborlm.programs.reports import log_tuning
@@ -58,6 +59,7 @@ def evaluate_knn(
     datastore = resources.datastore()
     described = {
         **asdict(knn),
+        **as_made(datastore.whole),
         "index": resolve(datastore, knn.index),
         **mixed_by,
         "tuned": tuned is not None,

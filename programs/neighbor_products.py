@@ -78,6 +78,7 @@ class NeighborProducts:
         self.checkpoint = checkpoint
         self._choose_token_features(token_features)
         place = {"root": settings.datastores, "fingerprint": model.lm_fingerprint}
+        place["place_flag"] = "--neighbors.datastores"
         self.products = Products(run, data, model.lm, settings.knn, **place)
         in_one = replace(settings.knn, shards=1, shard=None)
         self.copies = Products(run, data, model.lm, in_one, **place)

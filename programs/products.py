@@ -1,7 +1,9 @@
-"""What the programs make once of a model and a corpus, and find again: datastores, their indexes,
-and for a GNN-LM neighbour tables and codes.
+"""What the programs make once of a model and a corpus, and find again: datastores and their
+indexes; where they lie, and whether what lies there is what it is taken for.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,41 @@ from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.common.contracts import LanguageModel
 from neighborlm.common.errors import InputError
+from neighborlm.common.names import call
 from neighborlm.common.progress import progress_bars
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.scorer import Scorer
 from neighborlm.originals.raw_datastore import import_datastore, is_raw
-from neighborlm.programs.run import Run
+from neighborlm.programs.made_with import (
+    differences,
+    differences_in_shards,
+    refuse_differences,
+    remark_on,
+)
+from neighborlm.programs.run import Run, run_of
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
 from neighborlm.retrieval.cluster.exchange import share_files
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import check_index, is_factory, resolve
-from neighborlm.retrieval.store.artifact import refuse_mismatch
-from neighborlm.retrieval.store.datastore import Datastore
+from neighborlm.retrieval.store.artifact import as_read, refuse_mismatch
+from neighborlm.retrieval.store.datastore import Datastore, artifact_of
 from neighborlm.retrieval.store.sharded_builder import new_datastore
-from neighborlm.retrieval.store.shards import ShardedArray, shard_name
+from neighborlm.retrieval.store.shards import shard_name
 
-Rows = np.ndarray | ShardedArray
-"""Arrays by rows of a datastore."""
+PLACE = Path("datastores")
+"""Where datastores are made unless a flag says otherwise."""
+
+
+def folder_of_corpus(data: LMDataModule) -> Path:
+    """Where products lie that are made from a corpus alone."""
+    return PLACE / data.name
+
+
+def folder_of(model: LanguageModel, data: LMDataModule) -> Path:
+    """Where the datastores of a model lie: datastores/<run>, by the run that its checkpoint lies
+    in, so that models of one corpus do not share a place; that of the corpus for other models."""
+    run = run_of(getattr(model, "checkpoint", None))
+    return folder_of_corpus(data) if run is None else PLACE / run.resolve().name
 
 
 class Products:
@@ -40,10 +61,11 @@ class Products:
         data: the corpus.
         model: whose keys they hold.
         knn: which keys, and how they are indexed.
-        root: folder of the datastores; by default datastores/<corpus>.
+        root: folder of the datastores; by default datastores/<run>, see `folder_of`.
         fingerprint: of the model that made them; by default that of `model`.
         shown: the settings by which a graph network sees neighbours, where the keys are its
             outputs.
+        place_flag: the flag that names another place.
     """
 
     def __init__(
@@ -55,15 +77,21 @@ class Products:
         root: str | None = None,
         fingerprint: str | None = None,
         shown: NeighborSettings | None = None,
+        place_flag: str = "--knn.datastore",
     ) -> None:
         self.run = run
         self.data = data
         self.model = model
         self.knn = knn
-        self.root = Path(root) if root else Path("datastores") / data.name
+        self.root = Path(root) if root else folder_of(model, data)
+        self.earlier_root = self.root if root else folder_of_corpus(data)
+        """Where version 0.1 would have made them."""
         self.own_fingerprint = model.fingerprint
         self.fingerprint = fingerprint or self.own_fingerprint
+        if getattr(model, "checkpoint", None) is not None:
+            call(self.fingerprint, model.checkpoint)
         self.shown = shown
+        self.place_flag = place_flag
         self.seconds: dict[str, float] = {}
 
     def datastore_path(self, split: str) -> Path:
@@ -74,18 +102,27 @@ class Products:
         return whole / shard_name(self.knn.shard, self.knn.shards)
 
     def whole_path(self, split: str) -> Path:
-        """`--knn.datastore`, else <split>[-<key type>] under the root."""
+        """`--knn.datastore`, else <split>[-<key type>] under the root; or where an earlier version
+        has made it, if it is there."""
         if self.knn.datastore is not None:
             return Path(self.knn.datastore)
         suffix = "" if self.knn.key_type == "last_ffn_input" else f"-{self.knn.key_type}"
         name = f"{split}{suffix}".replace(":", "_")
-        return self.root / name
+        place, earlier = self.root / name, artifact_of(self.earlier_root / name)
+        if place == self.earlier_root / name or artifact_of(place).exists():
+            return place
+        expected = self.expected_of_datastore() | {"corpus": self.corpus(split)}
+        with suppress(InputError):
+            made_from = earlier.read()["made_from"] if earlier.exists() else {}
+            if as_read(expected).items() <= made_from.items():
+                return earlier.name
+        return place
 
     def expected_of_datastore(self) -> dict[str, Any]:
         """What any datastore must have been made from to be searched with this model."""
         expected = {
             "model": self.fingerprint,
-            "dictionary": self.data.dictionary.fingerprint,
+            "dictionary": self._called(self.data.dictionary.fingerprint, "the dictionary"),
             "key_type": self.knn.key_type,
         }
         if self.knn.key_type == "gnn":  # they depend on all that the network was shown
@@ -95,12 +132,21 @@ class Products:
             expected["neighbors"] = shown
         return expected
 
+    def corpus(self, split: str) -> str:
+        """Fingerprint of a split."""
+        return self._called(self.data.fingerprint(split), f"the {split} split")
+
+    def _called(self, fingerprint: str, what: str) -> str:
+        """A fingerprint of the corpus, by which messages then call this."""
+        call(fingerprint, f"{what} of {self.data.settings.corpus}")
+        return fingerprint
+
     def made_from(self, split: str) -> dict[str, Any]:
         """What determines the content of the datastore that this command would write."""
         data = self.data
         return {
             **self.expected_of_datastore(),
-            "corpus": data.fingerprint(split),
+            "corpus": self.corpus(split),
             "split": split,
             "break_mode": data.break_mode,
             "tokens_per_sample": data.tokens_per_sample,
@@ -112,7 +158,8 @@ class Products:
         }
 
     def open_fitting_datastore(self, split: str) -> Datastore | None:
-        """The datastore if it is complete; None where it must be made or finished.
+        """The datastore if it is complete; None where it must be made or finished. One whose keys
+        have read other contexts than now is remarked upon.
 
         Raises:
             InputError: another model's, dictionary's, key type's or (at the default place)
@@ -129,22 +176,53 @@ class Products:
             return self.check_raw(datastore)
         expected = self.expected_of_datastore()
         if self.knn.datastore is None:
-            expected |= {"corpus": self.data.fingerprint(split)}
-        refuse_mismatch(path, made_from, expected)
-        refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
+            expected |= {"corpus": self.corpus(split)}
+        self._refuse_mismatch(path, made_from, expected)
+        self._refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
+        if found := differences(made_from, self.made_from(split)):
+            self.run.remark(remark_on(path, found, self.place_flag))
         return datastore
+
+    def _refuse_mismatch(
+        self, path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]
+    ) -> None:
+        """See `refuse_mismatch`."""
+        advice = f"use a matching one, or another place ({self.place_flag})"
+        refuse_mismatch(path, found, as_read(expected), advice)
+
+    def refuse_other(self, split: str) -> None:
+        """Refuses to take what is there for the datastore that this command is to make.
+
+        Raises:
+            InputError: it was made from another text, or with other settings.
+        """
+        path = self.datastore_path(split)
+        if is_raw(path) or not artifact_of(path).exists():
+            return
+        manifest = artifact_of(path).read()
+        made_from, now = manifest["made_from"], self.made_from(split)
+        if "model" not in made_from:  # the original program's
+            return
+        names = (*self.expected_of_datastore(), "corpus", "split")
+        self._refuse_mismatch(path, made_from, {name: now[name] for name in names})
+        found = differences(made_from, now) + differences_in_shards(manifest, self.knn)
+        refuse_differences(path, found, self.place_flag)
 
     def open_raw_datastore(self, source: Path) -> Datastore:
         """Takes over the original program's datastore, with a manifest under datastores/."""
+        name = f"imported-{source.name}"
+        places = [root / name for root in (self.root, self.earlier_root)]
         datastore = import_datastore(
             source,
-            self.root / f"imported-{source.name}",
+            next((place for place in places if artifact_of(place).exists()), places[0]),
             self.knn.size,
             self.knn.dim,
             vocab_size=self.data.vocab_size,
         )
         if len(datastore.masked):
-            print(f"{source}: {len(datastore.masked)} rows of zeros at its end are masked")
+            self.run.remark(
+                f"{source}: {len(datastore.masked)} rows of zeros at its end are masked"
+            )
         return self.check_raw(datastore)
 
     def check_raw(self, datastore: Datastore) -> Datastore:
@@ -172,6 +250,7 @@ class Products:
                 f"--knn.shard {self.knn.shard} is made by the processes of one host, but "
                 f"--trainer.num_nodes is {self.run.hosts}; expected 1"
             )
+        self.refuse_other(split)  # than the unfinished one that this command goes on with
         rows = self.data.rows(split, self.data.context_window)
         n_tokens = len(self.data.stream(split).tokens)
         masked = (rows.behind_less_context(self.knn.min_context), rows.dropped(n_tokens))

@@ -10,6 +10,7 @@ import numpy as np
 
 from neighborlm.common.contracts import Retriever
 from neighborlm.common.errors import InputError
+from neighborlm.programs.products import folder_of_corpus
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import Subject, seconds_of
@@ -59,7 +60,7 @@ class MadeOnDemand:
 
     def folder(self, name: str) -> Path:
         """See `Resources`."""
-        return self.products.root / name
+        return folder_of_corpus(self.subject.data) / name
 
     def datastore(self) -> Datastore:
         """See `Resources`."""

@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from neighborlm.callbacks.lightning_internals import (
@@ -75,6 +76,7 @@ class Run:
         self.device = torch.device("cpu")
         self.ranks: Ranks | None = None
         self.evaluation = ""
+        self._remarks: set[str] = set()
 
     @property
     def precision(self) -> str:
@@ -88,6 +90,12 @@ class Run:
         is_count = isinstance(limit, int)  # 1 is a batch, and 1.0 all of them
         is_limited = limit is not None and (is_count or limit < 1.0)
         return is_limited or bool(self.settings.get("fast_dev_run"))
+
+    def remark(self, sentence: str) -> None:
+        """Prints something that the user should know, once, by one process for all."""
+        if sentence not in self._remarks and rank_zero_only.rank == 0:
+            print(sentence, flush=True)
+        self._remarks.add(sentence)
 
     @property
     def hosts(self) -> int:

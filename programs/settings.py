@@ -20,8 +20,8 @@ class KNNSettings:
     """How the datastore is made, searched and mixed.
 
     Args:
-        datastore: directory of the datastore, by default datastores/<corpus>/<split>; another one
-            to use what was made elsewhere, the original program's raw maps too.
+        datastore: directory of the datastore, by default datastores/<run>/<split>; another one to
+            use what was made elsewhere, the original program's raw maps too.
         index: what searches: `auto`, the default, chooses by size; `flat` is exact, `torch` too, on
             the model's device; or a faiss factory string, or the path of an index.
         k: neighbours of each token that vote; fewer are faster, and better where only the nearest
@@ -148,7 +148,7 @@ class NeighborSettings:
         placement: how their rows are dealt; see `--knn.placement`.
         shard: the one of the training split's shards that this host has, numbered from 0, where
             hosts share no file system: what lies in the others is exchanged batch by batch.
-        datastores: folder of the datastores; by default datastores/<corpus>.
+        datastores: folder of the datastores; by default datastores/<run of the LM>.
     """
 
     k: int = 32

@@ -93,6 +93,7 @@ def train(
         check_fit(Path(ckpt_path), model, data)
     trainer = run.trainer(stage="train")  # refuses what it cannot do before any work
     check_validation_interval(trainer, data)
+    model.checkpoint = None  # which its weights will not be those of
     with only_training_in(run.directory, trainer):
         return _train(model, data, run, ckpt_path, checkpoint_every, neighbors, config)
 

@@ -22,6 +22,7 @@ from filelock import Timeout
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import Lock, publishing
+from neighborlm.common.names import named, names_in, recall
 from neighborlm.retrieval.store.arrays import Layout, make_room, open_array
 
 SYNC_SECONDS = 10.0
@@ -114,6 +115,7 @@ class Artifact:
         missing = [field for field in format.required if field not in manifest]
         if missing:
             raise InputError(f"{path}: lacks {', '.join(missing)}; {expected}")
+        recall(manifest.get("names"))
         return manifest
 
     def open(self, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -156,6 +158,7 @@ class Artifact:
             "version": self.format.version,
             "command": sys.argv,
             "libraries": {name: _version_of(name) for name in libraries},
+            "names": names_in(fields),
             **fields,
             "complete": complete,
         }
@@ -234,7 +237,10 @@ def as_read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_mismatch(
-    name: Path | str, found: Mapping[str, Any], expected: Mapping[str, Any]
+    name: Path | str,
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    advice: str = "use a matching one or another place",
 ) -> None:
     """Compares what a product was made from with what is at hand.
 
@@ -242,6 +248,7 @@ def refuse_mismatch(
         name: of the product.
         found: what its manifest says.
         expected: what is at hand; only these keys are compared.
+        advice: what to do.
 
     Raises:
         InputError: one sentence that names the first difference and both sides of it.
@@ -249,8 +256,8 @@ def refuse_mismatch(
     for key, value in expected.items():
         if found.get(key) != value:
             raise InputError(
-                f"{name}: its {key.replace('_', ' ')} is {found.get(key)}, "
-                f"but {value} is expected here; use a matching one or another place"
+                f"{name}: its {key.replace('_', ' ')} is {named(found.get(key))}, "
+                f"but {named(value)} is expected here; {advice}"
             )
 
 
