@@ -1,11 +1,11 @@
 """Quantised features of the original GNN-LM, read in place: raw codes and the faiss codec that
 encoded them."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from neighborlm.common.digests import path_from
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.neighbors.codec import (
     HELD,
@@ -51,10 +51,10 @@ def import_codes(datastore: Datastore, source: Path, quantizer: Path) -> Codes:
         "code_size": codec.code_size,
         "relative_error": codec.relative_error(keys, codes[rows]),
         "raw": {
-            "codes": {"path": os.path.relpath(source, datastore.path), "offset": offset},
-            "codec": {"path": os.path.relpath(quantizer, datastore.path)},
+            "codes": {"path": path_from(datastore.path, source), "offset": offset},
+            "codec": {"path": path_from(datastore.path, quantizer)},
         },
     }
     with artifact.lock():
-        artifact.write(fields, complete=True)
+        artifact.write(fields, complete=True, files=[source, quantizer])
     return open_codes(datastore, IMPORTED)

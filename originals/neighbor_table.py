@@ -1,11 +1,11 @@
 """Neighbour tables of the original GNN-LM, raw maps without a header, read in place."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from neighborlm.common.digests import path_from
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
 from neighborlm.common.progress import Report
@@ -76,11 +76,11 @@ def import_table(
         "content": digest_of(sample.tobytes()),
         "dtype": layout.dtype.name,
         "distances": False,
-        "raw": {"path": os.path.relpath(path, queries.path), "offset": offset},
+        "raw": {"path": path_from(queries.path, path), "offset": offset},
     }
     artifact = artifact_of(imported_path(queries, k))
     with artifact.lock():
-        artifact.write(fields, complete=True)
+        artifact.write(fields, complete=True, files=[path])
     return NeighborTable.open(artifact.manifest)
 
 

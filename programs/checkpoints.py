@@ -1,10 +1,13 @@
 """Reading trained models: checkpoints of train.py and of fairseq."""
 
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from neighborlm.common.digests import compare_once
 from neighborlm.common.errors import InputError
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.trainable_lm import TrainableLM
@@ -39,6 +42,7 @@ def _read(path: Path) -> TransformerLM | GNNLM:
     """What `load_model` gives, whatever its weights are."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train.py makes one (--ckpt_path names it)")
+    refuse_damaged(path)
     if is_fairseq_checkpoint(path):
         return load_fairseq_checkpoint(path)
     try:
@@ -58,6 +62,31 @@ def _read(path: Path) -> TransformerLM | GNNLM:
         model.lm.checkpoint = checkpoint.get("lm_checkpoint", given)
     model.updates = checkpoint.get("global_step", 0)
     return model
+
+
+def refuse_damaged(path: Path) -> None:
+    """Compares a checkpoint with the checksums in it, a CRC-32 of every tensor; those in the format
+    that torch wrote before 1.6 have none.
+
+    Raises:
+        InputError: it is not what was written.
+    """
+    if zipfile.is_zipfile(path):
+        compare_once(path.with_name(f".{path.name}.stamps"), [path], _compare_tensors)
+
+
+def _compare_tensors(paths: Sequence[Path]) -> None:
+    (path,) = paths
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:
+        damaged = f"{type(error).__name__}: {error}"
+    if damaged is not None:
+        raise InputError(
+            f"{path}: is damaged, it is not what was written ({damaged}); expected a whole copy, "
+            "or another checkpoint"
+        )
 
 
 def load_model_of(kind: type[Model], path: Path | str, flag: str) -> Model:

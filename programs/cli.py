@@ -13,6 +13,7 @@ import yaml
 from jsonargparse.typing import PositiveInt
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from neighborlm.common.digests import Verify, set_verification
 from neighborlm.common.errors import InputError
 from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.corpora import CorpusDataModule
@@ -81,11 +82,20 @@ class ProgramCLI(LightningCLI):
             help="seconds without an answer from another host until the run stops (default: 30); "
             "more on a slow network",
         )
+        parser.add_argument(
+            "--verify",
+            type=Verify,
+            default="changed",
+            help="when files are compared with the checksums that they were written with: large "
+            "ones only if they have changed since the last time, as by a copy (default: changed), "
+            "or always, or never",
+        )
         if self.architecture.has_neighbors:
             parser.add_class_arguments(NeighborSettings, "neighbors")
 
     def before_instantiate_classes(self) -> None:
-        """Sets the threads of torch and faiss."""
+        """Sets the threads of torch and faiss, and when files are verified."""
+        set_verification(self.config.verify)
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
             faiss.omp_set_num_threads(self.config.threads)

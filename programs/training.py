@@ -19,12 +19,13 @@ from neighborlm.callbacks.lightning_internals import Continuation
 from neighborlm.callbacks.random_numbers import RandomNumbers
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import Lock
+from neighborlm.common.files import Lock, publishing
 from neighborlm.common.interrupts import interrupts_held
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.trainable_lm import TrainableLM
+from neighborlm.programs.checkpoints import refuse_damaged
 from neighborlm.programs.neighbor_products import NeighborProducts
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import NeighborSettings
@@ -140,7 +141,8 @@ def _train(
         if trainer.is_global_zero:
             run.directory.mkdir(parents=True, exist_ok=True)
             described = config or yaml.safe_dump({"model": dict(model.hparams)})
-            (run.directory / "config.yaml").write_text(described)
+            with publishing(run.directory / "config.yaml") as making:
+                making.write_text(described)
             data.dictionary.save(run.directory / "dict.txt")
         trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
         trainer.save_checkpoint(checkpoints / "last.ckpt")
@@ -156,7 +158,8 @@ def _train(
         # Not when a finished run was started again.
         if trainer.is_global_zero and (tokens or not summary.exists()):
             figures = asdict(trained) | {"checkpoint": str(trained.checkpoint)}
-            summary.write_text(json.dumps(figures, indent=1) + "\n")
+            with publishing(summary) as making:
+                making.write_text(json.dumps(figures, indent=1) + "\n")
     return trained
 
 
@@ -196,6 +199,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not one, or not whole.
     """
+    refuse_damaged(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for part in ("state_dict", "hyper_parameters", "optimizer_states", "loops"):

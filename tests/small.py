@@ -1,6 +1,8 @@
 """A corpus and a model small enough for tests that run the programs, and what these have logged."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,3 +41,13 @@ def scalars(folder) -> dict[str, list]:
     """All scalars logged below a folder."""
     events = EventAccumulator(str(folder)).Reload()
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def without_digests(path: Path, **fields: Any) -> dict[str, Any]:
+    """Makes a manifest one of an earlier version, which had no digests, with other values of some
+    fields; returns it."""
+    manifest = json.loads(path.read_text()) | fields
+    for name in ("digest", "files"):
+        manifest.pop(name, None)
+    path.write_text(json.dumps(manifest))
+    return manifest

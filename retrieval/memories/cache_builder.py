@@ -145,7 +145,8 @@ class RetrievalCacheBuilder:
                 raise InputError(f"{self.path}: was taken by another command; choose another place")
             scored = int(np.count_nonzero(~np.isnan(self.arrays["lm_log_prob"])))
             fields = {**self.fields, "scored": scored, "results": results}
-            self.artifact.write(fields, complete=True)
+            files = [self.path / f"{name}.npy" for name in self.arrays]
+            self.artifact.write(fields, complete=True, files=files)
         return RetrievalCache.open(self.path)
 
 

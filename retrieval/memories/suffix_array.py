@@ -126,7 +126,8 @@ class SuffixArray:
 
         def build() -> None:
             _write_suffixes(path, tokens, vocab_size)
-            artifact.write({**identity, "dtype": _offset_type(len(tokens)).name}, complete=True)
+            fields = {**identity, "dtype": _offset_type(len(tokens)).name}
+            artifact.write(fields, complete=True, files=[path / FILE])
 
         share_out([Job(artifact.lock(), lambda: artifact.is_complete(identity), build)])
         return cls.open(path, tokens, vocab_size, made_from)

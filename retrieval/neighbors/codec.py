@@ -332,7 +332,7 @@ def build_codes(
     def make_whole() -> None:
         fields, codec = build_codec(datastore, factory, seed, report)
         if not shards:
-            _encode(datastore, whole, fields, codec, partial(report, "encoding"))
+            _encode(datastore, whole, factory, fields, codec, partial(report, "encoding"))
 
     def job_of(number: int, fields: Mapping[str, Any], codec: FeatureCodec) -> Job:
         shard, told = shards[number], partial(report, f"encoding, shard {number}")
@@ -341,7 +341,7 @@ def build_codes(
         return Job(
             part.lock(),
             lambda: part.is_complete(fields),
-            lambda: _encode(shard, part, fields, codec, told),
+            lambda: _encode(shard, part, factory, fields, codec, told),
         )
 
     share_out([Job(whole.lock(), lambda: whole.is_complete(identity), make_whole)])
@@ -369,13 +369,14 @@ def build_codec(
     codec.write(codec_path)
     fields = {**identity, **asdict(quality), "codec": digest_of(codec_path)}
     if _shards(datastore):  # which have what else there is to complete
-        artifact.write(fields, complete=True)
+        artifact.write(fields, complete=True, files=[codec_path])
     return fields, codec
 
 
 def _encode(
     datastore: Datastore,
     artifact: Artifact,
+    factory: str,
     fields: Mapping[str, Any],
     codec: FeatureCodec,
     report: Callable[[int, int], None],
@@ -393,7 +394,8 @@ def _encode(
     file = artifact.manifest.with_suffix(".npy").name
     layouts = {file: _layout(len(datastore), codec.code_size)}
     step = max(BLOCK_BYTES // (4 * datastore.dim), 1)
-    artifact.fill(fields, layouts, step, encode, report)
+    beside = [codec_files(datastore, factory)[0]] if datastore.part is None else []
+    artifact.fill(fields, layouts, step, encode, report, beside)
 
 
 @dataclass(frozen=True)

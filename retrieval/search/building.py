@@ -31,7 +31,9 @@ from neighborlm.retrieval.search.index import (
     NUMBERED_RIGHTLY,
     artifact_of,
     check_numbers,
+    files_of,
     index_path,
+    list_file_of,
     make_index,
     read_index,
 )
@@ -172,7 +174,7 @@ class IndexBuilding:
             path = self.trained_path
             self._write(self._begin(report), path)
             fields = {**self._identity_of_trained, "fingerprint": digest_of(path)}
-            Artifact.file(TRAINED, path).write(fields, complete=True)
+            Artifact.file(TRAINED, path).write(fields, complete=True, files=[path])
         return self.trained_path
 
     @property
@@ -214,7 +216,7 @@ class IndexBuilding:
         with self._timed("measure"):
             self.recall = sample.measure(read_index(self.path))
         fields = {**self.identity, "seconds": self.seconds, "recall": self.recall}
-        self.artifact.write(fields, complete=True)
+        self.artifact.write(fields, complete=True, files=files_of(self.path))
         self.partial.unlink(missing_ok=True)
         self._of_partial.manifest.unlink(missing_ok=True)
         for part in self.parts:
@@ -333,7 +335,7 @@ class IndexBuilding:
         report("merging", 0, 1)
         self._put_aside(index)
         files = [str(self.path.with_name(part)) for part in self.parts]
-        lists = self.path.with_name(f"{self.path.name}.lists")
+        lists = list_file_of(self.path)
         lists.unlink(missing_ok=True)
         merge_ondisk(index, files, str(lists))
         report("merging", 1, 1)

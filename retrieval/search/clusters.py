@@ -103,9 +103,11 @@ def ensure_clusters(
             report("clustering", 1, 1)
         assign = partial(_assigned, datastore, np.load(centroids))
         step = max(BLOCK_BYTES // (4 * datastore.dim), 1)
-        artifact.fill(made_from, {path.name: layout}, step, assign, partial(report, "assigning"))
+        told = partial(report, "assigning")
+        artifact.fill(made_from, {path.name: layout}, step, assign, told, [centroids])
 
     share_out([Job(artifact.lock(), lambda: artifact.is_complete(made_from), make)])
+    artifact.open(made_from)
     return Clusters.of(open_array(path, layout), count)
 
 

@@ -218,9 +218,19 @@ def open_shards(datastore: Datastore, numbers: Iterable[int], search: Search) ->
 # -- index files ---------------------------------------------------------------------------------
 
 
+def list_file_of(path: Path) -> Path:
+    """Where an index that was built in parts has its lists."""
+    return path.with_name(f"{path.name}.lists")
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of an index, by the path of the first."""
+    return [path, *filter(Path.is_file, [list_file_of(path)])]
+
+
 def check_numbers(path: Path, manifest: Mapping[str, Any]) -> None:
     """Refuses an index that an earlier version merged wrongly, see `NUMBERED_RIGHTLY`."""
-    merged = path.with_name(f"{path.name}.lists").is_file()
+    merged = list_file_of(path).is_file()
     if merged and manifest["version"] < NUMBERED_RIGHTLY:
         raise InputError(
             f"{path}: was merged by an earlier version of this program, which gave many keys wrong "

@@ -1,15 +1,17 @@
 """The one way in which products lie on disk: datastores, indexes, neighbour tables, codes, caches.
 
-A product is some files and a manifest in JSON, which says what they are, what they were made from
-and whether they are complete. One process makes it for all, under a lock. Files appear complete,
-see `publishing`, or are filled row by row up to a mark, from which a killed run goes on. A product
-that was made from other inputs than those at hand is refused in one sentence that names both.
+A product is some files and a manifest in JSON, which says what they are, what they were made from,
+whether they are complete, and the digests of the files and of the manifest itself, with which they
+are compared when the product is opened (see `common.digests`; products of earlier versions have
+none). One process makes it for all, under a lock. Files appear complete, see `publishing`, or are
+filled row by row up to a mark, from which a killed run goes on. A product that was made from other
+inputs than those at hand is refused in one sentence that names both.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from filelock import Timeout
 
+from neighborlm.common.digests import check_digests, digests_of, keep_stamps, stamps_of
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import Lock, publishing
 from neighborlm.common.names import named, names_in, recall
@@ -115,6 +119,8 @@ class Artifact:
         missing = [field for field in format.required if field not in manifest]
         if missing:
             raise InputError(f"{path}: lacks {', '.join(missing)}; {expected}")
+        if manifest.pop("digest", None) not in (None, _digest_of(manifest)):
+            raise InputError(f"{path}: is damaged, it is not what was written; {self.advice}")
         recall(manifest.get("names"))
         return manifest
 
@@ -125,12 +131,13 @@ class Artifact:
             expected: what it must have been made from.
 
         Raises:
-            InputError: as `read`, or it is unfinished, or made from something else.
+            InputError: as `read`, or it is unfinished, made from something else, or damaged.
         """
         manifest = self.read()
         refuse_mismatch(self.name, manifest, expected or {})
         if not _is_complete(manifest):
             raise InputError(f"{self.name}: is unfinished; repeat the command that was writing it")
+        check_digests(self.manifest.parent, manifest.get("files", {}), self.stamps, self.advice)
         return manifest
 
     def says(self, fields: Mapping[str, Any]) -> bool:
@@ -139,19 +146,45 @@ class Artifact:
             return False
         return as_read(fields).items() <= self.read().items()
 
+    def verify(self) -> None:
+        """Reads all files of a complete product, whatever their stamps are.
+
+        Raises:
+            InputError: one is damaged, or it has no digests.
+        """
+        manifest = self.open()
+        if "files" not in manifest:
+            raise InputError(
+                f"{self.name}: was made without checksums; expected those of its files"
+            )
+        folder = self.manifest.parent
+        check_digests(folder, manifest["files"], self.stamps, self.advice, all_of_them=True)
+
+    @property
+    def stamps(self) -> Path:
+        """Of files that have been compared with their digests, see `common.digests`."""
+        return self.manifest.with_name(f".{self.manifest.stem}.stamps")
+
+    @property
+    def advice(self) -> str:
+        """What can be done where it is damaged."""
+        return f"bring back a copy, or remove {self.manifest} to have it made again"
+
     # -- making --------------------------------------------------------------------------------
 
     def lock(self) -> Lock:
         """To be held by whoever makes it."""
         return Lock(self.manifest.with_name(f".{self.manifest.stem}.lock"))
 
-    def write(self, fields: Mapping[str, Any], complete: bool) -> None:
+    def write(self, fields: Mapping[str, Any], complete: bool, files: Iterable[Path] = ()) -> None:
         """Writes the manifest: a reader sees the old one or the new one.
 
         Args:
             fields: what it says beside its kind, version, command and libraries, or in their place.
             complete: whether all that it describes is on disk.
+            files: that get digests, which are read for them.
         """
+        stamps = stamps_of(files)
         libraries = ("neighborlm", *self.format.libraries)
         manifest = {
             "kind": self.format.kind,
@@ -162,8 +195,12 @@ class Artifact:
             **fields,
             "complete": complete,
         }
+        if stamps:
+            manifest["files"] = digests_of(self.manifest.parent, stamps)
+        manifest["digest"] = _digest_of(as_read(manifest))
         with publishing(self.manifest) as making:
             making.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        keep_stamps(self.stamps, stamps)
 
     def fill(
         self,
@@ -172,6 +209,7 @@ class Artifact:
         step: int,
         compute: Callable[[int, int], tuple[np.ndarray, ...]],
         report: Callable[[int, int], None] = lambda *_: None,
+        beside: Iterable[Path] = (),
     ) -> None:
         """Fills arrays from the first row to the last, and goes on where a killed run stopped.
 
@@ -184,6 +222,7 @@ class Artifact:
             step: rows to compute at once.
             compute: from the first row and the one after the last to a block for each array.
             report: called with how many rows are done, and how many there are.
+            beside: other files of the product, which are there.
 
         Raises:
             InputError: the disk has no room, or a file is not what it was begun as.
@@ -218,12 +257,17 @@ class Artifact:
                     last_sync = time.perf_counter()
         finally:
             sync()
-        self.write({**fields, "done": rows}, complete=True)
+        files = [*(folder / name for name in layouts), *beside]
+        self.write({**fields, "done": rows}, complete=True, files=files)
 
 
 def _is_complete(manifest: Mapping[str, Any]) -> bool:
     """Some kinds had no such field up to version 0.1, and a manifest only once they were."""
     return manifest.get("complete", True)
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 @cache

@@ -1,15 +1,17 @@
 """Checksums of rows, a chunk at a time: what a disk or a copy has damaged is found and named."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from neighborlm.common.digests import ALGORITHM
+from neighborlm.common.errors import InputError
 from neighborlm.retrieval.store.arrays import Layout
 
-ALGORITHM = "xxh3_64"
 CHUNK_BYTES = 16 << 20
 
 
@@ -48,3 +50,34 @@ def checksums(
 
     with ThreadPoolExecutor() as pool:
         yield from pool.map(of, chunks)
+
+
+def compare_chunks(
+    arrays: Mapping[Path, np.ndarray],
+    expected: np.ndarray,
+    chunk_rows: int,
+    advice: str,
+    report: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Reads some arrays `[N, …]` and compares them with their checksums.
+
+    Args:
+        arrays: by the file that holds them.
+        expected: uint64 `[chunks, arrays]`.
+        chunk_rows: rows that have one checksum.
+        advice: what can be done about a damaged file.
+        report: called with how many rows are compared.
+
+    Raises:
+        InputError: one is damaged; names its file and the first damaged rows.
+    """
+    rows = len(next(iter(arrays.values())))
+    for chunk, found in checksums(list(arrays.values()), chunk_rows, range(len(expected))):
+        first, last = chunk * chunk_rows, min((chunk + 1) * chunk_rows, rows)
+        for path, *sums in zip(arrays, found, expected[chunk], strict=True):
+            if sums[0] != sums[1]:
+                raise InputError(
+                    f"{path}: rows {first} to {last - 1} are damaged: their checksum is "
+                    f"{sums[0]:016x}, expected {sums[1]:016x}; {advice}"
+                )
+        report(last)

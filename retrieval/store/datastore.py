@@ -9,17 +9,26 @@ Or a directory whose manifest names shards, each an ordinary datastore of its ow
 which rows of the whole it holds (see `retrieval.store.shards`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from neighborlm.common.digests import (
+    ALGORITHM,
+    SHOWN_BYTES,
+    compare_once,
+    keep_stamps,
+    stamps_of,
+)
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
+from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.store.arrays import (
     Layout,
     make_room,
@@ -31,6 +40,7 @@ from neighborlm.retrieval.store.artifact import Artifact, Format, refuse_mismatc
 from neighborlm.retrieval.store.checksums import (
     checksum,
     checksums,
+    compare_chunks,
     describe_checksums,
     layout_of_checksums,
     rows_of_chunk,
@@ -44,6 +54,9 @@ FORMAT = Format("datastore", SHARDED_VERSION, FIELDS, ("torch", "numpy"))
 ADVICE = "--knn.dtype fp16 halves it, --knn.datastore moves it"
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+NAMES = ("keys", "values")
+SMALL_FILES = ("checksums.npy", "masked.npy", "rows.npy", "weights.npy")
+"""Besides keys and values, as far as a datastore has them; see `thinning` for the last two."""
 BLOCK_BYTES = 64 << 20
 """How much of the keys is read at once, as fp32."""
 
@@ -101,22 +114,61 @@ class Datastore:
         if "raw" in manifest:
             keys, values = (
                 open_raw(path / "manifest.json", manifest["raw"][name], layouts[f"{name}.npy"])
-                for name in ("keys", "values")
+                for name in NAMES
             )
         else:
             keys, values = (open_array(path / name, layout) for name, layout in layouts.items())
         masked = np.empty(0, dtype=np.int64)
         if manifest["masked"]:
             masked = open_array(path / "masked.npy", _layout_of_masked(manifest["masked"]))
-        return cls(path, manifest, keys, values, masked)
+        opened = cls(path, manifest, keys, values, masked)
+        if "checksums" in manifest:
+            compare_once(artifact_of(path).stamps, opened.files, opened._compare_rows)
+        return opened
+
+    def _compare_rows(self, _: Sequence[Path]) -> None:
+        bars = nullcontext(lambda *_: None)
+        if self.keys.nbytes >= SHOWN_BYTES:
+            bars = progress_bars(str(self.path), transient=True)
+        with bars as report:
+            self.verify(partial(report, "verifying"))
+
+    def verify(self, report: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Reads all of a datastore in one piece and compares it with its checksums.
+
+        Args:
+            report: called with how many rows are compared, and how many there are.
+
+        Raises:
+            InputError: it has none, or is damaged; names the first damaged file and its rows.
+        """
+        described = self.manifest.get("checksums")
+        if described is None:
+            raise InputError(f"{self.path}: has no checksums; verify --record true makes them")
+        refuse_mismatch(self.path, described, {"algorithm": ALGORITHM})
+        if checksum(np.asarray(self.masked)) != described["masked"]:
+            raise InputError(f"{self.path / 'masked.npy'}: is damaged")
+        layout = layout_of_checksums(len(self), described["rows"])
+        compare_chunks(
+            dict(zip(self.files, (self.keys, self.values), strict=True)),
+            open_array(self.path / "checksums.npy", layout),
+            described["rows"],
+            artifact_of(self.path).advice,
+            lambda done: report(done, len(self)),
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        """Those of the keys and of the values, of a datastore in one piece."""
+        raw = self.manifest.get("raw")
+        return [self.path / (raw[name]["path"] if raw else f"{name}.npy") for name in NAMES]
 
     @classmethod
     def _open_sharded(cls, path: Path, manifest: dict[str, Any]) -> "Datastore":
         shards = [cls._open_shard(path, manifest, n) for n in range(len(manifest["shards"]))]
         placement = placement_of(manifest)
         keys, values = (
-            ShardedArray([getattr(shard, name) for shard in shards], placement)
-            for name in ("keys", "values")
+            ShardedArray([getattr(shard, name) for shard in shards], placement) for name in NAMES
         )
         masked = [shard.in_whole(shard.masked) for shard in shards]
         return cls(path, manifest, keys, values, np.sort(np.concatenate(masked)))
@@ -398,12 +450,9 @@ class DatastoreBuilder:
                 self._check_existing()
             else:
                 self._create(layouts)
-            sums = layout_of_checksums(rows, self.chunk_rows)
-            if not (self.path / "checksums.npy").exists():
-                save_array(self.path / "checksums.npy", np.zeros(sums.shape, sums.dtype))
-        self.keys, self.values, self.written, self.sums = (
-            open_array(self.path / name, layout, "r+")
-            for name, layout in {**layouts, "checksums.npy": sums}.items()
+            self.sums = self._open_sums()
+        self.keys, self.values, self.written = (
+            open_array(self.path / name, layout, "r+") for name, layout in layouts.items()
         )
         self.unmarked: list[np.ndarray] = []
 
@@ -422,8 +471,19 @@ class DatastoreBuilder:
                 f"{self.path / 'masked.npy'}: masks other rows than this command would"
             )
 
+    def _open_sums(self) -> np.ndarray:
+        """Checksums so far; zeros, which are computed in the end, where a kill has left none."""
+        path = self.path / "checksums.npy"
+        layout = layout_of_checksums(self.fields["rows"], self.chunk_rows)
+        try:
+            return open_array(path, layout, "r+")
+        except InputError:
+            save_array(path, np.zeros(layout.shape, layout.dtype))
+        return open_array(path, layout, "r+")
+
     def _create(self, layouts: Mapping[str, Layout]) -> None:
         make_room(self.path, layouts, FORMAT.kind, ADVICE)
+        (self.path / "checksums.npy").unlink(missing_ok=True)
         if len(self.masked):
             save_array(self.path / "masked.npy", self.masked)
             written = np.load(self.path / "written.npy", mmap_mode="r+")
@@ -494,7 +554,10 @@ class DatastoreBuilder:
             self.sums[chunk] = sums
         self.sums.flush()
         described = {"checksums": describe_checksums(self.chunk_rows, self.masked)}
+        small = (self.path / name for name in SMALL_FILES)
         with self.artifact.lock():
-            self.artifact.write({**self.fields, **described}, complete=True)
+            files = list(filter(Path.is_file, small))
+            self.artifact.write({**self.fields, **described}, complete=True, files=files)
+        keep_stamps(self.artifact.stamps, stamps_of(self.path / f"{n}.npy" for n in NAMES))
         (self.path / "written.npy").unlink(missing_ok=True)
         return Datastore.open(self.path)

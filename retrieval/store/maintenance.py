@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from neighborlm.common.errors import InputError
-from neighborlm.retrieval.store.arrays import open_array, save_array
-from neighborlm.retrieval.store.artifact import SYNC_SECONDS, refuse_mismatch
+from neighborlm.retrieval.store.arrays import save_array
+from neighborlm.retrieval.store.artifact import SYNC_SECONDS
 from neighborlm.retrieval.store.checksums import (
-    ALGORITHM,
-    checksum,
     checksums,
     describe_checksums,
     layout_of_checksums,
@@ -22,6 +20,7 @@ from neighborlm.retrieval.store.checksums import (
 )
 from neighborlm.retrieval.store.datastore import (
     BLOCK_BYTES,
+    SMALL_FILES,
     Datastore,
     artifact_of,
     check_shard,
@@ -50,33 +49,10 @@ def verify_datastore(datastore: Datastore, report: Report = lambda *_: None) -> 
         InputError: it has none, or is damaged; names the first damaged file and its rows.
     """
     shards = shards_of(datastore)
-    total, done = sum(map(len, shards)), 0
+    total, before = sum(map(len, shards)), 0
     for shard in shards:
-        if "checksums" not in shard.manifest:
-            raise InputError(f"{shard.path}: has no checksums; verify --record true makes them")
-    for shard in shards:
-        described = shard.manifest["checksums"]
-        refuse_mismatch(shard.path, described, {"algorithm": ALGORITHM})
-        if checksum(np.asarray(shard.masked)) != described["masked"]:
-            raise InputError(f"{shard.path / 'masked.npy'}: is damaged")
-        rows = described["rows"]
-        expected = open_array(shard.path / "checksums.npy", layout_of_checksums(len(shard), rows))
-        for chunk, found in checksums((shard.keys, shard.values), rows, range(len(expected))):
-            first, last = chunk * rows, min((chunk + 1) * rows, len(shard))
-            for name, *sums in zip(("keys", "values"), found, expected[chunk], strict=True):
-                if sums[0] != sums[1]:
-                    raise InputError(
-                        f"{_file_of(shard, name)}: rows {first} to {last - 1} are damaged: their "
-                        f"checksum is {sums[0]:016x}, expected {sums[1]:016x}"
-                    )
-            report(done + last, total)
-        done += len(shard)
-
-
-def _file_of(datastore: Datastore, name: str) -> Path:
-    if "raw" in datastore.manifest:
-        return datastore.path / datastore.manifest["raw"][name]["path"]
-    return datastore.path / f"{name}.npy"
+        shard.verify(lambda done, _, before=before: report(before + done, total))
+        before += len(shard)
 
 
 def record_checksums(datastore: Datastore, report: Report = lambda *_: None) -> None:
@@ -94,7 +70,8 @@ def record_checksums(datastore: Datastore, report: Report = lambda *_: None) -> 
         with artifact.lock():
             save_array(shard.path / "checksums.npy", sums)
             fields = {**shard.manifest, "checksums": describe_checksums(rows, shard.masked)}
-            artifact.write(fields, complete=True)
+            small = (shard.path / name for name in SMALL_FILES)
+            artifact.write(fields, complete=True, files=filter(Path.is_file, small))
 
 
 # -- merging and splitting -----------------------------------------------------------------------

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from small import without_digests
 
 from neighborlm.common.contracts import Scored
 from neighborlm.common.errors import InputError
@@ -256,6 +257,7 @@ def test_a_damaged_array_is_refused(tmp_path):
     tokens = np.random.default_rng(9).integers(0, 50, 500)
     memory_of(tokens, 50, tmp_path)
     suffixes = np.load(tmp_path / "suffixes.npy", mmap_mode="r+")
+    without_digests(tmp_path / "manifest.json")
     suffixes[200:300] = 0
     suffixes.flush()
     with pytest.raises(InputError, match="does not order the suffixes of its text"):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from small import without_digests
 
 from neighborlm.common.errors import InputError
 from neighborlm.originals.codes import import_codes
@@ -164,6 +165,10 @@ def test_what_does_not_fit_is_refused(store, make_store):
         (other.path / name).write_bytes((store.path / name).read_bytes())
     with pytest.raises(InputError, match="its datastore is"):
         open_codes(other, "SQ8")
+    codes.path.with_suffix(".faiss").write_bytes(b"noise")
+    with pytest.raises(InputError, match=r"SQ8.faiss: has 5 bytes, but \d+ were written"):
+        open_codes(store, "SQ8")
+    without_digests(codes.path)
     FeatureCodec.train("SQ4", store.read(np.arange(50))).write(codes.path.with_suffix(".faiss"))
     with pytest.raises(InputError, match=r"SQ8.faiss: its code size is 4, but 8 is expected"):
         open_codes(store, "SQ8")
@@ -198,5 +203,5 @@ def test_codes_of_the_original_in_place(store, tmp_path, header):
     source.write_bytes(source.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"has 1599 bytes of data, expected 1600 for uint8"):
         import_codes(store, source, quantizer)
-    with pytest.raises(InputError, match=r"has .* bytes, but .*codes-imported\.json needs"):
+    with pytest.raises(InputError, match=r"quantized-keys.npy: has .* bytes, but \d+ were written"):
         open_codes(store, "imported")

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import xxhash
+from small import without_digests
 
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
@@ -121,8 +122,7 @@ def damage_keys(path):
 
 
 def change(path, **fields):
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+    without_digests(path / "manifest.json", **fields)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_verify_names_what_is_damaged(make_store, small_chunks, name, row, said,
 
 def test_datastores_without_checksums_get_them(make_store, capsys):
     path = make_store()[0].path
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = without_digests(path / "manifest.json")
     del manifest["checksums"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     before = (path / "checksums.npy").read_bytes()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import ROOT, SMALL
+from small import ROOT, SMALL, without_digests
 
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.errors import InputError
@@ -223,8 +223,7 @@ def test_codes_of_shards_by_different_codecs_are_refused(sharded):
         path.with_suffix(suffix).unlink()
     with pytest.raises(InputError, match="its seed is 1, but 2 is expected"):
         build_codes(sharded, "SQ8", seed=2)
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "seed": 1}))
+    without_digests(path, seed=1)
     with pytest.raises(InputError, match=r"shard-00000-of-0000\d/codes-SQ8.json: its codec is"):
         open_codes(sharded, "SQ8")
 
@@ -421,16 +420,17 @@ def test_list(tmp_path, whole, sharded, capsys):
 def test_verify_names_the_damaged_shard(sharded, capsys):
     main(["verify", "--path", str(sharded.path)])
     assert "300 rows are as they were written" in capsys.readouterr().out
-    keys = np.load(sharded.shard(2).path / "keys.npy", mmap_mode="r+")
+    _, whole, damaged, *_ = (shard.path for shard in sharded.shards())
+    keys = np.load(damaged / "keys.npy", mmap_mode="r+")
     keys[11, 3] += 1
     keys.flush()
-    for path in (sharded.path, sharded.shard(2).path):
+    for path in (sharded.path, damaged):
         with pytest.raises(SystemExit):
             main(["verify", "--path", str(path)])
         said = capsys.readouterr().err
-        assert str(sharded.shard(2).path) in said
+        assert str(damaged) in said
         assert f"keys.npy: rows 0 to {len(keys) - 1} are damaged: their checksum is" in said
-    main(["verify", "--path", str(sharded.shard(1).path)])
+    main(["verify", "--path", str(whole)])
 
 
 # -- runs of several processes -------------------------------------------------------------------
