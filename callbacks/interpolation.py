@@ -21,14 +21,6 @@ from neighborlm.callbacks.background import Background
 from neighborlm.callbacks.core_sharing import CoreSharing
 from neighborlm.callbacks.tally import Tally
 from neighborlm.common.contracts import Memory, Mixer, Opinion, Scored, Want
-from neighborlm.retrieval.memories.mixers import (
-    LM,
-    features_of,
-    lm_opinion,
-    mixture,
-    source_log_probs,
-    weights_by_source,
-)
 
 FIRST_TOKENS, TOKENS_AT_ONCE = 2048, 10240
 """Tokens that memories are asked about the first time, few so that they begin soon, and at most,
@@ -42,6 +34,7 @@ class Interpolation(Callback):
     Args:
         memories: by name.
         mixer: weighs them; None only to hear what they say.
+        alone: by memory, what weighs the model and this memory alone, beside the mixture of all.
         text: integers `[N]`, the tokens of the split.
         keep_scores: keep every token's log-probabilities and the memories' features, in
             `tally.table`.
@@ -60,13 +53,15 @@ class Interpolation(Callback):
         text: np.ndarray,
         keep_scores: bool = False,
         tokens_at_once: int = TOKENS_AT_ONCE,
+        alone: Mapping[str, Mixer] | None = None,
     ) -> None:
         self.memories = memories
         self.mixer = mixer
+        self.alone = alone or {}
         self.text = text
         self.keep_scores = keep_scores
         self.tokens_at_once = tokens_at_once
-        self.tally = Tally(keep_scores)
+        self.tally = Tally(keep_scores, self.alone)
         self.seconds: Counter[str] = Counter()
         self.sharing: CoreSharing | None = None
         self.background: Background | None = None
@@ -78,9 +73,10 @@ class Interpolation(Callback):
 
     @property
     def want(self) -> Want:
-        """What the memories and the mixer need to be told of each token."""
-        want = Want() if self.mixer is None else self.mixer.want
-        return reduce(Want.and_also, (memory.want for memory in self.memories.values()), want)
+        """What the memories and the mixers need to be told of each token."""
+        mixers = () if self.mixer is None else (self.mixer, *self.alone.values())
+        asking = (*self.memories.values(), *mixers)
+        return reduce(Want.and_also, (each.want for each in asking), Want())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The thread loads what the first question would wait for."""
@@ -113,7 +109,7 @@ class Interpolation(Callback):
         self.waiting, self.enough = [], min(FIRST_TOKENS, self.tokens_at_once)
         self.first_position = pl_module.first_position
         self.submitted = self.begun = self.ended = 0
-        self.tally = Tally(self.keep_scores)
+        self.tally = Tally(self.keep_scores, self.alone)
 
     def on_test_batch_end(
         self,
@@ -139,6 +135,8 @@ class Interpolation(Callback):
             for memory in self.memories.values():
                 self.background.submit(memory.end_pass)
             self.background.drain()
+        searches = {name: memory.searches for name, memory in self.memories.items()}
+        self.tally.searches.update(searches)
         self.tally.to(pl_module.device)
 
     def _submit(self) -> None:
@@ -182,8 +180,5 @@ class Interpolation(Callback):
         """Mixes and tallies."""
         if self.mixer is None:
             self.tally.add(asked, opinions)
-            return
-        sources = {LM: lm_opinion(asked), **opinions}
-        weights = self.mixer.weights(features_of(sources), len(asked.positions))
-        mixed = mixture(source_log_probs(sources).unbind(dim=1), weights.unbind(dim=1))
-        self.tally.add(asked, opinions, mixed, weights_by_source(sources, weights))
+        else:
+            self.tally.mix(asked, opinions, self.mixer, self.alone)

@@ -353,6 +353,14 @@ class Opinion(NamedTuple):
         features = {name: column[which] for name, column in self.features.items()}
         return Opinion(self.log_probs[which], features)
 
+    @staticmethod
+    def joined(parts: Sequence["Opinion"]) -> "Opinion":
+        """One or more opinions of the same memory as one."""
+        features = {
+            name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features
+        }
+        return Opinion(torch.cat([part.log_probs for part in parts]), features)
+
 
 class Memory(Protocol):
     """Has an opinion on the next token. A subclass inherits defaults for what most do not need.
@@ -363,11 +371,16 @@ class Memory(Protocol):
         warm_up: where tokens must come in order, how many before a part of the text it must be
             asked about first, so that its opinion on the part is the same as after the whole text
             before it; None where nothing less will do, so that ranks cannot share the text.
+        needs_tuning: whether it lacks a setting that `tune` finds; until then it gives every target
+            probability 0.
+        searches: queries that it has searched for since `begin_pass`.
     """
 
     want: Want
     in_order: bool
     warm_up: int | None = None
+    needs_tuning: bool = False
+    searches: int = 0
 
     def prepare(self) -> None:
         """Loads what the first question would otherwise wait for."""
@@ -395,6 +408,17 @@ class Memory(Protocol):
     def end_pass(self) -> None:
         """All ranks call this after their last token."""
 
+    def tune(self) -> Opinion:
+        """Finds the settings that it lacks by the tokens of the pass that has ended, those of the
+        validation split, and returns its opinion on them, in the order of the text."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `tune` found, as arrays of numbers and strings, for `restore`."""
+        return {}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes over the `state` of a tuned memory."""
+
 
 class Mixer(Protocol):
     """Weighs the language model and the memories for every token. A subclass inherits defaults for
@@ -411,6 +435,9 @@ class Mixer(Protocol):
 
     needs_fitting: bool
     want: Want = Want()
+
+    def ask(self, memories: Mapping[str, Memory]) -> None:
+        """Tells memories, before any pass, what it needs of their opinions beyond the usual."""
 
     def fit(self, opinions: Mapping[str, Opinion]) -> None:
         """Fits the weights to n tokens of the validation split, in the order of the text.

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from neighborlm.callbacks.token_scores import LMScores
 from neighborlm.common.errors import InputError
-from neighborlm.programs.knn_lm import check_cache, evaluate_knn, tuned_knn
+from neighborlm.programs.hearing import check_cache, identities
+from neighborlm.programs.knn_lm import evaluate_knn, is_knn_lm, tuned_temperature
 from neighborlm.programs.mixture import (
+    Mixing,
     check_mixing,
     check_names,
     evaluate_mixture,
-    identities,
     keep_mixer,
 )
 from neighborlm.programs.resources import MadeOnDemand, check_search
@@ -77,23 +78,30 @@ def evaluate_with_memories(
     """The model and its mixture with memories."""
     check_names(memories, mixer)
     check_mixing(memories, mixer, settings.knn)
-    given = tuple(memories) == ("knn",) and mixer == "constant" and settings.knn.lmbda != "auto"
-    if {"knn", "automaton"} & set(memories):
+    given = is_knn_lm(memories, mixer) and settings.knn.lmbda != "auto"
+    if SEARCHING & set(memories):
         splits = [split] if given else sorted({split, "valid"})
         check_search(subject, settings.knn, splits)
         check_cache(subject, settings.knn, splits)
     resources = MadeOnDemand(subject, settings)
-    if tuple(memories) == ("knn",) and mixer == "constant":
+    if is_knn_lm(memories, mixer):
         return evaluate_knn(subject, split, resources, keep_scores)
+    keep = None
     if mixer in MIXERS:
         weighing = MIXERS[mixer]()
         if weighing.needs_fitting and split == "valid":
             raise InputError("--split valid: is what the mixer is fitted on; expected another")
+        keep = keep_mixer(subject, memories, mixer, settings)
     else:
         text, model = subject.data.fingerprint(split), subject.model.fingerprint
         remembered = identities(subject, memories, settings)
         weighing, _ = load_mixer(Path(mixer), MIXERS, text, model, remembered)
-    if settings.knn.temperature == "auto" and {"knn", "automaton"} & set(memories):
-        resources.mix_by(temperature=tuned_knn(subject, resources).temperature)
-    kept = keep_mixer(subject, memories, mixer, settings) if mixer in MIXERS else None
-    return evaluate_mixture(subject, split, memories, weighing, resources, keep_scores, kept)
+    if settings.knn.temperature == "auto" and "automaton" in memories:
+        resources.mix_by(temperature=tuned_temperature(subject, resources))
+    kind = mixer if mixer in MIXERS else None
+    mixing = Mixing.of(memories, weighing, kind, resources)
+    return evaluate_mixture(subject, split, mixing, resources, keep_scores, keep)
+
+
+SEARCHING = {"knn", "automaton"}
+"""Memories that search the datastore."""

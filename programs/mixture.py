@@ -1,41 +1,108 @@
-"""The perplexity of a mixture of a model and memories."""
+"""The perplexity of mixtures of a model and memories: of all memories together, and of each alone,
+from one pass over the validation split, which tunes and fits them all, and one over the split that
+is evaluated."""
 
-import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neighborlm.callbacks.interpolation import Interpolation
-from neighborlm.callbacks.tally import Tally
-from neighborlm.common.contracts import Memory, Mixer
+from neighborlm.callbacks.tally import ALONE, Tally, summed
+from neighborlm.common.contracts import Memory, Mixer, Want
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import digest_of
-from neighborlm.programs.reports import figures
+from neighborlm.programs.hearing import Heard, hear, identities
+from neighborlm.programs.reports import figures, log_tuning
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import Evaluated, Pass, Subject, score, seconds_of
-from neighborlm.retrieval.memories import MEMORIES, MIXERS
+from neighborlm.retrieval.memories import MEMORIES, MIXERS, KNNMemory
 from neighborlm.retrieval.memories.fitted import FittedOn, save_mixer
 from neighborlm.retrieval.memories.text_order import lines_are_shuffled
+
+
+@dataclass
+class Mixing:
+    """Memories, what weighs them, and what they take.
+
+    Attributes:
+        memories: by name.
+        mixer: weighs the model and all of them.
+        alone: by memory, what weighs the model and this memory alone; empty where there is one
+            memory or the mixer was fitted before.
+        used: by memory, what it has asked of its resources.
+    """
+
+    memories: dict[str, Memory]
+    mixer: Mixer
+    alone: dict[str, Mixer] = field(default_factory=dict)
+    used: dict[str, set[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], mixer: Mixer, kind: str | None, resources: MadeOnDemand
+    ) -> "Mixing":
+        """Makes the memories.
+
+        Args:
+            kind: name of the mixer, where it is to be fitted.
+        """
+        mixing = cls({}, mixer)
+        for name in names:
+            resources.used.clear()
+            mixing.memories[name] = MEMORIES[name](resources)
+            mixing.used[name] = set(resources.used)
+        mixer.ask(mixing.memories)
+        if kind is not None and len(names) > 1:
+            mixing.alone = {name: mixer_alone(kind, name) for name in names}
+        return mixing
+
+    @property
+    def want(self) -> Want:
+        """What the mixers need to know of the model."""
+        want = Want()
+        for mixer in (self.mixer, *self.alone.values()):
+            want = want.and_also(mixer.want)
+        return want
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether anything is to be tuned or fitted."""
+        untuned = any(memory.needs_tuning for memory in self.memories.values())
+        return untuned or self.mixer.needs_fitting
+
+    def fit(self, heard: Heard) -> None:
+        """Fits all mixers that need it to the same opinions."""
+        if self.mixer.needs_fitting:
+            self.mixer.fit(heard.sources())
+        for name, mixer in self.alone.items():
+            mixer.fit(heard.sources(name))
+
+
+def mixer_alone(kind: str, memory: str) -> Mixer:
+    """What weighs the model and one memory: meta-k, which reads neighbours, those of knn alone."""
+    return MIXERS["constant" if kind == "meta_k" and memory != "knn" else kind]()
 
 
 def evaluate_mixture(
     subject: Subject,
     split: str,
-    names: Sequence[str],
-    mixer: Mixer,
+    mixing: Mixing,
     resources: MadeOnDemand,
     keep_scores: bool,
     keep: Callable[[Mixer], Path] | None = None,
 ) -> Evaluated:
-    """A mixture of any memories, weighed by a mixer that is fitted on the validation split unless
-    it was before.
+    """Mixtures of memories, weighed by mixers that are fitted on the validation split unless they
+    were before.
 
     Args:
         keep: writes the mixer to a file once it is fitted.
+
+    Returns:
+        figures under `mixture`, and the rows of the one table under `table`.
     """
-    memories = {name: MEMORIES[name](resources) for name in names}
+    memories, names = mixing.memories, list(mixing.memories)
     check_order(subject, memories)
     stream = subject.data.stream(split)
     if "recent" in names and lines_are_shuffled(stream.tokens, stream.line_starts):
@@ -44,25 +111,106 @@ def evaluate_mixture(
             "with the next line than with any other, as if they were shuffled; the running text "
             "has little to remember"
         )
-    mixing = Interpolation(memories, mixer, resources.tokens(split), keep_scores)
-    described = {"memories": list(names), "mixer": type(mixer).__name__}
-    untuned = [name for name, memory in memories.items() if getattr(memory, "needs_tuning", False)]
-    if mixer.needs_fitting or untuned:
-        hearing = Interpolation(memories, None, resources.tokens("valid"), keep_scores=True)
-        heard = score(subject, "valid", mixing.want, [hearing])
-        opinions = hearing.tally.opinions(names)
-        opinions |= {name: memories[name].tune() for name in untuned}
-        if mixer.needs_fitting:
-            mixer.fit(opinions)
-            if keep is not None and mixer.state() and heard.trainer.is_global_zero:
-                described["mixer_file"] = str(keep(mixer))
-    made = score(subject, split, mixing.want, [mixing])
+    described: dict[str, Any] = {"memories": names}
+    if mixing.needs_validation:
+        start = time.perf_counter()
+        heard = hear(subject, "valid", memories, resources, mixing.want)
+        mixing.fit(heard)
+        for memory in memories.values():
+            if isinstance(memory, KNNMemory) and memory.tuning is not None:
+                log_tuning(memory.tuning, heard.made.trainer.loggers)
+        resources.products.seconds["tuning"] = time.perf_counter() - start
+        fitted = keep is not None and mixing.mixer.state()
+        if fitted and heard.made.trainer.is_global_zero:
+            described["mixer_file"] = str(keep(mixing.mixer))
+    if resources.knn.cache is None:
+        callback = Interpolation(
+            memories, mixing.mixer, resources.tokens(split), keep_scores, alone=mixing.alone
+        )
+        made = score(subject, split, callback.want, [callback])
+        tally, seconds = callback.tally, dict(callback.seconds)
+    else:
+        start = time.perf_counter()
+        heard = hear(subject, split, memories, resources, mixing.want)
+        tally = heard.tallied(mixing.mixer, mixing.alone, keep_scores)
+        made = Pass(heard.made.results, time.perf_counter() - start, heard.made.trainer)
+        seconds, described["cached_k"] = dict(heard.seconds), heard.cached_k
+    described["mixer"] = type(mixing.mixer).__name__
     if {"knn", "automaton"} & set(names):
-        described["knn_temperature"] = resources.knn.temperature
-    results = {"mixture": described | mixed_figures(mixing.tally, made) | seconds_in(mixing)}
-    seconds = seconds_of(subject, resources.products)
-    scores = mixing.tally.table.gathered() if keep_scores else None
-    return Evaluated(made.results | results, seconds, made.trainer, memories, mixer, scores)
+        searching = memories.get("knn") or memories["automaton"]
+        described["knn_temperature"] = searching.temperature
+    results = made.results | {
+        "mixture": described | mixed_figures(tally, made) | seconds_in(memories, seconds),
+        "table": table_of(made, tally, mixing, resources, seconds),
+    }
+    scores = tally.table.gathered() if keep_scores else None
+    spent = seconds_of(subject, resources.products)
+    return Evaluated(results, spent, made.trainer, memories, mixing.mixer, scores)
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def mixed_figures(tally: Tally, made: Pass) -> dict[str, Any]:
+    """Figures of the mixture of a pass."""
+    tokens, loss = made.results["tokens"], tally.loss.compute()["loss"].item()
+    means = {k: v for k, v in tally.statistics().items() if not k.startswith(f"{ALONE}.")}
+    return {"tokens": tokens, **figures(loss, tokens, made.seconds), **means}
+
+
+def seconds_in(
+    memories: Mapping[str, Memory], seconds: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """What the time of a pass with memories was spent on."""
+    found, alone = dict(seconds), len(memories) == 1
+    for name, memory in memories.items():
+        for what, spent in getattr(memory, "seconds", {}).items():
+            found[what if alone else f"{name}.{what}"] = spent
+    return {"seconds_of": found}
+
+
+def table_of(
+    made: Pass,
+    tally: Tally,
+    mixing: Mixing,
+    resources: MadeOnDemand,
+    seconds: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """The rows of the one table: the LM, the graph network on it, each memory alone with the model,
+    and all together.
+
+    Each has `name`, `memories`, `loss`, `ppl`, `tokens_per_second`, `weights` by memory (means),
+    `bytes_on_disk` and `searches`. The rate of a model is that of its own steps, that of one memory
+    among several the rate at which it answered, and that of all the rate of the pass.
+    """
+    results, names, means = made.results, list(mixing.memories), tally.statistics()
+    searches, tokens = summed(tally.searches), results["tokens"]
+    rates = ("loss", "ppl", "tokens_per_second")
+
+    def row(memories: list[str], measured: Mapping[str, Any], kind: str) -> dict[str, Any]:
+        used = set().union(*(mixing.used[name] for name in memories))
+        return {
+            "name": " + ".join([base, *memories]),
+            "memories": memories,
+            **{name: measured[name] for name in rates},
+            "weights": {name: means[f"{kind}.{name}"] for name in memories},
+            "bytes_on_disk": resources.bytes_of(used),
+            "searches": sum(searches[name] for name in memories),
+        }
+
+    base = "LM"
+    rows = [row([], results, "weight")]
+    if "gnn" in results:
+        base = "GNN-LM"
+        rows += [row([], results["gnn"], "weight")]
+    for name, total in tally.alone.items():
+        loss, spent = total.compute()["loss"].item(), seconds.get(name, made.seconds)
+        rows += [row([name], figures(loss, tokens, spent), ALONE)]
+    loss = tally.loss.compute()["loss"].item()
+    return [*rows, row(names, figures(loss, tokens, made.seconds), "weight")]
+
+
+# -- what can be wrong ---------------------------------------------------------------------------
 
 
 def check_order(subject: Subject, memories: Mapping[str, Memory]) -> None:
@@ -106,10 +254,10 @@ def check_mixing(memories: Sequence[str], mixer: str, knn: KNNSettings) -> None:
             f"--knn.temperature {knn.temperature}: has no effect with --knn.lmbda auto, which "
             "tunes both; expected a number as --knn.lmbda too, or no such flag"
         )
-    if not alone and knn.cache is not None:
+    if "knn" not in memories and knn.cache is not None:
         raise InputError(
-            f"--knn.cache {knn.cache}: keeps what the memory knn alone retrieves; expected no such "
-            f"flag with --memories {','.join(memories)} and --mixer {mixer}"
+            f"--knn.cache {knn.cache}: keeps what the memory knn retrieves; expected knn among "
+            f"--memories {','.join(memories)}, or no such flag"
         )
     if not alone and knn.lmbda != "auto":
         raise InputError(
@@ -118,29 +266,7 @@ def check_mixing(memories: Sequence[str], mixer: str, knn: KNNSettings) -> None:
         )
 
 
-def mixed_figures(tally: Tally, made: Pass) -> dict[str, Any]:
-    """Figures of the mixture of a pass."""
-    tokens, loss = made.results["tokens"], tally.loss.compute()["loss"].item()
-    return {"tokens": tokens, **figures(loss, tokens, made.seconds), **tally.statistics()}
-
-
-def seconds_in(mixing: Interpolation) -> dict[str, dict[str, float]]:
-    """What the time of a pass with memories was spent on."""
-    seconds, alone = dict(mixing.seconds), len(mixing.memories) == 1
-    for name, memory in mixing.memories.items():
-        for what, spent in getattr(memory, "seconds", {}).items():
-            seconds[what if alone else f"{name}.{what}"] = spent
-    return {"seconds_of": seconds}
-
-
-def identities(subject: Subject, names: Sequence[str], settings: MemorySettings) -> dict[str, str]:
-    """By memory, what identifies what it remembers and how it is set: weights that were fitted
-    beside it fit no other."""
-    knn = {name: value for name, value in asdict(settings.knn).items() if name not in PLACES}
-    sections = {"knn": [knn], "automaton": [knn, asdict(settings.automaton)]}
-    sections["recent"] = [asdict(settings.recent)]
-    remembered = subject.data.fingerprint("train")
-    return {name: digest_of(json.dumps([remembered, sections.get(name)])) for name in names}
+# -- files ---------------------------------------------------------------------------------------
 
 
 def keep_mixer(
@@ -156,7 +282,3 @@ def keep_mixer(
         return path
 
     return keep
-
-
-PLACES = ("datastore", "cache", "shards", "placement", "shard")
-"""Settings of a datastore that change no vote."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from neighborlm.common.units import size_of
 from neighborlm.retrieval.memories.tuning import Tuning
 
 
@@ -67,22 +69,33 @@ def log_figures(results: dict[str, Any], step: int, loggers: Sequence[Logger]) -
 
 
 def as_table(results: dict[str, Any]) -> Table:
-    """The figures of each way of predicting, a row each."""
-    gnn, knn, mixture = (results.get(name) for name in ("gnn", "knn", "mixture"))
-    rows = [("LM", results)]
-    if gnn:
-        rows += [("GNN-LM", gnn)]
-    if knn:
-        name = "GNN-LM + kNN" if gnn else "kNN-LM"
-        rows += [(f"{name} (lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g})", knn)]
-    if mixture:
-        rows += [(" + ".join(["GNN-LM" if gnn else "LM", *mixture["memories"]]), mixture)]
+    """The figures of each way of predicting, a row each; with memories also the mean weight of each
+    of them, what they take on disk and how many queries they searched for."""
+    rows = results.get("table") or plain_rows(results)
     title = ", ".join(filter(None, (f"{results['split']} split", results.get("part"))))
     title += f", {results['unit']} level"
-    table = Table("", "perplexity", "nats / token", "tokens / s", title=title)
-    for name, r in rows:
-        table.add_row(name, f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
+    more = ("weights", "on disk", "searches") if "table" in results else ()
+    names = ("perplexity", "nats / token", "tokens / s", *more)
+    knn = results.get("knn")
+    caption = f"kNN: lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g}" if knn else None
+    table = Table(box=SIMPLE, pad_edge=False, title=title, caption=caption)
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name.replace(" / ", "\n/ "), justify="right", no_wrap=True)
+    for r in rows:
+        figures = (f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
+        if more:
+            weights = " ".join(f"{weight:.2f}" for weight in r["weights"].values())
+            on_disk, searches = r["bytes_on_disk"], r["searches"]
+            figures += (weights, size_of(on_disk) if on_disk else "", f"{searches or ''}")
+        table.add_row(r["name"], *figures)
     return table
+
+
+def plain_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table without memories."""
+    models = {"LM": results, "GNN-LM": results.get("gnn")}
+    return [{"name": name, **found} for name, found in models.items() if found]
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
@@ -131,4 +144,10 @@ def logged(results: dict[str, Any]) -> dict[str, float]:
     if mixture := results.get("mixture"):
         means = [name for name in mixture if "." in name]
         found |= {f"{split}/mixture/{name}": mixture[name] for name in ("loss", "ppl", *means)}
+    for row in results.get("table", ()):
+        name = "+".join(row["memories"]) or row["name"]
+        columns = ("ppl", "tokens_per_second", "bytes_on_disk", "searches")
+        found |= {f"{split}/table/{name}/{column}": row[column] for column in columns}
+        weights = row["weights"].items()
+        found |= {f"{split}/table/{name}/weight.{memory}": weight for memory, weight in weights}
     return found

@@ -1,7 +1,7 @@
 """What memories are made of: datastores, indexes and retrievers, made when they are asked for; and
 everything about them that can be wrong, said before any long work."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import Subject, seconds_of
 from neighborlm.retrieval.cluster.distributed import open_distributed
 from neighborlm.retrieval.search import open_retriever
-from neighborlm.retrieval.search.index import is_path
+from neighborlm.retrieval.search.index import index_path, is_path, resolve
 from neighborlm.retrieval.store.datastore import Datastore
 
 
@@ -25,17 +25,21 @@ class MadeOnDemand:
 
     Args:
         subject: what is evaluated.
-        settings: of the memories; a temperature that is to be tuned is 1 until it is.
+        settings: of the memories; a temperature that is neither given nor tuned is 1.
 
     Attributes:
+        given: the settings as they were given.
         products: the datastores, and how long each stage took that was not done before.
+        used: what a memory has asked for: `datastore`, `index`, `rescoring` and names of folders;
+            to be emptied before the next one is made.
     """
 
     def __init__(self, subject: Subject, settings: MemorySettings) -> None:
         self.subject = subject
-        self.settings = settings
-        if settings.knn.temperature == "auto":
+        self.given = self.settings = settings
+        if settings.knn.temperature == "auto" and settings.knn.lmbda != "auto":
             self.mix_by(temperature=1.0)
+        self.used: set[str] = set()
         self.products = subject.products(settings.knn)
         self.vocab_size = subject.data.vocab_size
         self.device = subject.run.device
@@ -60,10 +64,12 @@ class MadeOnDemand:
 
     def folder(self, name: str) -> Path:
         """See `Resources`."""
+        self.used.add(name)
         return folder_of_corpus(self.subject.data) / name
 
     def datastore(self) -> Datastore:
         """See `Resources`."""
+        self.used.add("datastore")
         return self._datastore
 
     @cached_property
@@ -75,6 +81,7 @@ class MadeOnDemand:
 
     def retriever(self) -> Retriever:
         """See `Resources`."""
+        self.used.add("index")
         return self._retriever
 
     @cached_property
@@ -91,10 +98,39 @@ class MadeOnDemand:
         key_type = self.knn.rescore_key_type
         if key_type is None:
             return None
+        self.used.add("rescoring")
         products = self.subject.products(replace(self.knn, key_type=key_type, datastore=None))
         if key_type == "gnn" and products.open_fitting_datastore("train") is None:
             self.subject.give_neighbors("train")
         return products.ensure_datastore("train")
+
+    def bytes_of(self, used: Collection[str]) -> int:
+        """What some of the things that memories ask for take on disk."""
+        total = 0
+        for name in used:
+            if name == "datastore":
+                total += stored_bytes(self._datastore)
+            elif name == "rescoring":
+                total += stored_bytes(self.rescoring_datastore())
+            elif name == "index":
+                total += sum(path.stat().st_size for path in self._index_files())
+            else:
+                files = (folder_of_corpus(self.subject.data) / name).rglob("*")
+                total += sum(path.stat().st_size for path in files if path.is_file())
+        return total
+
+    def _index_files(self) -> Iterable[Path]:
+        """The file of the index, or those of its shards; none where no index is needed."""
+        datastore, index = self._datastore, resolve(self._datastore, self.knn.index)
+        if is_path(index):
+            return [Path(index)]
+        return datastore.path.rglob(index_path(datastore, index, self.knn.metric).name)
+
+
+def stored_bytes(datastore: Datastore) -> int:
+    """What the keys and values of all its shards take on disk."""
+    row = datastore.dim * datastore.keys.dtype.itemsize + datastore.values.dtype.itemsize
+    return datastore.whole["rows"] * row
 
 
 def check_search(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> None:

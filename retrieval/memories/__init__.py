@@ -15,6 +15,7 @@ from neighborlm.retrieval.memories.closed_forms import DrozdovMixer, NestMixer
 from neighborlm.retrieval.memories.gate import GateMixer
 from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.memories.mixers import ConstantMixer
+from neighborlm.retrieval.memories.neighbors_by_k import MetaKMixer
 from neighborlm.retrieval.memories.ngram import NGramMemory
 from neighborlm.retrieval.memories.recent import RecentMemory
 
@@ -33,5 +34,6 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "gate": GateMixer,
     "drozdov": DrozdovMixer,
     "nest": NestMixer,
+    "meta_k": MetaKMixer,
 }
 """By the names of `--mixer`: makes the mixer, not fitted yet."""

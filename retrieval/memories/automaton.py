@@ -262,6 +262,11 @@ class AutomatonMemory(Memory):
         self.retriever.end_pass()
 
     @property
+    def searches(self) -> int:
+        """See `Memory`."""
+        return self.counts["searches"]
+
+    @property
     def searches_saved(self) -> float:
         """Share of the tokens for which no search was made. The original program does not count
         the tokens after the last search of a walk."""

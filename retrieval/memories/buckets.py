@@ -22,6 +22,7 @@ from neighborlm.retrieval.memories.mixers import (
     fit_weights,
     held_out,
     mixture,
+    names_of,
     refuse_unfitted,
     source_log_probs,
     want_of,
@@ -93,7 +94,7 @@ class BucketMixer(Mixer):
         edges = {
             name: equal_count_edges(column[fitted].double(), self.buckets)
             for name, column in features.items()
-            if column.dim() == 1
+            if column.dim() == 1 and name in names_of(features)
         }
         chosen: list[str] = []
         weights = fit_weights(log_probs[fitted], change=ROUGHLY)

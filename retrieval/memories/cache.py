@@ -73,6 +73,8 @@ class Retrieved(NamedTuple):
         lm_log_prob: fp32 `[n]`.
         scores: fp32 `[n, k]`, -inf where missing.
         hits: bool `[n, k]`, whether there is a neighbour whose value is the target.
+        values: int64 `[n, k]`, the tokens that followed the neighbours, any where missing; None
+            where nobody asks for more than hits.
         weights: fp32 `[n, k]`, how many entries each neighbour stands for; None where all stand for
             themselves.
     """
@@ -82,6 +84,7 @@ class Retrieved(NamedTuple):
     lm_log_prob: Tensor
     scores: Tensor
     hits: Tensor
+    values: Tensor | None = None
     weights: Tensor | None = None
 
 
@@ -183,15 +186,19 @@ class RetrievalCache:
     def __iter__(self) -> Iterator[Retrieved]:
         return self.blocks()
 
-    def blocks(self) -> Iterator[Retrieved]:
-        """The scored tokens in order, a bounded number of bytes at a time."""
+    def blocks(self, values: bool = False) -> Iterator[Retrieved]:
+        """The scored tokens in order, a bounded number of bytes at a time.
+
+        Args:
+            values: whether the values of the neighbours are wanted too.
+        """
         for first in range(0, len(self.targets), self._block_rows):
             block = slice(first, first + self._block_rows)
             lm_log_prob = self.lm_log_prob[block]
             scored = np.flatnonzero(~np.isnan(lm_log_prob))
             scores = torch.from_numpy(self.scores[block, : self.k][scored])
             targets = self.targets[block][scored]
-            same = self.values[block, : self.k][scored] == targets[:, None]
+            found = self.values[block, : self.k][scored]
             weights = self.weights
             if weights is not None:
                 weights = torch.from_numpy(weights[block, : self.k][scored].astype(np.float32))
@@ -200,21 +207,22 @@ class RetrievalCache:
                 torch.from_numpy(targets.astype(np.int64)),
                 torch.from_numpy(lm_log_prob[scored]),
                 scores,
-                torch.from_numpy(same) & ~scores.isneginf(),
+                torch.from_numpy(found == targets[:, None]) & ~scores.isneginf(),
+                torch.from_numpy(found.astype(np.int64)) if values else None,
                 weights,
             )
 
-    def scored(self, block: Retrieved) -> Scored:
-        """What the model said of the tokens of a block, as far as it is kept; keys are not."""
-        at = block.positions.numpy()
+    def scored(self) -> Scored:
+        """What the model said of all scored tokens, as far as it is kept; keys are not."""
+        at = np.flatnonzero(~np.isnan(self.lm_log_prob))
 
         def column(array: np.ndarray | None, dtype: type = np.float32) -> Tensor | None:
             return None if array is None else torch.from_numpy(array[at].astype(dtype))
 
         return Scored(
-            block.positions,
-            block.targets,
-            block.lm_log_prob,
+            torch.from_numpy(at),
+            column(self.targets, np.int64),
+            column(self.lm_log_prob),
             entropy=column(self.entropy),
             top_ids=column(self.top_ids, np.int64),
             top_log_probs=column(self.top_log_probs),

@@ -1,5 +1,5 @@
-"""Writes and reads fitted mixers: an `.npz` file of the arrays of `Mixer.state` and, as `about`, a
-JSON text that names the mixer and what it was fitted on.
+"""Writes and reads what came of a pass over a split: fitted mixers, and opinions of memories. Each
+is an `.npz` file of arrays and, as `about`, a JSON text that says what they are and were made from.
 
 A mixer is refused on the text that it was fitted on, where its figures would be too good, and with
 another model or other memories than it was fitted for.
@@ -10,12 +10,15 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from neighborlm.common.contracts import Mixer
+from neighborlm.common.contracts import Mixer, Opinion
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import publishing
+from neighborlm.retrieval.store.artifact import refuse_mismatch
 
 FORMAT = 1
 ABOUT = "about"
@@ -48,11 +51,7 @@ def save_mixer(path: Path, name: str, mixer: Mixer, fitted_on: FittedOn) -> None
     Raises:
         InputError: it is not fitted.
     """
-    about = {"format": FORMAT, "mixer": name, "fitted_on": asdict(fitted_on)}
-    state = mixer.state()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with publishing(path) as making, open(making, "wb") as file:
-        np.savez(file, **{ABOUT: np.array(json.dumps(about))}, **state)
+    write_arrays(path, {"mixer": name, "fitted_on": asdict(fitted_on)}, mixer.state())
 
 
 def load_mixer(
@@ -75,7 +74,7 @@ def load_mixer(
         InputError: missing, damaged, not a mixer, fitted on this very text, or for another model or
             other memories.
     """
-    about, state = _read(path)
+    about, state = read_arrays(path, "fitted mixer")
     name, fitted_on = about["mixer"], FittedOn(**about["fitted_on"])
     if name not in mixers:
         raise InputError(f"{path}: is a mixer {name}; expected one of {', '.join(mixers)}")
@@ -108,9 +107,60 @@ def load_mixer(
     return mixer, fitted_on
 
 
-def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """The JSON description of a mixer, and its arrays."""
-    expected = "expected the file of a fitted mixer"
+# -- opinions ------------------------------------------------------------------------------------
+
+
+def save_opinion(
+    path: Path, opinion: Opinion, state: Mapping[str, np.ndarray], made_from: Mapping[str, Any]
+) -> None:
+    """Writes what a memory said of all tokens of a split.
+
+    Args:
+        path: of the file.
+        opinion: in the order of the text.
+        state: of the memory, see `Memory.state`.
+        made_from: JSON-able, what decides the opinion.
+    """
+    arrays = {f"state.{name}": array for name, array in state.items()}
+    arrays |= {f"feature.{name}": x.numpy() for name, x in opinion.features.items()}
+    write_arrays(path, {"made_from": made_from}, arrays | {"log_probs": opinion.log_probs.numpy()})
+
+
+def load_opinion(path: Path, made_from: Mapping[str, Any]) -> tuple[Opinion, dict[str, np.ndarray]]:
+    """What a memory said of all tokens of a split, and its state.
+
+    Raises:
+        InputError: missing, damaged, or made from something else.
+    """
+    about, arrays = read_arrays(path, "memory's opinion")
+    refuse_mismatch(path, about.get("made_from", {}), made_from)
+
+    def named(section: str) -> dict[str, np.ndarray]:
+        found = {name: array for name, array in arrays.items() if name.startswith(f"{section}.")}
+        return {name.removeprefix(f"{section}."): array for name, array in found.items()}
+
+    features = {name: torch.from_numpy(array) for name, array in named("feature").items()}
+    return Opinion(torch.from_numpy(arrays["log_probs"]), features), named("state")
+
+
+# -- the files -----------------------------------------------------------------------------------
+
+
+def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays and what they are; a reader sees the old file or the new one, never a part."""
+    text = np.array(json.dumps({"format": FORMAT, **about}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publishing(path) as making, open(making, "wb") as file:
+        np.savez(file, **{ABOUT: text}, **arrays)
+
+
+def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Arrays, and what they are.
+
+    Raises:
+        InputError: missing, damaged or of another format.
+    """
+    expected = f"expected the file of a {kind}"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)

@@ -3,13 +3,10 @@
     weights = softmax(tanh(x W_1 + b_1) W_2 + b_2)
 
 where x are standardised features, known before the token. The network is trained on the loss of the
-mixture itself. With the distances of the k neighbours and the number of distinct values among the
-first i of them as features, and the kNN distributions of the nearest 1, 2, 4, ..., k as sources,
-this is meta-k (Zheng et al., ACL 2021).
+mixture itself. `neighbors_by_k.MetaKMixer` is this network with the features of meta-k.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ from neighborlm.retrieval.memories.mixers import (
     features_of,
     fit_weights,
     held_out,
+    names_of,
     refuse_unfitted,
     source_log_probs,
     want_of,
@@ -73,7 +71,7 @@ class GateMixer(Mixer):
             InputError: a feature is missing.
         """
         log_probs, features = source_log_probs(opinions), features_of(opinions)
-        self.names = list(features if self.features is None else self.features)
+        self.names = names_of(features) if self.features is None else list(self.features)
         columns = columns_of(features, self.names, len(log_probs))
         standard = standards(columns)
         judged = held_out(len(log_probs), HELD_OUT, self.seed)
@@ -144,10 +142,6 @@ class GateMixer(Mixer):
         self.fitted = {name: torch.from_numpy(state[name]) for name in names}
         self.want = want_of(self.names)
         self.needs_fitting = False
-
-
-META_K = partial(GateMixer, ("knn.distances", "knn.distinct"))
-"""Reads the features of meta-k, which `neighbors_by_k.NeighborsByK` has."""
 
 
 # -- the network's parts -------------------------------------------------------------------------

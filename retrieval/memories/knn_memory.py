@@ -3,7 +3,7 @@ al., ICLR 2020)."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -22,8 +22,9 @@ from neighborlm.common.contracts import (
     Votes,
     Want,
 )
-from neighborlm.retrieval.memories.cache import Retrieved
-from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.memories.cache import RetrievalCache, Retrieved
+from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder, nearest_first
 from neighborlm.retrieval.memories.knn import (
     check_similarity,
     knn_log_prob,
@@ -32,6 +33,8 @@ from neighborlm.retrieval.memories.knn import (
     votes_of_scores,
     weighted_scores,
 )
+from neighborlm.retrieval.memories.neighbors_by_k import opinion_by_k
+from neighborlm.retrieval.memories.tuning import Tuning, tune
 from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.search.retriever import counts_of, in_parts, votes_of, with_values
 from neighborlm.retrieval.store.datastore import Datastore
@@ -45,7 +48,7 @@ class KNNMemory(Memory):
         datastore: its values vote.
         retriever: finds its rows.
         k: neighbours of a token.
-        temperature: divides the scores of the neighbours.
+        temperature: divides the scores of the neighbours; None to have `tune` find it.
         key_type: type of the queries; the datastore's own by default.
         distances: `exact` computes them from the stored keys, `index` uses the retriever's.
         similarity: what `exact` computes; by default the retriever's metric.
@@ -56,6 +59,9 @@ class KNNMemory(Memory):
         cache: stores the neighbours of every token.
 
     Attributes:
+        retrieved: what was stored in the last pass, which `tune` reads.
+        tuning: what `tune` found; None before.
+        by_k: speak for each number of neighbours, see `neighbors_by_k`.
         seconds: spent on `search` and `rescore`; where votes are counted during the search,
             `search` includes them.
 
@@ -70,7 +76,7 @@ class KNNMemory(Memory):
         datastore: Datastore,
         retriever: Retriever,
         k: int,
-        temperature: float = 1.0,
+        temperature: float | None = 1.0,
         *,
         key_type: str | None = None,
         distances: Literal["exact", "index"] = "exact",
@@ -98,6 +104,9 @@ class KNNMemory(Memory):
         self.others = self.key_type if rescoring is None else key_type_of(rescoring)
         """Type of the queries that neighbours are rescored by."""
         self.seconds: Counter[str] = Counter()
+        self.retrieved: RetrievalCache | None = None
+        self.tuning: Tuning | None = None
+        self.by_k = False
 
     @property
     def want(self) -> Want:
@@ -113,13 +122,18 @@ class KNNMemory(Memory):
             resources.datastore(),
             resources.retriever(),
             knn.k,
-            knn.temperature,
+            None if knn.temperature == "auto" else knn.temperature,
             key_type=knn.key_type,
             distances=knn.distances,
             similarity=knn.similarity,
             missing=knn.missing,
             rescoring=resources.rescoring_datastore(),
         )
+
+    @property
+    def needs_tuning(self) -> bool:
+        """Whether the temperature is still unknown, so that it only stores what is retrieved."""
+        return self.temperature is None
 
     def prepare(self) -> None:
         """Loads what a first search would wait for."""
@@ -128,6 +142,7 @@ class KNNMemory(Memory):
     def begin_pass(self, text: np.ndarray) -> None:
         """Connects the ranks where all search together."""
         self.seconds.clear()
+        self.searches = 0
         self.retriever.begin_pass()
 
     def end_pass(self) -> None:
@@ -138,19 +153,74 @@ class KNNMemory(Memory):
 
     def say(self, asked: Scored) -> Opinion:
         """log p_kNN of the targets (eq. 2). Features are `nearest_distance` and `kth_distance`, the
-        distances of the nearest and of the farthest neighbour; infinite where a token has none."""
-        return opinion_of(self._votes(asked), self.similarity)
+        distances of the nearest and of the farthest neighbour; infinite where a token has none.
 
-    def _votes(self, asked: Scored) -> Votes:
-        queries, targets = asked.keys[self.key_type].numpy(), asked.targets.numpy()
-        if self.neighbors_are_needed:
-            neighbors = self.neighbors(asked)
-            if self.cache is not None:
-                self._write(asked, neighbors)
-            counts = counts_of(neighbors.rows, self.weights)
-            return votes_of(neighbors, targets, self.temperature, self.similarity, counts)
-        with self._timed("search"):
-            return self.retriever.vote(queries, self.k, targets, self.temperature)
+        While it needs tuning, it gives every target probability 0.
+
+        Raises:
+            InputError: it needs tuning, but nothing stores what is retrieved.
+        """
+        if self.needs_tuning and self.cache is None:
+            self._refuse_untuned()
+        targets = asked.targets.numpy()
+        if not self.neighbors_are_needed:
+            self.searches += len(targets)
+            queries = asked.keys[self.key_type].numpy()
+            with self._timed("search"):
+                votes = self.retriever.vote(queries, self.k, targets, self.temperature)
+            return opinion_of(votes, self.similarity)
+        neighbors = self.neighbors(asked)
+        if self.cache is not None:
+            self._write(asked, neighbors)
+        if self.needs_tuning:
+            return Opinion(torch.full((len(targets),), -torch.inf))
+        if self.by_k:
+            return opinion_by_k(self._block(asked, neighbors), self.temperature, self.similarity)
+        counts = counts_of(neighbors.rows, self.weights)
+        votes = votes_of(neighbors, targets, self.temperature, self.similarity, counts)
+        return opinion_of(votes, self.similarity)
+
+    def opinion_on(self, cache: RetrievalCache) -> Opinion:
+        """What it says of all tokens of a cache, in the order of the text."""
+        return Opinion.joined([self.opinion_on_block(block) for block in cache.blocks(self.by_k)])
+
+    def opinion_on_block(self, block: Retrieved) -> Opinion:
+        """What it says of some tokens whose neighbours were found before."""
+        how = (block, self.temperature, self.similarity)
+        return opinion_by_k(*how) if self.by_k else opinion_from_cache(*how)
+
+    def tune(self) -> Opinion:
+        """Finds the temperature that gives what was retrieved the highest likelihood in a mixture
+        with the language model by one weight; see `Memory.tune`."""
+        self.tuning = tune(self.retrieved)
+        self.temperature = self.tuning.temperature
+        return self.opinion_on(self.retrieved)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """See `Memory.state`."""
+        return {"temperature": np.array(self.temperature)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """See `Memory.restore`."""
+        self.temperature = float(state["temperature"])
+
+    def _refuse_untuned(self) -> None:
+        raise InputError(
+            "--memories knn: has no temperature yet; expected --knn.temperature given or tuned"
+        )
+
+    def _block(self, asked: Scored, neighbors: Neighbors) -> Retrieved:
+        """The neighbours as a cache would give them."""
+        scores = neighbor_scores(neighbors.distances, neighbors.rows, self.similarity)
+        columns = [neighbors.values.astype(np.int64)]
+        if self.weights is not None:
+            columns.append(counts_of(neighbors.rows, self.weights).astype(np.float32))
+        columns = map(torch.from_numpy, nearest_first(scores.numpy(), *columns))
+        scores, values, *weights = columns
+        hits = (values == asked.targets[:, None]) & ~scores.isneginf()
+        return Retrieved(
+            asked.positions, asked.targets, asked.log_probs, scores, hits, values, *weights
+        )
 
     def _write(self, asked: Scored, neighbors: Neighbors) -> None:
         """Writes the neighbours, and what the model said, to the cache."""
@@ -165,7 +235,7 @@ class KNNMemory(Memory):
         if extent.datastore_rows:
             others["rows"] = neighbors.rows
         if extent.weighted:
-            others["weights"] = self.weights[np.maximum(neighbors.rows, 0)]
+            others["weights"] = counts_of(neighbors.rows, self.weights)
 
         def write(part: slice) -> None:
             scores = neighbor_scores(
@@ -181,12 +251,13 @@ class KNNMemory(Memory):
     def neighbors_are_needed(self) -> bool:
         """Whether the neighbours themselves are needed; otherwise their votes suffice."""
         changed = self.rescores or self.rescoring is not None or self.missing == "last_row"
-        return changed or self.cache is not None
+        return changed or self.by_k or self.cache is not None
 
     def neighbors(self, asked: Scored) -> Neighbors:
         """The neighbours of some tokens, with their values and the distances that weigh their
         votes; in order only where there is a cache."""
         queries = asked.keys[self.key_type].numpy()
+        self.searches += len(queries)
         with self._timed("search"):
             ordered = self.cache is not None
             distances, rows, values = self.retriever.search(queries, self.k, ordered)
@@ -201,7 +272,13 @@ class KNNMemory(Memory):
         return with_values(Neighbors(distances, rows, values), self.datastore)
 
     def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """See `Memory.distribution`: the neighbours' values and weights."""
+        """See `Memory.distribution`: the neighbours' values and weights.
+
+        Raises:
+            InputError: it needs tuning.
+        """
+        if self.needs_tuning:
+            self._refuse_untuned()
         distances, rows, values = self.neighbors(asked)
         scores = neighbor_scores(distances, rows, self.similarity)
         if self.weights is not None:

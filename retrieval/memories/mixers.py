@@ -88,6 +88,15 @@ def weights_by_source(opinions: Mapping[str, Opinion], weights: Tensor) -> dict[
     return {name: part.sum(dim=1) for name, part in zip(opinions, parts, strict=True)}
 
 
+def weighed(opinions: Mapping[str, Opinion], mixer: Mixer) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mixture's log-probabilities of the targets, fp64 `[n]`, and the weight of each source,
+    fp64 `[n]`, from the opinions of all sources."""
+    log_probs = source_log_probs(opinions)
+    weights = mixer.weights(features_of(opinions), len(log_probs))
+    mixed = mixture(log_probs.unbind(dim=1), weights.unbind(dim=1))
+    return mixed, weights_by_source(opinions, weights)
+
+
 def features_of(opinions: Mapping[str, Opinion]) -> dict[str, Tensor]:
     """All features, by `<source>.<feature>`."""
     return {
@@ -95,6 +104,12 @@ def features_of(opinions: Mapping[str, Opinion]) -> dict[str, Tensor]:
         for source, opinion in opinions.items()
         for name, column in opinion.features.items()
     }
+
+
+def names_of(features: Mapping[str, Tensor]) -> list[str]:
+    """Names of the features that a mixer reads which names none: those of the memories. The model's
+    own are there or not by what else is kept of it, and figures must not depend on that."""
+    return [name for name in features if not name.startswith(f"{LM}.")]
 
 
 def feature(features: Mapping[str, Tensor], name: str) -> Tensor:

@@ -1,6 +1,6 @@
-"""`NeighborsByK`: the kNN distributions of the nearest 1, 2, 4, ..., k neighbours, each with a
-weight of its own, and the features of meta-k (Zheng et al., ACL 2021): the k distances, and the
-number of distinct values among the first i neighbours.
+"""`MetaKMixer`: meta-k (kNN-MT; Zheng et al., ACL 2021) gives the kNN distributions of the nearest
+1, 2, 4, ..., k neighbours a weight each, by the distances of the nearest neighbours and the number
+of distinct values among the first i of them.
 
 The language model is meta-k's r = 0. In meta-k the network may also choose the temperature; here
 the memory has a fixed one, since a mixer only weighs the distributions of its sources.
@@ -8,74 +8,67 @@ the memory has a fixed one, since a mixer only weighs the distributions of its s
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from neighborlm.common.contracts import Memory, Metric, Neighbors, Opinion, Scored
-from neighborlm.retrieval.memories.cache_builder import nearest_first
-from neighborlm.retrieval.memories.knn import knn_log_probs, neighbor_scores
+from neighborlm.common.contracts import Memory, Metric, Opinion
+from neighborlm.common.errors import InputError
+from neighborlm.retrieval.memories.cache import Retrieved
+from neighborlm.retrieval.memories.gate import GateMixer
+from neighborlm.retrieval.memories.tuning import log_probs_of
+
+NEAREST = 32
+"""Neighbours that are told apart, as in the paper's largest setting; all k are one more
+distribution."""
 
 
-class NeighborsByK(Memory):
-    """The opinions of the nearest 1, 2, 4, ..., k neighbours of a kNN memory.
+class MetaKMixer(GateMixer):
+    """The network of meta-k: it reads the nearest neighbours of the memory `knn`, and weighs the
+    distributions of the nearest 1, 2, 4, ... of them beside the model and any other memories."""
+
+    def __init__(self) -> None:
+        super().__init__(("knn.distances", "knn.distinct"))
+
+    def ask(self, memories: Mapping[str, Memory]) -> None:
+        """Has the memory `knn` speak for each number of neighbours; see `Mixer.ask`.
+
+        Raises:
+            InputError: there is no such memory.
+        """
+        if "knn" not in memories:
+            raise InputError(
+                f"--mixer meta_k: weighs the neighbours of knn, but --memories are "
+                f"{','.join(memories)}; expected knn among them"
+            )
+        memories["knn"].by_k = True
+
+
+def ks_of(k: int) -> list[int]:
+    """The numbers of neighbours, ascending: powers of two up to `NEAREST`, and k.
+
+    >>> ks_of(12), ks_of(1024)
+    ([1, 2, 4, 8, 12], [1, 2, 4, 8, 16, 32, 1024])
+    """
+    return sorted({2**i for i in range(min(k, NEAREST).bit_length())} | {k})
+
+
+def opinion_by_k(block: Retrieved, temperature: float, similarity: Metric) -> Opinion:
+    """log p of the targets by each of `ks_of(k)` neighbours, fp32 `[n, ks]`.
+
+    Features are `distances` fp32 `[n, m]` of the nearest m = min(k, `NEAREST`) neighbours, infinite
+    where missing, and `distinct` fp32 `[n, m]`, see `distinct_values`.
 
     Args:
-        knn: a memory with `k`, `temperature`, `similarity` and `neighbors(asked)`, which searches.
-            Meta-k was made for a k of 4 to 64.
-
-    Attributes:
-        ks: the numbers of neighbours, ascending.
+        block: neighbours with their values, nearest first.
+        temperature: divides the scores.
+        similarity: that the scores are of.
     """
-
-    in_order = False
-
-    def __init__(self, knn: Memory) -> None:
-        self.knn = knn
-        self.want = knn.want
-        self.ks = [2**i for i in range(knn.k.bit_length())]
-        if self.ks[-1] != knn.k:
-            self.ks.append(knn.k)
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """Seconds that the kNN memory spent, by stage."""
-        return self.knn.seconds
-
-    def prepare(self) -> None:
-        """See `Memory.prepare`."""
-        self.knn.prepare()
-
-    def begin_pass(self, text: np.ndarray) -> None:
-        """See `Memory.begin_pass`."""
-        self.knn.begin_pass(text)
-
-    def end_pass(self) -> None:
-        """See `Memory.end_pass`."""
-        self.knn.end_pass()
-
-    def say(self, asked: Scored) -> Opinion:
-        """log p of the targets, fp32 `[n, ks]`. Features are `distances` fp32 `[n, k]`, nearest
-        first and infinite where missing, and `distinct` fp32 `[n, k]`, see `distinct_values`."""
-        scores, values = self._nearest_first(asked)
-        hits = (values == asked.targets[:, None]) & ~scores.isneginf()
-        log_probs = knn_log_probs(scores, hits, self.ks, [self.knn.temperature])[:, :, 0]
-        sign = -1 if self.knn.similarity == "l2" else 1
-        distances = torch.where(scores.isneginf(), torch.inf, sign * scores)
-        features = {"distances": distances, "distinct": distinct_values(scores, values)}
-        return Opinion(log_probs, features)
-
-    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """The distribution of all k neighbours; see `Memory.distribution`."""
-        return self.knn.distribution(asked)
-
-    def _nearest_first(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """Scores fp32 and values int64 of the neighbours `[n, k]`."""
-        found: Neighbors = self.knn.neighbors(asked)
-        metric: Metric = self.knn.similarity
-        scores = neighbor_scores(found.distances, found.rows, metric).numpy()
-        scores, values = nearest_first(scores, found.values)
-        return torch.from_numpy(scores), torch.from_numpy(values.astype(np.int64))
+    k = block.scores.shape[1]
+    log_probs = log_probs_of(block, ks_of(k), [temperature])[:, :, 0]
+    scores, values = block.scores[:, :NEAREST], block.values[:, :NEAREST]
+    sign = -1 if similarity == "l2" else 1
+    distances = torch.where(scores.isneginf(), torch.inf, sign * scores)
+    return Opinion(log_probs, {"distances": distances, "distinct": distinct_values(scores, values)})
 
 
 def distinct_values(scores: Tensor, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ distance: eq. 2 of kNN-LM over a datastore that moves with the text.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -246,13 +247,15 @@ class RecentMemory(Memory):
             opinions.append(self.say(part))
             self.observe(part.targets)
         self._forget()
-        return Opinion(
-            torch.cat([opinion.log_probs for opinion in opinions]),
-            {
-                name: torch.cat([opinion.features[name] for opinion in opinions])
-                for name in opinions[0].features
-            },
-        )
+        return Opinion.joined(opinions)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """See `Memory.state`."""
+        return {"size": np.array(self.size), "temperature": np.array(self.temperature)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """See `Memory.restore`."""
+        self.size, self.temperature = int(state["size"]), float(state["temperature"])
 
 
 class WindowVotes(NamedTuple):

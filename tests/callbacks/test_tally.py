@@ -10,6 +10,7 @@ from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.common.contracts import Memory, Opinion, Scored, Want
 from neighborlm.retrieval.memories.buckets import BucketMixer
+from neighborlm.retrieval.memories.mixers import lm_opinion
 
 
 def scored(first: int, n: int = 4) -> Scored:
@@ -31,8 +32,9 @@ def test_opinions_come_back_in_the_order_of_the_text():
     tally = Tally(keep_scores=True)
     for first in (8, 0, 4):
         tally.add(scored(first), {"memory": opinion(first)})
-    found = tally.opinions(["memory"])
-    assert list(found) == ["lm", "memory"]
+    asked, found = tally.heard(["memory"])
+    found = {"lm": lm_opinion(asked), **found}
+    torch.testing.assert_close(asked.targets, asked.positions % 3)
     column = torch.arange(12).float()
     torch.testing.assert_close(found["lm"].log_probs, -column)
     torch.testing.assert_close(found["lm"].features["entropy"], column + 0.5)
@@ -46,7 +48,9 @@ def test_a_graph_network_speaks_for_the_model():
     tally = Tally(keep_scores=True)
     asked = scored(0)._replace(lm_log_probs=torch.full((4,), -9.0))
     tally.add(asked, {"memory": opinion(0)})
-    torch.testing.assert_close(tally.opinions(["memory"])["lm"].log_probs, asked.log_probs)
+    heard, _ = tally.heard(["memory"])
+    torch.testing.assert_close(heard.log_probs, asked.log_probs)
+    torch.testing.assert_close(heard.lm_log_probs, asked.lm_log_probs)
 
 
 def test_means_of_several_numbers_and_distributions():
@@ -82,7 +86,8 @@ def test_each_distribution_of_a_memory_is_weighed():
     tally = Tally(keep_scores=True)
     tally.add(scored(0, 12), {"memory": opinion(0, 12)})
     mixer = BucketMixer(["lm.entropy"], buckets=2)
-    mixer.fit(tally.opinions(["memory"]))
+    asked, opinions = tally.heard(["memory"])
+    mixer.fit({"lm": lm_opinion(asked), **opinions})
     mixing = Interpolation({"memory": Fixed()}, mixer, np.zeros(12), keep_scores=True)
     mixing._mix(scored(0, 12), {"memory": opinion(0, 12)})
     table = mixing.tally.table.gathered()

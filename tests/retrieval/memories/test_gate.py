@@ -7,8 +7,9 @@ from small_opinions import made_up, only
 from neighborlm.common.contracts import Opinion
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories import gate
-from neighborlm.retrieval.memories.gate import META_K, GateMixer, standardised, standards
+from neighborlm.retrieval.memories.gate import GateMixer, standardised, standards
 from neighborlm.retrieval.memories.mixers import features_of, fit_weights, source_log_probs
+from neighborlm.retrieval.memories.neighbors_by_k import MetaKMixer
 
 
 def test_inputs_are_standardised_and_what_is_missing_is_said():
@@ -86,7 +87,7 @@ def test_meta_k_weighs_the_nearest_by_their_distances():
         "lm": Opinion(torch.full((n,), 0.05).log()),
         "knn": Opinion(probs.log(), {"distances": distances, "distinct": distinct}),
     }
-    mixer = META_K()
+    mixer = MetaKMixer()
     mixer.fit(opinions)
     near, far = torch.full((1, 4), 0.01), torch.full((1, 4), 9.0)
     told = {"knn.distances": torch.cat([near, far]), "knn.distinct": distinct[:2]}

@@ -82,6 +82,6 @@ def test_a_cache_keeps_all_that_was_retrieved(merged, asked, tmp_path, metric):
     np.testing.assert_array_equal(np.sort(cache.rows, axis=1)[0], np.arange(len(keys)))
     np.testing.assert_array_equal(cache.values, values[cache.rows])
     np.testing.assert_array_equal(cache.weights, weights[cache.rows])
-    for name, column in cache.scored(block)._replace(keys=None)._asdict().items():
+    for name, column in cache.scored()._asdict().items():
         if name != "keys":
             torch.testing.assert_close(column, getattr(asked, name), check_dtype=False)

@@ -1,67 +1,54 @@
 """What the nearest 1, 2, 4, ... neighbours say, against counting them."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-from neighborlm.common.contracts import Neighbors, Scored, Want
-from neighborlm.retrieval.memories.neighbors_by_k import NeighborsByK, distinct_values
+from neighborlm.retrieval.memories.cache import Retrieved
+from neighborlm.retrieval.memories.neighbors_by_k import NEAREST, distinct_values, opinion_by_k
 
 N, VOCAB, TEMPERATURE = 40, 6, 2.0
 
 
-def knn_of(k: int, metric: str = "l2") -> SimpleNamespace:
-    """A memory that finds the same neighbours again, in any order; some are missing."""
+def retrieved(k: int, metric: str) -> Retrieved:
+    """Neighbours, the nearest first; some are missing, and one token has none."""
     rng = np.random.default_rng(0)
-    distances = rng.random((N, k)).astype(np.float32) * 5
-    rows = rng.integers(0, 100, (N, k))
-    rows[rng.random((N, k)) < 0.2] = -1
-    rows[0] = -1
-    values = rng.integers(0, VOCAB, (N, k)).astype(np.uint16)
-    found = Neighbors(distances, rows, values)
-    return SimpleNamespace(
-        k=k,
-        temperature=TEMPERATURE,
-        similarity=metric,
-        want=Want(("a",)),
-        neighbors=lambda asked: found,
-        found=found,
-    )
+    scores = rng.random((N, k)).astype(np.float32) * 5 * (-1 if metric == "l2" else 1)
+    scores[rng.random((N, k)) < 0.2] = -np.inf
+    scores[0] = -np.inf
+    scores = torch.from_numpy(-np.sort(-scores, axis=1))
+    values, targets = (torch.from_numpy(rng.integers(0, VOCAB, s)) for s in ((N, k), N))
+    hits = (values == targets[:, None]) & ~scores.isneginf()
+    return Retrieved(torch.arange(N), targets, torch.zeros(N), scores, hits, values)
 
 
-@pytest.mark.parametrize(("k", "ks"), [(1, [1]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])])
+@pytest.mark.parametrize(
+    ("k", "ks"),
+    [(1, [1]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12]), (70, [1, 2, 4, 8, 16, 32, 70])],
+)
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_it_equals_counting(k, ks, metric):
-    knn = knn_of(k, metric)
-    memory = NeighborsByK(knn)
-    assert memory.ks == ks
-    assert memory.want == knn.want
-    targets = torch.from_numpy(np.random.default_rng(1).integers(0, VOCAB, N))
-    opinion = memory.say(Scored(torch.arange(N), targets))
+    block = retrieved(k, metric)
+    opinion = opinion_by_k(block, TEMPERATURE, metric)
     assert opinion.log_probs.shape == (N, len(ks))
-    sign = -1.0 if metric == "l2" else 1.0
+    sign, told_apart = (-1.0 if metric == "l2" else 1.0), min(k, NEAREST)
+    distances, distinct = (opinion.features[name] for name in ("distances", "distinct"))
+    assert distances.shape == distinct.shape == (N, told_apart)
     for row in range(N):
-        some = [
-            (sign * float(distance), int(value))
-            for distance, place, value in zip(*(x[row] for x in knn.found), strict=True)
-            if place >= 0
-        ]
-        some.sort(key=lambda pair: -pair[0])
+        there = int(block.scores[row].isfinite().sum())
+        scores, values = (x[row, :there].tolist() for x in (block.scores, block.values))
         for column, of_all in enumerate(ks):
-            nearest = some[:of_all]
-            weights = np.exp([score / TEMPERATURE for score, _ in nearest])
-            hits = np.array([value == targets[row] for _, value in nearest], bool)
-            expected = weights[hits].sum() / weights.sum() if some else 0.0
+            weights = np.exp(np.array(scores[:of_all]) / TEMPERATURE)
+            hits = np.array(values[:of_all]) == block.targets[row].item()
+            expected = weights[hits].sum() / weights.sum() if there else 0.0
             assert opinion.log_probs[row, column].exp().item() == pytest.approx(expected, rel=1e-5)
-        distances, distinct = (opinion.features[name][row] for name in ("distances", "distinct"))
-        np.testing.assert_allclose(distances[: len(some)], [sign * s for s, _ in some], rtol=1e-6)
-        assert distances[len(some) :].isinf().all()
-        counts = [len({value for _, value in some[: i + 1]}) for i in range(k)]
-        assert distinct.tolist() == counts
+        found = distances[row].tolist()
+        assert found[:there] == [sign * score for score in scores[:told_apart]]
+        assert np.isinf(found[there:]).all()
+        counts = [len(set(values[: i + 1])) for i in range(told_apart)]
+        assert distinct[row].tolist() == counts
 
 
-def test_missing_neighbours_are_no_values():
-    scores = torch.tensor([[-1.0, -torch.inf, -torch.inf]])
-    assert distinct_values(scores, torch.tensor([[3, 4, 3]])).tolist() == [[1.0, 1.0, 1.0]]
+def test_a_missing_neighbor_between_others_is_not_counted():
+    scores = torch.tensor([[2.0, -torch.inf, 1.0]])
+    assert distinct_values(scores, torch.tensor([[5, 4, 5]])).tolist() == [[1.0, 1.0, 1.0]]

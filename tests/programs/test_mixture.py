@@ -1,0 +1,99 @@
+"""Mixtures by evaluate.py, in this process: the one table, from how many passes, and what is
+kept."""
+
+import json
+
+import numpy as np
+import pytest
+from small import SMALL, scalars
+
+from neighborlm.programs import evaluate, hearing, mixture
+
+KNN = ("--knn.k", "16")
+NAMES = ("knn", "ngram", "recent")
+ALL = ("--memories", ",".join(NAMES), *KNN)
+
+
+@pytest.fixture
+def run(workplace, tmp_path, monkeypatch, capsys):
+    """Evaluates; gives the results, the splits that were passed over, and what was printed."""
+    monkeypatch.chdir(workplace)
+    passes = []
+    for module in (hearing, mixture):
+        score = module.score
+
+        def counted(subject, split, *args, score=score):
+            passes.append(split)
+            return score(subject, split, *args)
+
+        monkeypatch.setattr(module, "score", counted)
+
+    def run(*flags: str) -> tuple[dict, list[str], str]:
+        passes.clear()
+        output = ("--output", str(tmp_path / "results.json"))
+        evaluate.main([*SMALL, "--data.corpus", "words", *flags, *output])
+        results = json.loads((tmp_path / "results.json").read_text())
+        return results, list(passes), capsys.readouterr().out
+
+    return run
+
+
+def test_one_table_from_one_pass_over_each_split(run, tmp_path, workplace):
+    """Of what each memory says, in the scores of every token."""
+    file = tmp_path / "scores.npz"
+    results, passes, printed = run(*ALL, "--token_scores", str(file))
+    assert passes == ["valid", "test"]
+    scores, table = np.load(file), results["table"]
+    assert [row["memories"] for row in table] == [[], *([name] for name in NAMES), list(NAMES)]
+    assert [row["name"] for row in table[::4]] == ["LM", "LM + knn + ngram + recent"]
+    assert table[0]["ppl"] == results["ppl"]
+    assert table[-1]["ppl"] == results["mixture"]["ppl"]
+    probs = {name: np.exp(scores[f"{name}_log_prob"].astype(float)) for name in ("lm", *NAMES)}
+    for row in table:
+        mixed = (1 - sum(row["weights"].values())) * probs["lm"]
+        mixed += sum(weight * probs[name] for name, weight in row["weights"].items())
+        assert row["ppl"] == pytest.approx(np.exp(-np.log(mixed).mean()), rel=1e-5)
+        assert f"{row['ppl']:.2f}" in printed
+        assert row["tokens_per_second"] > 0
+    store, array = workplace / "datastores/words/train", workplace / "datastores/words"
+    on_disk = {
+        "knn": sum(np.load(store / f"{name}.npy").nbytes for name in ("keys", "values")),
+        "ngram": sum(f.stat().st_size for f in (array / "train-suffix_array").iterdir()),
+        "recent": 0,
+    }
+    for row in table:
+        assert row["bytes_on_disk"] == sum(on_disk[name] for name in row["memories"])
+        assert row["searches"] == ("knn" in row["memories"]) * results["tokens"]
+    events = scalars(max((workplace / "runs/words/evaluate").glob("test-lm-knn+ngram+recent-*")))
+    logged = events["test/table/ngram/ppl"][-1].value
+    assert logged == pytest.approx(table[2]["ppl"])
+
+
+def test_the_weight_of_one_memory_alone_is_the_best(run, tmp_path):
+    """On the validation split, as if the others had not been there."""
+    alone = run("--memories", "ngram")[0]
+    row = run(*ALL)[0]["table"][2]
+    assert row["ppl"] == pytest.approx(alone["mixture"]["ppl"], rel=1e-9)
+    assert row["weights"]["ngram"] == pytest.approx(alone["mixture"]["weight.ngram"], rel=1e-9)
+
+
+def test_what_is_kept_is_mixed_again_without_model_and_search(run, tmp_path):
+    """By any mixer, with the figures of a command that keeps nothing."""
+    kept = ("--knn.cache", str(tmp_path / "kept"))
+    assert run(*ALL, *kept)[1] == ["valid", "test"]
+    for mixer in ("buckets", "meta_k"):
+        flags = (*ALL, "--mixer", mixer)
+        again, passes, _ = run(*flags, *kept)
+        assert passes == []
+        assert again["table"][-1]["searches"] == 0
+        expected = run(*flags)[0]
+        assert again["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        for row, other in zip(again["table"], expected["table"], strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    # One memory more is heard alone; fewer, and a smaller k, need nothing.
+    assert run("--memories", "knn,recent", "--knn.k", "8", *kept)[1] == []
+    more = ("--recent.size", "50")
+    results, passes, _ = run(*ALL, *more, *kept)
+    assert passes == ["valid", "test"]
+    assert [row["searches"] for row in results["table"]] == [0] * 5
+    assert run(*ALL, *more, *kept)[1] == []
