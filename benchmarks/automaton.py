@@ -11,11 +11,9 @@ Fixtures are the reference outputs of knn-transformers on a GPT-2; they need `tr
 """
 
 import json
-import math
 import re
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,131 +26,37 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from neighborlm.common.contracts import NProbe, Opinion, Retriever, Scored
+from benchmarks.texts import KEY_TYPE, Asked, Text, ask, mixed
+from neighborlm.common.contracts import NProbe, Retriever, Scored
 from neighborlm.common.errors import InputError
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.memories.automaton import AutomatonMemory, AutomatonSettings
-from neighborlm.retrieval.memories.knn import (
-    knn_log_prob,
-    neighbor_scores,
-    weighted_scores,
-)
-from neighborlm.retrieval.memories.mixers import ConstantMixer, mixture
+from neighborlm.retrieval.memories.knn_memory import KNNMemory
+from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search.clusters import cluster_count, ensure_clusters
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.index import Search, open_retriever, read_index
-from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.store.datastore import Datastore
-from neighborlm.retrieval.store.thinning import open_weights
-
-AT_ONCE = 10240
-"""Tokens asked about at a time, as in evaluate.py."""
-KEY_TYPE = "last_ffn_input"
 
 # -- searches saved ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Text:
-    """The first tokens of a split, in order."""
-
-    tokens: Scored
-
-    @classmethod
-    def read(cls, datastore: Datastore, scores: Path, limit: int) -> "Text":
-        """Those of a split whose log-probabilities are known."""
-        table = np.load(scores)
-        order = np.argsort(table["position"])[:limit]
-        positions = table["position"][order]
-        tokens = Scored(
-            torch.from_numpy(positions.astype(np.int64)),
-            torch.from_numpy(datastore.values[positions].astype(np.int64)),
-            torch.from_numpy(table["lm_log_prob"][order]),
-            {KEY_TYPE: torch.from_numpy(datastore.read(positions))},
-        )
-        return cls(tokens)
-
-    def __len__(self) -> int:
-        return len(self.tokens.positions)
-
-    def blocks(self) -> Iterator[Scored]:
-        """Tokens to be asked about together."""
-        for first in range(0, len(self), AT_ONCE):
-            yield self.tokens.some(slice(first, first + AT_ONCE))
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a memory said of a text: log-probabilities `[n]`, seconds on the clock and of all
-    processors, and further figures."""
-
-    log_probs: Tensor
-    seconds: float
-    processor_seconds: float
-    figures: dict[str, float]
-
-
 def ask_automaton(memory: AutomatonMemory, text: Text) -> Asked:
     """As evaluate.py asks."""
-    memory.begin_pass()
-    said, clocks = [], read_clocks()
-    for block in text.blocks():
-        said.append(memory.say(block).log_probs)
-        memory.observe(block.targets)
-    seconds = read_clocks() - clocks
-    memory.end_pass()
+    asked = ask(memory, text)
     figures = {
         "saved": memory.searches_saved,
         "pointers": memory.counts["pointers"] / len(text),
         "search_seconds": memory.seconds["search"],
         "measure_seconds": memory.seconds["measure"],
     }
-    return Asked(torch.cat(said), *seconds, figures)
+    return replace(asked, figures=figures)
 
 
-def read_clocks() -> np.ndarray:
-    """Seconds on the clock, and those that all processors have spent on this process."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
-def ask_knn(
-    datastore: Datastore, retriever: Retriever, k: int, temperature: float, text: Text
-) -> Asked:
-    """A search for every token, distances from the stored keys; entries of a thinned datastore
-    count for all that they stand for."""
-    weights = open_weights(datastore)
-    said, clocks = [], read_clocks()
-    for block in text.blocks():
-        queries = block.keys[KEY_TYPE].numpy()
-        found = retriever.search(queries, k, ordered=False)
-        distances = found.distances
-        if not retriever.exact:
-            distances = exact_distances(queries, found.rows, datastore, retriever.metric)
-        scores = neighbor_scores(distances, found.rows, retriever.metric)
-        if weights is not None:
-            stand_for = torch.from_numpy(weights[found.rows].astype(np.float32))
-            scores = weighted_scores(scores, stand_for, temperature)
-        hits = datastore.values_of(found.rows) == block.targets.numpy()[:, None]
-        said.append(knn_log_prob(scores, torch.from_numpy(hits), temperature))
-    seconds = read_clocks() - clocks
-    return Asked(torch.cat(said), *seconds, {"saved": 0.0, "pointers": 0.0})
-
-
-def mixed(valid: Text, on_valid: Asked, test: Text, on_test: Asked) -> dict[str, float]:
-    """The weight that is best on `valid`, and the perplexity that it gives on `test`."""
-    mixer = ConstantMixer()
-    mixer.fit({"lm": Opinion(valid.tokens.log_probs), "memory": Opinion(on_valid.log_probs)})
-    log_probs = mixture(
-        [test.tokens.log_probs.double(), on_test.log_probs.double()], mixer.shares.tolist()
-    )
-    return {
-        "weight": mixer.shares[1].item(),
-        "perplexity": math.exp(-log_probs.mean().item()),
-        "seconds": float(on_test.seconds),
-        "processor_seconds": float(on_test.processor_seconds),
-        **on_test.figures,
-    }
+def ask_knn(memory: KNNMemory, text: Text) -> Asked:
+    """A search for every token."""
+    return replace(ask(memory, text), figures={"saved": 0.0, "pointers": 0.0})
 
 
 def curve(
@@ -170,7 +74,8 @@ def curve(
     clusters = None
     if settings.clusters:
         clusters = ensure_clusters(memory, cluster_count(memory, settings.clusters))
-    knn = [ask_knn(memory, retriever, k, temperature, text) for text in (valid, test)]
+    searching = KNNMemory(memory, retriever, k, temperature, key_type=KEY_TYPE)
+    knn = [ask_knn(searching, text) for text in (valid, test)]
     rows = {"kNN": mixed(valid, knn[0], test, knn[1])}
     for fewest in min_pointers:
         settings.min_pointers = fewest
@@ -380,7 +285,7 @@ def run(
             raise InputError(f"--{name} is missing; expected it, or --fixtures")
     opened = Datastore.open(memory)
     texts = [
-        Text.read(Datastore.open(store), scores, limit)
+        Text.of(Datastore.open(store), dict(np.load(scores)), limit)
         for store, scores in ((valid, valid_scores), (test, test_scores))
     ]
     retriever = open_retriever(opened, Search(index, nprobe=nprobe))

@@ -9,8 +9,9 @@ import pytest
 from small import ROOT
 
 from benchmarks.automaton import Fixtures, main
-from benchmarks.thinning import main as thinning
-from neighborlm.tools.datastore import main as datastore
+from benchmarks.texts import Text
+from benchmarks.thinning import figures, smaller
+from neighborlm.retrieval.store.datastore import Datastore
 
 FIXTURES = ROOT.parent / "shared/parity/hf"
 
@@ -75,14 +76,25 @@ def test_what_is_missing_is_said(capsys):
     assert "--valid is missing; expected it, or --fixtures" in capsys.readouterr().err
 
 
-def test_what_a_smaller_datastore_costs(texts, tmp_path):
-    memory, output = tmp_path / "memory", tmp_path / "thinning.json"
-    half = tmp_path / "half"
-    datastore(["thin", "--source", str(memory), "--output", str(half), "--share", ".5"])
-    stores = ["--datastores", f"[{memory}, {half}]"]
-    thinning([*stores, *texts[2:], "--k", "8", "--output", str(output)])
-    whole, part = json.loads(output.read_text())["rows"].values()
-    assert whole["keys"] == 2000
-    assert part["keys"] == 1000
-    assert part["bytes"] == whole["bytes"] / 2
-    assert whole["perplexity"] < part["perplexity"]  # half of what the text repeats is missing
+def test_what_smaller_datastores_and_projected_keys_cost(texts, tmp_path):
+    flags = dict(zip(texts[::2], texts[1::2], strict=True))
+    valid, test = (
+        Text.of(Datastore.open(Path(flags[f"--{name}"])), dict(np.load(flags[f"--{name}_scores"])))
+        for name in ("valid", "test")
+    )
+    whole = Datastore.open(tmp_path / "memory")
+    memories = smaller(whole, "IVF4,Flat", merged=[4], random=[0.5], pca=[4])
+    assert [memory.name for memory in smaller(whole, "IVF4,Flat", [4], [0.5], [4])] == [
+        *("all entries", "merged, k 4", "random, 50%"),
+        *("PCA to 4, distances exact", "PCA to 4, distances index"),
+    ]
+    every, merged, half, exact, own = (figures(memory, valid, test, 8, 4) for memory in memories)
+    assert (every["keys"], half["keys"], own["keys"]) == (2000, 1000, 2000)
+    assert 1000 < merged["keys"] < 2000
+    assert half["bytes"] == every["bytes"] / 2
+    assert merged["bytes"] == merged["keys"] * (every["bytes"] / 2000 + 4)  # and its weight
+    assert own["bytes"] == 2000  # values alone
+    assert own["index_bytes"] < 0.8 * every["index_bytes"]
+    # Half of what the text repeats is missing; the nearest of four dimensions are ranked by all.
+    assert every["perplexity"] < exact["perplexity"] < own["perplexity"]
+    assert every["perplexity"] < half["perplexity"]
