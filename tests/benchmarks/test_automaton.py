@@ -95,6 +95,5 @@ def test_what_smaller_datastores_and_projected_keys_cost(texts, tmp_path):
     assert merged["bytes"] == merged["keys"] * (every["bytes"] / 2000 + 4)  # and its weight
     assert own["bytes"] == 2000  # values alone
     assert own["index_bytes"] < 0.8 * every["index_bytes"]
-    # Half of what the text repeats is missing; the nearest of four dimensions are ranked by all.
-    assert every["perplexity"] < exact["perplexity"] < own["perplexity"]
-    assert every["perplexity"] < half["perplexity"]
+    assert every["perplexity"] < half["perplexity"]  # half of what the text repeats is missing
+    assert exact["perplexity"] < own["perplexity"]  # all dimensions weigh what four have found
