@@ -7,19 +7,16 @@ import os
 # are then those of ranks, which have one thread each, to the last bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import multiprocessing
-import runpy
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 import torch
+from running import Programs
 from small import ROOT, SMALL, write_corpus
 
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
@@ -27,84 +24,54 @@ from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 # Processes that tests start take this checkout, even where another one is installed.
 os.environ["PYTHONPATH"] = str(ROOT)
 
-LIBRARIES = ["faiss", "jsonargparse", "pytorch_lightning.cli", "tensorboard", "torch_geometric.nn"]
-"""What takes long to import of what the programs import."""
+STANDIN = ROOT.parent / "shared" / "standin"
+"""An accelerator of host memory that refuses CPU tensors, where it lies beside the checkout."""
+ACCELERATORS = ["standin", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def as_program(cwd: Path, program: str, flags: list[str], output: Path) -> None:
-    """What a process does that is to run `python PROGRAM.py …` or `python -m MODULE …`."""
-    os.chdir(cwd)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [program, *flags]
-    if program.endswith(".py"):
-        runpy.run_path(str(ROOT / program), run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+def skip_without(accelerator: str) -> None:
+    """Skips the test where a device is not to be had."""
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if accelerator == "standin":
+        if not STANDIN.is_dir():
+            pytest.skip("the stand-in accelerator does not lie beside the checkout")
+        sys.path.append(str(STANDIN))
+        pytest.importorskip("standin")
+
+
+@pytest.fixture(params=["cpu", *ACCELERATORS], scope="session")
+def device(request) -> str:
+    """A device of torch: the CPU, the stand-in accelerator, CUDA."""
+    skip_without(request.param)
+    return request.param
+
+
+@pytest.fixture(params=ACCELERATORS, scope="session")
+def run_on_accelerator(request, run_program) -> Callable[..., subprocess.CompletedProcess]:
+    """As `run_program`, with the model on each accelerator that there is."""
+    skip_without(request.param)
+    accelerator = "gpu" if request.param == "cuda" else request.param
+    # The stand-in is no accelerator of Lightning's own: what lies beside it makes it known first.
+    before = (STANDIN / "run",) if request.param == "standin" else ()
+
+    def run(cwd: Path, program: str, *flags: object) -> subprocess.CompletedProcess:
+        where = ("--trainer.accelerator", accelerator, "--trainer.devices=1")
+        return run_program(cwd, *before, ROOT / program, *flags, *where)
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def run_program(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `python PROGRAM.py …` or `python -m MODULE …` of the repository with a folder of its own
-    as working directory.
-
-    Programs that start others are run just so; all else in a process that has imported the
-    libraries already, which takes longer than most of what the tests do with them.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    output = tmp_path_factory.mktemp("output")
-
-    def run(
-        cwd: Path, program: str, *flags: object, status: int = 0
-    ) -> subprocess.CompletedProcess:
-        flags = list(map(str, flags))
-        if program == "torch.distributed.run" or "--trainer.devices" in flags:
-            what = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
-            done = subprocess.run(
-                [sys.executable, *what, *flags],
-                cwd=cwd,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-                capture_output=True,
-                text=True,
-                timeout=240,
-            )
-        else:
-            process = context.Process(target=as_program, args=(cwd, program, flags, output))
-            process.start()
-            process.join(240)
-            if process.is_alive():
-                process.kill()
-                pytest.fail(f"{program} {' '.join(flags)}: still runs after 240 seconds")
-            said = [(output / name).read_text() for name in ("stdout", "stderr")]
-            done = subprocess.CompletedProcess([program, *flags], process.exitcode, *said)
-        assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
-        return done
-
-    return run
+def run_program(tmp_path_factory) -> Programs:
+    """Runs a program of the repository; see `running`."""
+    return Programs(tmp_path_factory.mktemp("output"))
 
 
 @pytest.fixture(scope="session")
 def run_on_hosts(run_program) -> Callable[..., None]:
-    """Runs a program of the repository as two ranks that take themselves for two hosts, each with
-    flags of its own."""
-
-    def run(cwd: Path, program: str, flags_of: Callable[[int], tuple]) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-
-        def on(number: int) -> None:
-            node = ("--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1)
-            meeting = ("--rdzv-backend", "static", "--rdzv-endpoint", f"127.0.0.1:{port}")
-            trainer = ("--trainer.num_nodes", 2, "--trainer.devices", 1)
-            flags = (*flags_of(number), *trainer, "--trainer.strategy", "ddp")
-            run_program(cwd, "torch.distributed.run", *node, *meeting, ROOT / program, *flags)
-
-        with ThreadPoolExecutor() as hosts:
-            list(hosts.map(on, range(2)))
-
-    return run
+    """Runs a program as two ranks that take themselves for two hosts, with flags of their own."""
+    return run_program.on_hosts
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,7 @@ def test_figures_under_torchrun_are_those_of_one_process(folder, run_program):
     flags = (*HERE, *CKPT, "--knnlm", "--knn.k", 16, "--knn.index", "IVF8,SQ8")
     flags = (*flags, "--knn.lmbda", 0.25, "--token_scores")
     found = {}
-    for ranks in (1, 2, 4):
+    for ranks in (1, 3):
         launch = ("torch.distributed.run", "--nproc-per-node", ranks, ROOT / "evaluate.py")
         program = launch if ranks > 1 else ("evaluate.py",)
         place = (f"{ranks}.npz", "--output", f"{ranks}.json", "--knn.datastore", f"store{ranks}")
@@ -183,6 +183,5 @@ def test_figures_under_torchrun_are_those_of_one_process(folder, run_program):
         figures = [results[name] for name in ("tokens", "ppl")] + [results["knn"]["ppl"]]
         scores = np.load(folder / f"{ranks}.npz")
         found[ranks] = figures, scores["log_prob"]
-    for ranks in (2, 4):
-        assert found[ranks][0] == pytest.approx(found[1][0], rel=1e-12)
-        np.testing.assert_array_equal(found[ranks][1], found[1][1])
+    assert found[3][0] == pytest.approx(found[1][0], rel=1e-12)
+    np.testing.assert_array_equal(found[3][1], found[1][1])

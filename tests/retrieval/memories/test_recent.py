@@ -1,8 +1,6 @@
 """The running text as a memory, against a plain loop in float64."""
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +13,6 @@ from neighborlm.retrieval.memories import recent_tuning
 from neighborlm.retrieval.memories.recent import RecentMemory, RecentSettings
 
 N, DIM, VOCAB, KEYS = 300, 6, 12, "last_ffn_input"
-STANDIN = Path(__file__).parents[4] / "shared" / "standin"
 SETTINGS = [
     {"similarity": "ip"},
     {"similarity": "l2", "temperature": 0.3},
@@ -25,21 +22,6 @@ SETTINGS = [
     {"similarity": "ip", "size": 1},
     {"similarity": "l2", "temperature": 0.05},
 ]
-
-
-@pytest.fixture(
-    params=["cpu", "standin", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module"
-)
-def device(request) -> str:
-    """Where keys are compared."""
-    if request.param == "standin":
-        if not STANDIN.is_dir():
-            pytest.skip("the stand-in accelerator is not here")
-        sys.path.insert(0, str(STANDIN))
-        pytest.importorskip("standin")
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return request.param
 
 
 @pytest.fixture
