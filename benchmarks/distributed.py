@@ -84,7 +84,7 @@ def work(send: Connection, rank: int, ranks: int, threads: int, where: Path, tas
         found = [retriever.search(batch, task["k"]).rows for batch in part]
         retriever.end_pass()
         spent = time.perf_counter() - start, time.process_time() - busy
-    counts = retriever.counts["seconds_searching"], retriever.local.exact
+    counts = retriever.statistics["seconds_searching"], retriever.local.exact
     send.send((np.concatenate(found), spent, *counts, retriever.communication))
 
 

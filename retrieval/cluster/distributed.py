@@ -87,7 +87,7 @@ class DistributedRetriever(BaseRetriever):
         self.name = f"{datastore.path}, searched by all ranks"
         self.local: ShardedRetriever | None = None
         self.ranks: Ranks | None = None
-        self.counts: Counter[str] = Counter()
+        self.statistics: Counter[str] = Counter()
 
     def begin_pass(self) -> None:
         """Opens this rank's shards and the ways to the others, where that is not done yet, and
@@ -103,7 +103,7 @@ class DistributedRetriever(BaseRetriever):
             self.ranks = Ranks.connect(self.timeout)
         if self.local is None:
             self._open()
-        self.counts.clear()
+        self.statistics.clear()
         if self.ranks:
             self.ranks.traffic.clear()
 
@@ -138,7 +138,7 @@ class DistributedRetriever(BaseRetriever):
         if self.ranks is None:
             return {}
         names = ("rounds", "asked_again", "seconds_searching")
-        counts = {name: self.counts[name] for name in names}
+        counts = {name: self.statistics[name] for name in names}
         return {"ranks": self.ranks.size, **counts, **self.ranks.traffic}
 
     def search(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
@@ -158,7 +158,7 @@ class DistributedRetriever(BaseRetriever):
     def _search_everywhere(self, queries: np.ndarray, k: int) -> Found:
         found, lacking = self._ask(queries, k, self.placement.kind == "round_robin")
         if lacking.any():
-            self.counts["asked_again"] += int(lacking.sum())
+            self.statistics["asked_again"] += int(lacking.sum())
             again, _ = self._ask(queries[lacking], k, False)
             for column, right in zip(found, again, strict=True):
                 column[lacking] = right
@@ -202,7 +202,7 @@ class DistributedRetriever(BaseRetriever):
         Returns:
             what each rank found for the queries; nothing if no rank had any.
         """
-        self.counts["rounds"] += 1
+        self.statistics["rounds"] += 1
         asked, theirs = self.ranks.step(
             (len(queries), k, probable),
             [[queries]] * self.ranks.size,
@@ -250,7 +250,7 @@ class DistributedRetriever(BaseRetriever):
         found = (distances, rows, self.datastore.values_of(rows))
         if self.rescores:
             found += (exact_distances(queries, rows, self.datastore, self.metric),)
-        self.counts["seconds_searching"] += time.perf_counter() - start
+        self.statistics["seconds_searching"] += time.perf_counter() - start
         return found
 
 
