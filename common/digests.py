@@ -33,8 +33,8 @@ Stamp = tuple[int, int, int, int]
 """Size, times of the last change of content and of status, and inode of a file."""
 
 _verify: Verify = "changed"
-_compared: set[tuple[str, Stamp]] = set()
-"""Files that this process has compared, which need not be read again."""
+_compared: set[tuple[str, str, Stamp]] = set()
+"""Files that this process has compared, and the files of their stamps."""
 
 
 def set_verification(verify: Verify) -> None:
@@ -135,6 +135,7 @@ def compare_once(
     files: Sequence[Path],
     compare: Callable[[Sequence[Path]], None],
     all_of_them: bool = False,
+    small_bytes: int = SMALL_BYTES,
 ) -> None:
     """Compares files with what was written, if `set_verification` and their stamps ask for it, and
     remembers that they were.
@@ -144,6 +145,7 @@ def compare_once(
         files: that exist.
         compare: gets those that must be read; raises where one is damaged.
         all_of_them: whatever `set_verification` says.
+        small_bytes: largest file whose stamp is not kept.
     """
     if _verify == "never" and not all_of_them:
         return
@@ -153,14 +155,14 @@ def compare_once(
     def is_known(path: Path, stamp: Stamp) -> bool:
         if all_of_them:
             return False
-        if (str(path), stamp) in _compared:
+        if (str(stamps), str(path), stamp) in _compared:
             return True
-        return stamp[0] > SMALL_BYTES and kept.get(path_from(stamps.parent, path)) == list(stamp)
+        return stamp[0] > small_bytes and kept.get(path_from(stamps.parent, path)) == list(stamp)
 
     changed = [path for path, stamp in found.items() if not is_known(path, stamp)]
     if changed:
         compare(changed)
-        keep_stamps(stamps, {path: found[path] for path in changed})
+        keep_stamps(stamps, {path: found[path] for path in changed}, small_bytes)
 
 
 def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
@@ -169,12 +171,12 @@ def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
     return {p: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats.items()}
 
 
-def keep_stamps(stamps: Path, files: Mapping[Path, Stamp]) -> None:
+def keep_stamps(stamps: Path, files: Mapping[Path, Stamp], small_bytes: int = SMALL_BYTES) -> None:
     """Remembers that files with these stamps are what was written; where that cannot be kept, the
     next program that opens them reads them again. See `compare_once`."""
-    _compared.update((str(path), stamp) for path, stamp in files.items())
+    _compared.update((str(stamps), str(path), stamp) for path, stamp in files.items())
     folder = stamps.parent
-    large = {path_from(folder, p): stamp for p, stamp in files.items() if stamp[0] > SMALL_BYTES}
+    large = {path_from(folder, p): stamp for p, stamp in files.items() if stamp[0] > small_bytes}
     if not large:
         return
     content = json.dumps({**_read_stamps(stamps), **large})

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small import ROOT, SMALL, scalars, write_corpus
+from small import ROOT, SMALL, scalars, without_digests, write_corpus
 
 from neighborlm.callbacks.lightning_internals import Continuation
 from neighborlm.common.files import Lock, publishing
@@ -170,7 +170,7 @@ def test_index_of_another_metric_or_dimension(refused, store, workplace):
     manifest = store / "IVF8_SQ8-l2.faiss.json"
     described = manifest.read_text()
     try:
-        manifest.write_text(json.dumps({**json.loads(described), "dim": 17}))
+        without_digests(manifest, dim=17)
         sentence = refused(evaluate, *HERE, *CKPT, "--knnlm", *place, *index)
         assert "dim is 17, but 16 is expected" in sentence
     finally:

@@ -22,6 +22,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.progress import Report
 from neighborlm.retrieval.search.factory import check_factory
+from neighborlm.retrieval.search.index_check import check_file, is_sound
 from neighborlm.retrieval.search.retriever import faiss_reason
 from neighborlm.retrieval.store.arrays import Layout, open_array, open_raw
 from neighborlm.retrieval.store.artifact import (
@@ -90,6 +91,7 @@ class FeatureCodec:
         Raises:
             InputError: missing, or not a faiss codec.
         """
+        check_file(path, "codec")
         try:
             return cls(faiss.read_index(str(path)))
         except RuntimeError as error:
@@ -99,6 +101,7 @@ class FeatureCodec:
         """Writes it so that a reader sees all of it or nothing."""
         with publishing(path) as making:
             faiss.write_index(self.codec, str(making))
+        is_sound(path)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """fp32 `[n, d]` to uint8 `[n, code_size]`."""

@@ -31,12 +31,12 @@ from neighborlm.retrieval.search.index import (
     NUMBERED_RIGHTLY,
     artifact_of,
     check_numbers,
-    files_of,
     index_path,
-    list_file_of,
     make_index,
     read_index,
 )
+from neighborlm.retrieval.search.index_check import is_sound
+from neighborlm.retrieval.search.index_file import files_of, list_file_of, open_file
 from neighborlm.retrieval.search.index_recall import RecallSample
 from neighborlm.retrieval.search.retriever import faiss_reason, normalized
 from neighborlm.retrieval.store.artifact import Artifact, Format, Job
@@ -173,6 +173,7 @@ class IndexBuilding:
         if not self._is_trained():
             path = self.trained_path
             self._write(self._begin(report), path)
+            is_sound(path)
             fields = {**self._identity_of_trained, "fingerprint": digest_of(path)}
             Artifact.file(TRAINED, path).write(fields, complete=True, files=[path])
         return self.trained_path
@@ -212,6 +213,7 @@ class IndexBuilding:
         if self.parts:
             self._merge(index, report)
         self._write(index, self.path)
+        is_sound(self.path)
         self.seconds["add"] = time.perf_counter() - start - self.seconds["measure"]
         with self._timed("measure"):
             self.recall = sample.measure(read_index(self.path))
@@ -242,8 +244,8 @@ class IndexBuilding:
         files = [self.path.with_name(part) for part in manifest["parts"]]
         try:
             index = on_gpus(faiss.read_index(str(self.partial)))
-            self.n_in_parts = sum(read_index(file).ntotal for file in files)
-        except (RuntimeError, InputError) as error:
+            self.n_in_parts = sum(open_file(file).ntotal for file in files)
+        except RuntimeError as error:
             print(f"{self.partial}: cannot be read ({faiss_reason(error)}); building anew")
             return None
         self.parts = manifest["parts"]
@@ -336,8 +338,11 @@ class IndexBuilding:
         self._put_aside(index)
         files = [str(self.path.with_name(part)) for part in self.parts]
         lists = list_file_of(self.path)
-        lists.unlink(missing_ok=True)
-        merge_ondisk(index, files, str(lists))
+        with publishing(lists) as making:
+            merge_ondisk(index, files, str(making))
+        # Beside the index, wherever that will be.
+        on_disk = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
+        on_disk.filename = lists.name
         report("merging", 1, 1)
 
     def _keep(self, index: faiss.Index) -> None:

@@ -21,6 +21,8 @@ from neighborlm.common.errors import InputError
 from neighborlm.retrieval.engine import stores_halves
 from neighborlm.retrieval.search.factory import check_factory, check_lists, lists_of
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
+from neighborlm.retrieval.search.index_check import check_belongs, check_file
+from neighborlm.retrieval.search.index_file import list_file_of, open_file
 from neighborlm.retrieval.search.retriever import FAISS_METRICS, FlatRetriever, faiss_reason
 from neighborlm.retrieval.search.sharded_retriever import ShardedRetriever
 from neighborlm.retrieval.search.torch_retriever import TorchRetriever
@@ -159,7 +161,7 @@ def open_faiss(datastore: Datastore, search: Search) -> FaissRetriever:
     path = Path(index) if is_path(index) else index_path(datastore, index, metric)
     if not path.is_file():
         raise InputError(f"{path}: no such index; --build_index or --knnlm makes it")
-    artifact = artifact_of(path)
+    artifact, described = artifact_of(path), {}
     if artifact.exists():
         expected = {
             "metric": metric,
@@ -167,7 +169,8 @@ def open_faiss(datastore: Datastore, search: Search) -> FaissRetriever:
             "keys": datastore.n_keys,
             "datastore": datastore.fingerprint,
         }
-        check_numbers(path, artifact.open(expected))
+        described = artifact.open(expected)
+        check_numbers(path, described)
     opened, n_keys = read_index(path), datastore.n_keys
     found = {
         "dimension": opened.d,
@@ -180,7 +183,10 @@ def open_faiss(datastore: Datastore, search: Search) -> FaissRetriever:
         "faiss metric type": FAISS_METRICS[metric],
     }
     refuse_mismatch(path, found, at_hand)
-    return FaissRetriever(opened, datastore, metric, search.nprobe, str(path))
+    retriever = FaissRetriever(opened, datastore, metric, search.nprobe, str(path))
+    if "files" not in described:
+        check_belongs(retriever)
+    return retriever
 
 
 def lies_in_shards(datastore: Datastore, search: Search) -> bool:
@@ -218,16 +224,6 @@ def open_shards(datastore: Datastore, numbers: Iterable[int], search: Search) ->
 # -- index files ---------------------------------------------------------------------------------
 
 
-def list_file_of(path: Path) -> Path:
-    """Where an index that was built in parts has its lists."""
-    return path.with_name(f"{path.name}.lists")
-
-
-def files_of(path: Path) -> list[Path]:
-    """All files of an index, by the path of the first."""
-    return [path, *filter(Path.is_file, [list_file_of(path)])]
-
-
 def check_numbers(path: Path, manifest: Mapping[str, Any]) -> None:
     """Refuses an index that an earlier version merged wrongly, see `NUMBERED_RIGHTLY`."""
     merged = list_file_of(path).is_file()
@@ -244,15 +240,9 @@ def read_index(path: Path) -> faiss.Index:
     Raises:
         InputError: not a faiss index.
     """
+    check_file(path)
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        ivf = faiss.try_extract_index_ivf(index)
-        lists = None if ivf is None else faiss.downcast_InvertedLists(ivf.invlists)
-        if isinstance(lists, faiss.OnDiskInvertedLists) and lists.ptr is None:
-            # faiss maps lists in a file of their own without `IO_FLAG_MMAP`.
-            moved = 0 if Path(lists.filename).is_file() else faiss.IO_FLAG_ONDISK_SAME_DIR
-            index = faiss.read_index(str(path), faiss.IO_FLAG_READ_ONLY | moved)
-        return index
+        return open_file(path)
     except RuntimeError as error:
         raise InputError(
             f"{path}: cannot be read as a faiss index ({faiss_reason(error)})"

@@ -153,7 +153,7 @@ def missing_distance(metric: Metric) -> np.float32:
     return np.finfo(np.float32).max if metric == "l2" else np.finfo(np.float32).min
 
 
-def faiss_reason(error: RuntimeError) -> str:
+def faiss_reason(error: RuntimeError | str) -> str:
     """The message of a faiss error, without the place in faiss where it arose."""
     return re.sub(r".*\.(cpp|h):\d+: ", "", str(error).strip().splitlines()[-1])
 

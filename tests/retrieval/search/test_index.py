@@ -337,6 +337,7 @@ def test_rows_without_a_key_are_neither_trained_on_nor_found(make_store, queries
     poisoned = np.load(store.path / "keys.npy", mmap_mode="r+")
     poisoned[masked] = np.nan
     poisoned.flush()
+    without_digests(store.path / "manifest.json")
     store = Datastore.open(store.path)
     IndexBuilding(store, "IVF7,Flat", metric).run()
     _, rows, _ = open_retriever(store, Search("IVF7,Flat", metric, 7)).search(queries, 300)
