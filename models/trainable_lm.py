@@ -132,7 +132,7 @@ class TrainableLM(pl.LightningModule):
         self.log_dict({"val/loss": loss.float(), "val/ppl": loss.exp().float()}, prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Records the dictionary to which the ids belong.
+        """Records the dictionary to which the ids belong, and the text.
 
         Raises:
             Diverged: the weights are not finite.
@@ -140,8 +140,11 @@ class TrainableLM(pl.LightningModule):
         damaged = not_finite(checkpoint["state_dict"])
         if damaged is not None:
             raise self._diverged(f"the weights of {damaged} are not finite")
-        if self.trainer.datamodule is not None:
-            checkpoint["dictionary"] = self.trainer.datamodule.dictionary.fingerprint
+        data = self.trainer.datamodule
+        if data is not None:
+            checkpoint["dictionary"] = data.dictionary.fingerprint
+            splits = (split for split in ("train", "valid") if data.has(split))
+            checkpoint["corpus"] = {split: data.fingerprint(split) for split in splits}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the norm of the gradient, by which it is clipped afterwards; logs it at the updates

@@ -14,7 +14,6 @@ from jsonargparse.typing import PositiveInt
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from neighborlm.common.digests import Verify, set_verification
-from neighborlm.common.errors import InputError
 from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.run import TRAINER_DEFAULTS, Run
@@ -140,15 +139,6 @@ def chosen_architecture(args: list[str]) -> str:
             settings = yaml.safe_load(Path(config).read_text())
             said.append(settings.get("arch") if isinstance(settings, dict) else None)
     return next((arch for arch in said if arch in ARCHITECTURES), "lm")
-
-
-def check_row_length(tokens_per_sample: int, max_target_positions: int) -> None:
-    """Raises InputError where rows do not fit the model."""
-    if tokens_per_sample > max_target_positions:
-        raise InputError(
-            f"--data.tokens_per_sample is {tokens_per_sample}, but the model reads at most "
-            f"{max_target_positions} tokens (--model.max_target_positions)"
-        )
 
 
 def quiet() -> None:

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import Source
-from neighborlm.programs.cli import ProgramCLI, check_row_length
+from neighborlm.programs.cli import ProgramCLI
 from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.effects import check_effects
 from neighborlm.programs.evaluation import evaluate
@@ -190,8 +190,6 @@ class EvaluateCLI(ProgramCLI):
         if self.memories or makes_products:
             for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
                 self.model.key_width(key_type)
-        check_row_length(self.config.data.tokens_per_sample, self.model.max_target_positions)
-        self.datamodule.max_target_positions = self.model.max_target_positions
 
 
 def subject_of(cli: EvaluateCLI) -> Subject:

@@ -15,6 +15,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.scorer import Scorer
+from neighborlm.programs.belonging import join
 from neighborlm.programs.neighbor_products import NeighborProducts
 from neighborlm.programs.products import Products
 from neighborlm.programs.reports import figures
@@ -31,12 +32,19 @@ class Subject:
         data: the corpus.
         run: how Lightning evaluates, and where files go.
         neighbors: what a GNN-LM reads besides the text; None for other models.
+
+    Raises:
+        InputError: the model was trained with another dictionary than the corpus has, or cannot
+            read rows that long.
     """
 
     model: LanguageModel
     data: LMDataModule
     run: Run
     neighbors: NeighborProducts | None = None
+
+    def __post_init__(self) -> None:
+        join(self.model, self.data)
 
     @classmethod
     def of(
@@ -54,9 +62,8 @@ class Subject:
             checkpoint: of the model, for messages.
 
         Raises:
-            InputError: the model was trained with another dictionary than the corpus has.
+            InputError: they do not, see the class.
         """
-        check_dictionary(model, data, checkpoint)
         products = None
         if isinstance(model, GNNLM):
             settings = neighbors or NeighborSettings()
@@ -76,20 +83,6 @@ class Subject:
         """The datastores of its keys and their indexes."""
         shown = None if self.neighbors is None else self.neighbors.given
         return Products(self.run, self.data, self.keyed(knn.key_type), knn, shown=shown)
-
-
-def check_dictionary(
-    model: LanguageModel, data: LMDataModule, checkpoint: Path | str | None
-) -> None:
-    """Refuses a model that was trained with another dictionary than the corpus has."""
-    expected = getattr(model, "dictionary_fingerprint", None)
-    found = data.dictionary.fingerprint
-    if model.vocab_size != data.vocab_size or expected not in (None, found):
-        raise InputError(
-            f"{checkpoint or 'the model'}: was trained with a dictionary of {model.vocab_size} "
-            f"symbols ({expected}), but {data.settings.corpus} gives one of {data.vocab_size} "
-            f"({found}); pass the training run's dict.txt as --data.dictionary"
-        )
 
 
 PLAIN = Want()

@@ -4,18 +4,29 @@ A run that was interrupted goes on from its last checkpoint when the same comman
 """
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
 from neighborlm.common.errors import InputError
 from neighborlm.programs.architectures import ARCHITECTURES
-from neighborlm.programs.cli import ProgramCLI, check_row_length
+from neighborlm.programs.belonging import check_row_length, is_same_text
+from neighborlm.programs.cli import ProgramCLI
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.training import read_checkpoint, train
 
 FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing", "shard")
 """Settings that a continued run may have otherwise: they change no number."""
+OF_TEXT = ("corpus", "dictionary")
+"""Settings that may be otherwise where the text and its vocabulary are the same."""
+OF_UPDATES = (
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+)
+"""Settings of the trainer that change what the updates to come do."""
 
 
 class TrainCLI(ProgramCLI):
@@ -53,9 +64,6 @@ class TrainCLI(ProgramCLI):
             check_row_length(self.config.data.tokens_per_sample, longest)
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
-        longest = self.model.max_target_positions
-        check_row_length(self.config.data.tokens_per_sample, longest)
-        self.datamodule.max_target_positions = longest
 
 
 def checkpoint_to_continue(cli: TrainCLI) -> str | None:
@@ -86,27 +94,43 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
             f"{cli.run_dir}: holds a run with --seed_everything {seed}, but this one has "
             f"{new_seed}; choose another --trainer.default_root_dir"
         )
+    last, checkpoint = last_whole(last)
+    same_text = is_same_text(checkpoint, cli.datamodule)
     for section in ("model", "data", "neighbors"):
         for name, value in now.get(section, {}).items():
             had = before.get(section, {}).get(name)
-            same = had == value or (name == "corpus" and Path(str(had)) == Path(value))
+            same = had == value or (section == "data" and name in OF_TEXT and same_text)
+            if section == "data" and name == "corpus" and same_text is None:
+                same = Path(str(had)).resolve() == Path(value).resolve()
             if name not in FREE_TO_CHANGE and not same:
                 raise InputError(
                     f"{cli.run_dir}: holds a run with --{section}.{name} {had}, but this one has "
                     f"{value}; choose another --trainer.default_root_dir"
                 )
+    for name in OF_UPDATES:
+        had, value = (settings.get("trainer", {}).get(name) for settings in (before, now))
+        if had != value:
+            print(f"{cli.run_dir}: was begun with --trainer.{name} {had}, and goes on with {value}")
+    print(f"continuing from {last}")
+    return str(last)
+
+
+def last_whole(last: Path) -> tuple[Path, dict[str, Any]]:
+    """The run's last checkpoint, or its best one where that is damaged; and its content.
+
+    Raises:
+        InputError: neither can be read.
+    """
     try:
-        read_checkpoint(last)
+        return last, read_checkpoint(last)
     except InputError as damage:
         best = last.with_name("best.ckpt")
         try:
-            read_checkpoint(best)
+            checkpoint = read_checkpoint(best)
         except InputError:
             raise damage from None
         print(f"{damage}; it is left aside")
-        last = best
-    print(f"continuing from {last}")
-    return str(last)
+        return best, checkpoint
 
 
 def resolved_config(cli: TrainCLI) -> str:

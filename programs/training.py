@@ -25,6 +25,12 @@ from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.trainable_lm import TrainableLM
+from neighborlm.programs.belonging import (
+    check_continuation,
+    check_dictionary,
+    join,
+    remark_on_end,
+)
 from neighborlm.programs.checkpoints import refuse_damaged
 from neighborlm.programs.neighbor_products import NeighborProducts
 from neighborlm.programs.run import Run
@@ -90,11 +96,17 @@ def train(
         Diverged: loss, gradient or weights are not finite; the checkpoints of before stay.
     """
     check_settings(run.settings, checkpoint_every)
-    if ckpt_path is not None:
-        check_fit(Path(ckpt_path), model, data)
+    if isinstance(model, GNNLM):
+        check_dictionary(model.lm, data)
+    join(model, data)
     trainer = run.trainer(stage="train")  # refuses what it cannot do before any work
+    if ckpt_path is not None:
+        checkpoint = read_checkpoint(Path(ckpt_path))
+        check_continuation(checkpoint, Path(ckpt_path), model, data, run)
+        remark_on_end(checkpoint, trainer, run)
     check_validation_interval(trainer, data)
     model.checkpoint = None  # which its weights will not be those of
+    model.dictionary_fingerprint = data.dictionary.fingerprint
     with only_training_in(run.directory, trainer):
         return _train(model, data, run, ckpt_path, checkpoint_every, neighbors, config)
 
@@ -211,31 +223,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "to go on from"
         ) from None
     return checkpoint
-
-
-def check_fit(path: Path, model: TrainableLM, data: LMDataModule) -> None:
-    """Raises InputError where a checkpoint is of another model or another vocabulary."""
-    checkpoint = read_checkpoint(path)
-    own = model.state_dict()
-    kind = GNNLM if "lm" in checkpoint["hyper_parameters"] else TrainableLM
-    if isinstance(model, GNNLM) != (kind is GNNLM):
-        raise InputError(
-            f"--ckpt_path {path}: holds {'a GNN-LM' if kind is GNNLM else 'an LM'}, but this "
-            f"command trains a {type(model).__name__}; expected another --arch or checkpoint"
-        )
-    for name, tensor in checkpoint["state_dict"].items():
-        if name in own and own[name].shape != tensor.shape:
-            raise InputError(
-                f"--ckpt_path {path}: its {name} has the shape {tuple(tensor.shape)}, but that of "
-                f"this command's model is {tuple(own[name].shape)}; expected the settings and the "
-                "corpus that it was trained with"
-            )
-    if checkpoint.get("dictionary", data.dictionary.fingerprint) != data.dictionary.fingerprint:
-        raise InputError(
-            f"--ckpt_path {path}: was trained with another dictionary than that of this corpus; "
-            "expected the corpus of then, its dict.txt as --data.dictionary, or another "
-            "--trainer.default_root_dir to begin anew"
-        )
 
 
 @contextmanager

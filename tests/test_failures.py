@@ -461,5 +461,6 @@ def test_checkpoints_that_do_not_fit(refused, workplace, tmp_path):
     checkpoint = torch.load(last, weights_only=True)
     checkpoint["dictionary"] = "another"
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    assert "another dictionary" in refused(train, *HERE, *place, tmp_path / "other.ckpt")
+    sentence = refused(train, *HERE, *place, tmp_path / "other.ckpt")
+    assert "was trained with a dictionary of 48 symbols (another)" in sentence
     assert "seed_everything 1" in refused(train, *HERE, "--seed_everything", 2)
