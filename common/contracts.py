@@ -97,6 +97,29 @@ class Scored(NamedTuple):
         return Scored(*joined)._replace(keys=keys)
 
 
+class State(Protocol):
+    """What a model keeps of the tokens that it has read, such as keys and values of attention."""
+
+    def select(self, rows: Tensor) -> "State":
+        """The state of some rows int64 `[B']`, in this order; a row may be taken several times."""
+        ...
+
+
+class Step(NamedTuple):
+    """What a model says after it has read T more tokens of B rows.
+
+    Attributes:
+        log_probs: fp32 `[B, V]`, natural-log probability of every token after the last one read.
+        keys: `[B, T, d]` by key type, the vector of the context that ends with each token read; any
+            where a row is padded.
+        state: what it has read so far, for the next step.
+    """
+
+    log_probs: Tensor
+    keys: Mapping[str, Tensor]
+    state: State
+
+
 class Batch(Protocol):
     """Rows of a split, padded on the right, `[B, T]` each; see `datamodules.lm.LMBatch`.
 
@@ -138,6 +161,22 @@ class LanguageModel(Protocol):
 
     def score(self, batch: Batch, want: Want) -> Scored:
         """What is wanted of the batch's scored tokens. Does not change the model."""
+        ...
+
+
+@runtime_checkable
+class StepwiseModel(LanguageModel, Protocol):
+    """A language model that can generate."""
+
+    def step(self, tokens: Tensor, state: State | None, want: Want) -> Step:
+        """Reads T more tokens of B rows, of which no more than `max_target_positions` fit into a
+        row, and gives the distribution of the next one.
+
+        Args:
+            tokens: int64 `[B, T]`, with -1 in front of the first token of a row.
+            state: of the last step, which this one uses up; None where nothing was read.
+            want: its keys; `Step` has no more.
+        """
         ...
 
 
@@ -362,6 +401,30 @@ class Opinion(NamedTuple):
         return Opinion(torch.cat([part.log_probs for part in parts]), features)
 
 
+class Distribution(NamedTuple):
+    """What a memory says of the next token in n places of a text.
+
+    Attributes:
+        ids: int64 `[n, m]`, tokens.
+        probs: fp32 `[n, m]`, their probabilities, which add up where an id stands several times in
+            a row; all other ids have probability 0.
+        features: as in `Opinion`.
+        rows: int64 `[n, m]`, the rows of the datastore, and so the tokens of the training text,
+            that say so; -1 where none does. None from a memory that has none.
+    """
+
+    ids: Tensor
+    probs: Tensor
+    features: Mapping[str, Tensor] = {}
+    rows: Tensor | None = None
+
+    def some(self, which: Tensor | slice) -> "Distribution":
+        """That of some of the places."""
+        features = {name: column[which] for name, column in self.features.items()}
+        rows = None if self.rows is None else self.rows[which]
+        return Distribution(self.ids[which], self.probs[which], features, rows)
+
+
 class Memory(Protocol):
     """Has an opinion on the next token. A subclass inherits defaults for what most do not need.
 
@@ -390,20 +453,27 @@ class Memory(Protocol):
 
         Args:
             text: integers `[N]`, the tokens into which positions are offsets. An opinion depends
-                on the tokens before its position alone; in generation the others are arbitrary.
+                on the tokens before its position alone. In generation they are `[S, L]`: S texts
+                that know nothing of one another, each of them followed by -1; positions are then
+                offsets into all of them, one after another, and tokens are written there as they
+                become known.
         """
 
     def say(self, asked: Scored) -> Opinion:
         """Its opinion on the targets of some tokens, whose tensors are on the CPU."""
         ...
 
-    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """Token ids int64 `[n, m]` and their probabilities fp32 `[n, m]`, which add up where an id
-        stands several times in a row; all other ids have probability 0."""
+    def distribution(self, asked: Scored) -> Distribution:
+        """What it thinks of the next token in some places; a target that follows on another one
+        matters, the last of a text is arbitrary."""
         ...
 
     def observe(self, tokens: Tensor) -> None:
-        """Learns tokens int64 `[n]`, in the order of the text, once they are known."""
+        """Learns the tokens int64 `[n]` that were asked about last, once they are known."""
+
+    def follow(self, texts: Tensor) -> None:
+        """From now on text i goes on as text `texts[i]` would have, for texts int64 `[S]`. Called
+        in generation after all texts were asked about, before the tokens are observed."""
 
     def end_pass(self) -> None:
         """All ranks call this after their last token."""

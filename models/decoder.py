@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from neighborlm.common.errors import InputError
+from neighborlm.models.attention_cache import AttentionCache, Extend
 
 POSITION_OFFSET = 2  # as in fairseq, positions are numbered from the padding id + 1 on
 
@@ -59,14 +60,13 @@ class SinusoidalPositions(nn.Module):
         self.register_buffer("exponents", torch.arange(width // 2), persistent=False)
         self.width = width
 
-    def forward(self, length: int) -> Tensor:
-        """fp32 `[length, width]` for the first `length` positions of a row."""
+    def forward(self, positions: Tensor) -> Tensor:
+        """From positions in a row, int64 `[...]`, to fp32 `[..., width]`."""
         scale = -math.log(10000) / max(len(self.exponents) - 1, 1)
         frequencies = torch.exp(self.exponents.float() * scale)
-        positions = torch.arange(length, device=frequencies.device) + POSITION_OFFSET
-        angles = positions[:, None].float() * frequencies
-        table = torch.cat([angles.sin(), angles.cos()], dim=1)
-        return F.pad(table, (0, self.width - table.shape[1]))
+        angles = (positions + POSITION_OFFSET)[..., None].float() * frequencies
+        table = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return F.pad(table, (0, self.width - table.shape[-1]))
 
 
 class LearnedPositions(nn.Module):
@@ -77,9 +77,9 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_positions, width))
         nn.init.normal_(self.weight, std=width**-0.5)
 
-    def forward(self, length: int) -> Tensor:
-        """`[length, width]` for the first `length` positions of a row."""
-        return self.weight[:length]
+    def forward(self, positions: Tensor) -> Tensor:
+        """From positions in a row, int64 `[...]`, to `[..., width]`."""
+        return self.weight[positions]
 
 
 class DecoderLayer(nn.Module):
@@ -121,26 +121,31 @@ class DecoderLayer(nn.Module):
         for linear in (self.attention_out, self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Causal multi-head attention, `[B, T, width]` to the same."""
+    def attend(self, x: Tensor, extend: Extend | None = None) -> Tensor:
+        """Causal multi-head attention, `[B, T, width]` to the same; `extend` adds what was read
+        before."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        dropout = self.attention_dropout if self.training else 0.0
-        messages = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        if extend is None:
+            dropout = self.attention_dropout if self.training else 0.0
+            messages = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            k, v, mask = extend(k, v)
+            messages = F.scaled_dot_product_attention(q, k, v, mask)
         return self.attention_out(messages.transpose(1, 2).reshape(batch, length, width))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The two-layer perceptron, `[..., width]` to the same."""
         return self.fc2(self.activation_dropout(self.activation(self.fc1(x))))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, extend: Extend | None = None) -> tuple[Tensor, Tensor]:
         """From `[B, T, width]` to the layer's output and the input of its feed-forward block."""
         if self.pre_norm:
-            x = x + self.dropout(self.attend(self.attention_norm(x)))
+            x = x + self.dropout(self.attend(self.attention_norm(x), extend))
             ffn_input = self.ffn_norm(x)
             return x + self.dropout(self.feed_forward(ffn_input)), ffn_input
-        ffn_input = self.attention_norm(x + self.dropout(self.attend(x)))
+        ffn_input = self.attention_norm(x + self.dropout(self.attend(x, extend)))
         return self.ffn_norm(ffn_input + self.dropout(self.feed_forward(ffn_input))), ffn_input
 
 
@@ -150,7 +155,7 @@ class Decoder(nn.Module):
     Args:
         embedding: module from ids `[B, T]` to `[B, T, width]`.
         layers: the stack.
-        positions: module from a length to `[length, width]`.
+        positions: module from positions `[...]` to `[..., width]`.
         width: of the hidden vectors.
         scale: factor of the embedding.
         dropout: on the sum of embedding and positions.
@@ -179,26 +184,33 @@ class Decoder(nn.Module):
         self.checkpoint_layers = checkpoint_layers
 
     def forward(
-        self, tokens: Tensor, key_types: Sequence[str] = ()
+        self, tokens: Tensor, key_types: Sequence[str] = (), cache: AttentionCache | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Padding must be on the right: only the causal attention hides it from the other tokens.
+        """Without a cache, padding must be on the right: only the causal attention hides it from
+        the other tokens.
 
         Args:
             tokens: int64 `[B, T]`.
             key_types: of the features to return as well; see `key_layer`.
+            cache: of the tokens read before, to which these are added; they may then be -1 in
+                front of the first token of a row.
 
         Returns:
             The output of the stack `[B, T, width]`, and the features by key type, in that shape.
         """
         wanted = {key_type: key_layer(key_type, len(self.layers)) for key_type in key_types}
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            positions, tokens = cache.extend(tokens), tokens.clamp(min=0)
         x = self.scale * self.embedding(tokens)
-        x = self.dropout(x + self.positions(tokens.shape[1]).to(x.dtype))
+        x = self.dropout(x + self.positions(positions).to(x.dtype))
         features: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             if self.checkpoint_layers and torch.is_grad_enabled():
                 x, ffn_input = checkpoint(layer, x, use_reentrant=False)
             else:
-                x, ffn_input = layer(x)
+                x, ffn_input = layer(x, None if cache is None else cache.of_layer(i))
             points = {(i, "ffn_input"): ffn_input, (i, "output"): x}
             features |= {name: points[at] for name, at in wanted.items() if at in points}
         x = self.final_norm(x)

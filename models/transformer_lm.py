@@ -5,9 +5,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from neighborlm.common.contracts import Batch, Scored, Want
+from neighborlm.common.contracts import Batch, Scored, Step, Want
 from neighborlm.common.errors import InputError
 from neighborlm.models.adaptive import AdaptiveInput, AdaptiveSoftmax, OutputSoftmax, PlainSoftmax
+from neighborlm.models.attention_cache import AttentionCache
 from neighborlm.models.decoder import (
     Decoder,
     DecoderLayer,
@@ -251,3 +252,18 @@ class TransformerLM(TrainableLM):
             {key_type: features[key_type][batch.scored] for key_type in want.keys},
             **entropy_and_top(self.log_prob, want, self.vocab_size, hidden),
         )
+
+    def step(self, tokens: Tensor, state: AttentionCache | None, want: Want) -> Step:
+        """See `common.contracts.StepwiseModel.step`.
+
+        Raises:
+            ValueError: a row would be longer than `max_target_positions`.
+        """
+        state = AttentionCache() if state is None else state
+        if state.width + tokens.shape[1] > self.max_target_positions:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens after {state.width}, where a row holds "
+                f"{self.max_target_positions}"
+            )
+        hidden, features = self.decoder(tokens, want.keys, state)
+        return Step(self.log_prob(hidden[:, -1]), features, state)

@@ -148,16 +148,16 @@ def test_every_feature_equals_a_plain_forward_pass(pre_norm, activation, final_n
 @pytest.mark.parametrize("width", [12, 13, 4])
 def test_sinusoidal_table_is_fairseqs(width):
     expected = naive_positions(600, width)
-    table = SinusoidalPositions(width)(600).numpy()
+    table = SinusoidalPositions(width)(torch.arange(600)).numpy()
     assert table.dtype == np.float32
     np.testing.assert_allclose(table, expected, atol=2e-4)  # fp32 angles of up to 600
 
 
 def test_half_precision_leaves_the_angles_alone():
     table = SinusoidalPositions(64)
-    expected = table(600)
+    expected = table(torch.arange(600))
     for dtype in (torch.float16, torch.bfloat16):
-        assert torch.equal(SinusoidalPositions(64).to(dtype)(600), expected)
+        assert torch.equal(SinusoidalPositions(64).to(dtype)(torch.arange(600)), expected)
 
 
 # -- what it must not depend on -----------------------------------------------------------------

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from neighborlm.common.contracts import Want
@@ -286,3 +288,50 @@ def test_the_last_update_of_an_epoch_has_the_mean_of_its_batches(batch):
     losses = [model.training_step(batch, number).item() for number in range(5)]
     assert losses[:3] == [losses[0]] * 3
     assert losses[3] / 3 + losses[4] / 3 == pytest.approx(losses[0])
+
+
+def of_the_whole(model: TransformerLM, row: torch.Tensor, key_type: str) -> tuple:
+    """Log-probabilities `[T, V]` and keys `[T, d]` after each token of a row, read at once."""
+    hidden, keys = model.hidden(row[None], (key_type,))
+    return model.log_prob(hidden[0]), keys[key_type][0]
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("cuts", [[7], [3, 1, 1, 1, 1], [1] * 7], ids=str)
+@torch.no_grad()
+def test_steps_say_what_whole_rows_say(settings, cuts):
+    """In rows of different length, padded on the left."""
+    model, key_type = make(**settings).eval(), "last_ffn_input"
+    rows = [torch.randint(VOCAB, (length,)) for length in (7, 4, 1)]
+    padded = torch.stack([F.pad(row, (7 - len(row), 0), value=-1) for row in rows])
+    state, read = None, 0
+    for tokens in padded.split(cuts, dim=1):
+        log_probs, keys, state = model.step(tokens, state, Want(keys=(key_type,)))
+        read += tokens.shape[1]
+        for number, row in enumerate(rows):
+            there = read - 7 + len(row)
+            newest = slice(max(there - tokens.shape[1], 0), max(there, 0))
+            if there > 0:
+                expected, expected_keys = of_the_whole(model, row, key_type)
+                close = {"atol": 1e-5, "rtol": 0}
+                assert_close(log_probs[number], expected[there - 1], **close)
+                found = keys[key_type][number, newest.start - newest.stop :]
+                assert_close(found, expected_keys[newest], **close)
+
+
+@torch.no_grad()
+def test_a_state_goes_on_as_rows_chosen_from_it():
+    model = make().eval()
+    read = torch.tensor([[-1, 3, 4], [5, 6, 7]])
+    state = model.step(read, None, Want()).state.select(torch.tensor([1, 0, 1]))
+    found = model.step(torch.tensor([[8], [9], [10]]), state, Want()).log_probs
+    for number, row in enumerate(([5, 6, 7, 8], [3, 4, 9], [5, 6, 7, 10])):
+        expected, _ = of_the_whole(model, torch.tensor(row), "last_hidden")
+        assert_close(found[number], expected[-1], atol=1e-5, rtol=0)
+
+
+def test_a_row_longer_than_the_model_reads_is_no_step():
+    model = make(max_target_positions=4).eval()
+    state = model.step(torch.zeros(1, 3).long(), None, Want()).state
+    with pytest.raises(ValueError, match="2 tokens after 3, where a row holds 4"):
+        model.step(torch.zeros(1, 2).long(), state, Want())
