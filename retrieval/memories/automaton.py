@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from neighborlm.common.contracts import (
+    Distribution,
     Memory,
     Metric,
     Opinion,
@@ -55,6 +56,7 @@ from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.search.retriever import normalized
 from neighborlm.retrieval.store.datastore import Datastore
 
+FEATURES = ("nearest_distance", "pointers", "searched")
 IMPOSSIBLE = -10000.0
 """log p of a target that no entry carries, in the original program."""
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -209,6 +211,9 @@ class AutomatonMemory(Memory):
         self.want = Want(keys=(self.key_type,))
         self.counts: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        self.length = self.gap = 0
+        """Positions of each of several texts, 0 where there is one; what is added to them, so that
+        walks begin at the same places of each."""
         self.begun: dict[int, Walks] = {}
         """Walks that go on, by the position of their next token."""
         self.positions = np.empty(0, dtype=np.int64)
@@ -251,7 +256,9 @@ class AutomatonMemory(Memory):
 
     def begin_pass(self, text: np.ndarray | None = None) -> None:
         """Forgets all walks; connects the ranks where all search together. It does not read the
-        text itself."""
+        text itself. Walks begin at the same places of each of several texts."""
+        self.length = text.shape[1] if text is not None and text.ndim == 2 else 0
+        self.gap = -self.length % self.settings.walk_length
         self.begun, self.last_steps = {}, []
         self.counts.clear()
         self.seconds.clear()
@@ -281,8 +288,8 @@ class AutomatonMemory(Memory):
         """log p of the targets. Features are `nearest_distance`, the distance of the nearest entry,
         infinite where there is none; `pointers`, their number; and `searched`, 1 where a search was
         made."""
-        targets = asked.targets.numpy()
-        log_probs, nearest, pointers, searched = (torch.zeros(len(targets)) for _ in range(4))
+        targets, log_probs = asked.targets.numpy(), torch.zeros(len(asked.targets))
+        features = {name: torch.zeros(len(targets)) for name in FEATURES}
         with self._timed("walk"):
             for which, entries in self._steps(asked):
                 hits = torch.from_numpy(entries.carry(targets[which]))
@@ -290,33 +297,44 @@ class AutomatonMemory(Memory):
                 # Sums in fp64: in fp32 they would depend on the width of the table.
                 votes = knn_log_prob(scores.double(), hits, self.temperature)
                 log_probs[which] = votes.float()
-                nearest[which] = scores.amax(dim=1)
-                there_were = (entries.walks.pointers >= 0).sum(axis=1)
-                pointers[which] = torch.from_numpy(there_were).float()
-                self.counts.update(tokens=len(which), pointers=int(there_were.sum()))
-                if entries.searched:
-                    searched[which] = 1
-                    between = int(entries.walks.idle.sum())
-                    self.counts.update(searches=len(which), between=between)
+                self._count(features, which, entries)
         if self.as_program:
             log_probs.masked_fill_(log_probs.isneginf(), IMPOSSIBLE)
-        sign = -1 if self.similarity == "l2" else 1
-        features = {"nearest_distance": sign * nearest, "pointers": pointers, "searched": searched}
         return Opinion(log_probs, features)
 
-    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """See `Memory.distribution`: the entries' values and weights. Within a stretch of text each
-        target decides the pointers of the next token; for the last target `observe` does."""
-        steps = [(which, entries.left_aligned()) for which, entries in self._steps(asked)]
+    def distribution(self, asked: Scored) -> Distribution:
+        """See `Memory.distribution`: the entries' values and weights; features as in `say`. Within
+        a stretch of text each target decides the pointers of the next token; for the last target
+        `observe` does."""
+        features = {name: torch.zeros(len(asked.positions)) for name in FEATURES}
+        steps = []
+        with self._timed("walk"):
+            for which, entries in self._steps(asked):
+                self._count(features, which, entries)
+                steps.append((which, entries.left_aligned()))
         widest = max((entries.rows.shape[1] for _, entries in steps), default=0)
         ids = torch.zeros(len(asked.positions), widest, dtype=torch.int64)
-        probs = torch.zeros(len(asked.positions), widest)
+        probs, rows = torch.zeros(len(asked.positions), widest), torch.full_like(ids, -1)
         for which, entries in steps:
             width = entries.rows.shape[1]
             scores = torch.from_numpy(entries.scores).double()  # see `say`
             ids[which, :width] = torch.from_numpy(entries.values.astype(np.int64))
+            rows[which, :width] = torch.from_numpy(entries.rows)
             probs[which, :width] = knn_weights(scores, self.temperature).float()
-        return ids.masked_fill_(probs == 0, 0), probs
+        ids = ids.masked_fill_(probs == 0, 0)
+        return Distribution(ids, probs, features, rows)
+
+    def _count(self, features: dict[str, Tensor], which: np.ndarray, entries: Entries) -> None:
+        """Notes the features of some tokens, and adds them to the counts."""
+        sign = -1 if self.similarity == "l2" else 1
+        features["nearest_distance"][which] = sign * torch.from_numpy(entries.scores).amax(dim=1)
+        there_were = (entries.walks.pointers >= 0).sum(axis=1)
+        features["pointers"][which] = torch.from_numpy(there_were).float()
+        self.counts.update(tokens=len(which), pointers=int(there_were.sum()))
+        if entries.searched:
+            features["searched"][which] = 1
+            between = int(entries.walks.idle.sum())
+            self.counts.update(searches=len(which), between=between)
 
     def observe(self, tokens: Tensor) -> None:
         """Moves the walks on by tokens int64 `[n]`, the true ones at the positions asked about
@@ -330,12 +348,31 @@ class AutomatonMemory(Memory):
                     self.begun[position] = walks.some(slice(number, number + 1))
         self.last_steps = []
 
+    def follow(self, texts: Tensor) -> None:
+        """See `Memory.follow`: the walks that end at the last tokens of the texts go on in those
+        that follow them."""
+        texts, self.begun, length = texts.numpy(), {}, self.length + self.gap
+        positions, steps, known = [], [], 0
+        for which, entries in self.last_steps:
+            of_text, at = np.divmod(self.positions[which], length)
+            numbers = np.full(1 + max(of_text.max(), texts.max()), -1)
+            numbers[of_text] = np.arange(len(of_text))
+            followers = np.flatnonzero(numbers[texts] >= 0)
+            followed = numbers[texts[followers]]
+            positions.append(followers * length + at[followed])
+            steps.append((known + np.arange(len(followers)), entries.some(followed)))
+            known += len(followers)
+        self.positions, self.last_steps = np.concatenate(positions), steps
+
     # -- walking -------------------------------------------------------------------------------
 
     def _steps(self, asked: Scored) -> Iterator[tuple[np.ndarray, Entries]]:
         """Numbers int64 `[W]` of some tokens, and the entries that vote for them. All stretches of
         tokens take a step together: first those that search, then those with enough pointers."""
-        self.positions, self.last_steps = asked.positions.numpy(), []
+        positions = asked.positions.numpy()
+        if self.length:
+            positions = positions + positions // self.length * self.gap
+        self.positions, self.last_steps = positions, []
         queries, targets = asked.keys[self.key_type].numpy(), asked.targets.numpy()
         stretches = Stretches.of(self.positions, self.settings.walk_length)
         walks = self._walks_at(self.positions[stretches.order[stretches.starts]])

@@ -137,11 +137,18 @@ def _sums(weights: Tensor, ks: Sequence[int]) -> Tensor:
 
 def votes_of_scores(scores: Tensor, hits: Tensor, temperature: float) -> Votes:
     """The votes for targets, from scores and hits `[Q, k]`; see `knn_log_prob`."""
+    nearest, farthest = extremes(scores)
+    log_probs = knn_log_prob(scores, hits, temperature)
+    return Votes(log_probs.numpy(), nearest.numpy(), farthest.numpy())
+
+
+def extremes(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores of the nearest and of the farthest neighbour that is not missing, `[Q]` each; -inf
+    and inf where all are."""
     nearest, farthest = scores.amax(dim=1), scores.amin(dim=1)
     if farthest.isneginf().any():  # some are missing
         farthest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1)
-    log_probs = knn_log_prob(scores, hits, temperature)
-    return Votes(log_probs.numpy(), nearest.numpy(), farthest.numpy())
+    return nearest, farthest
 
 
 def knn_weights(scores: Tensor, temperature: float = 1.0) -> Tensor:

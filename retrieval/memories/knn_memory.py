@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from neighborlm.common.contracts import (
+    Distribution,
     Memory,
     Metric,
     Neighbors,
@@ -27,6 +27,7 @@ from neighborlm.retrieval.memories.cache import RetrievalCache, Retrieved
 from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder, nearest_first
 from neighborlm.retrieval.memories.knn import (
     check_similarity,
+    extremes,
     knn_log_prob,
     knn_weights,
     neighbor_scores,
@@ -271,21 +272,25 @@ class KNNMemory(Memory):
                 distances = exact_distances(queries, rows, self.datastore, self.similarity)
         return with_values(Neighbors(distances, rows, values), self.datastore)
 
-    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """See `Memory.distribution`: the neighbours' values and weights.
+    def distribution(self, asked: Scored) -> Distribution:
+        """See `Memory.distribution`: the neighbours' values and weights; features as in `say`.
 
         Raises:
             InputError: it needs tuning.
         """
         if self.needs_tuning:
             self._refuse_untuned()
-        distances, rows, values = self.neighbors(asked)
-        scores = neighbor_scores(distances, rows, self.similarity)
+        found = self.neighbors(asked)
+        scores = neighbor_scores(found.distances, found.rows, self.similarity)
+        nearest, farthest = extremes(scores)
+        sign = -1 if self.similarity == "l2" else 1
+        features = {"nearest_distance": sign * nearest, "kth_distance": sign * farthest}
         if self.weights is not None:
-            weights = torch.from_numpy(counts_of(rows, self.weights).astype(np.float32))
+            weights = torch.from_numpy(counts_of(found.rows, self.weights).astype(np.float32))
             scores = weighted_scores(scores, weights, self.temperature)
-        ids = torch.from_numpy(values.astype(np.int64))
-        return ids, knn_weights(scores, self.temperature)
+        ids = torch.from_numpy(found.values.astype(np.int64))
+        weights = knn_weights(scores, self.temperature)
+        return Distribution(ids, weights, features, torch.from_numpy(found.rows))
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

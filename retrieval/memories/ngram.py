@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neighborlm.common.contracts import Memory, Opinion, Resources, Scored, Want
+from neighborlm.common.contracts import Distribution, Memory, Opinion, Resources, Scored, Want
 from neighborlm.retrieval.memories.suffix_array import Matches, SuffixArray
 
 
@@ -50,8 +50,9 @@ class NGramMemory(Memory):
         self.say(Scored(positions=first, targets=first))
 
     def begin_pass(self, text: np.ndarray) -> None:
-        """See `Memory.begin_pass`."""
-        self.text = text
+        """See `Memory.begin_pass`. Phrases end at -1, and so at the end of each of several
+        texts."""
+        self.text = text.reshape(-1)
 
     def say(self, asked: Scored) -> Opinion:
         """log p of the targets, fp64. Features are `suffix_length`, the number of tokens of s;
@@ -59,27 +60,28 @@ class NGramMemory(Memory):
         it; and `favourite`, the probability of the most frequent of these."""
         matches = self._matches(asked)
         hits = self.suffix_array.count(matches, asked.targets.numpy())
-        distinct, highest = self.suffix_array.summary(matches)
         with np.errstate(divide="ignore"):
             log_probs = np.log(hits / matches.counts)
+        return Opinion(torch.from_numpy(log_probs), self._features(matches))
+
+    def _features(self, matches: Matches) -> dict[str, Tensor]:
+        distinct, highest = self.suffix_array.summary(matches)
         features = {
             "suffix_length": matches.lengths,
             "suffix_count": matches.counts,
             "continuations": distinct,
             "favourite": highest / matches.counts,
         }
-        return Opinion(
-            torch.from_numpy(log_probs),
-            {name: torch.from_numpy(column) for name, column in features.items()},
-        )
+        return {name: torch.from_numpy(column) for name, column in features.items()}
 
-    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
+    def distribution(self, asked: Scored) -> Distribution:
         """See `Memory.distribution`: all tokens that followed s. For an empty or a frequent s they
         are much of the vocabulary, so ask for a few tokens at a time."""
         matches = self._matches(asked)
         ids, counts = self.suffix_array.continuations(matches)
         probs = (counts / matches.counts[:, None]).astype(np.float32)
-        return torch.from_numpy(ids), torch.from_numpy(probs)
+        features = self._features(matches)
+        return Distribution(torch.from_numpy(ids), torch.from_numpy(probs), features)
 
     def occurrences(self, asked: Scored, most: int) -> Tensor:
         """Rows of the training text, and so of its datastore, that follow occurrences of s, in the

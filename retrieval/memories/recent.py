@@ -10,8 +10,9 @@ The score is an inner product, as in the paper (theta = 1 / T), a cosine, or min
 distance: eq. 2 of kNN-LM over a datastore that moves with the text.
 """
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,15 @@ import torch
 from torch import Tensor
 
 from neighborlm.common.all_ranks import from_all_ranks
-from neighborlm.common.contracts import Memory, Metric, Opinion, Resources, Scored, Want
+from neighborlm.common.contracts import (
+    Distribution,
+    Memory,
+    Metric,
+    Opinion,
+    Resources,
+    Scored,
+    Want,
+)
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.engine import LIGHTEST, SMALL
 from neighborlm.retrieval.memories.recent_tuning import RecentTuning, parts_of, tune_recent
@@ -121,10 +130,17 @@ class RecentMemory(Memory):
         return self.size or 0
 
     def begin_pass(self, text: np.ndarray) -> None:
-        """Forgets what was observed. It does not read the text itself."""
+        """Forgets what was observed. It does not read the text itself. For each of several texts
+        there is a copy of the memory."""
         self._forget()
+        if text.ndim == 2:
+            self.texts, self.length = [copy.copy(self) for _ in text], text.shape[1]
 
     def _forget(self) -> None:
+        self.texts: list[RecentMemory] = []
+        """Where there are several texts, the memory of each."""
+        self.length = 0
+        """Positions of each of them."""
         self.window: Window | None = None
         self.asked: tuple[Tensor, Tensor] | None = None
         """Keys and positions of the tokens that were asked about last."""
@@ -141,46 +157,68 @@ class RecentMemory(Memory):
         Raises:
             InputError: the tokens are not in the order of the text.
         """
+        if self.texts:
+            said = [text.say(part) for text, part in self._by_text(asked)]
+            return Opinion.joined(said)
         self._check_order(asked.positions)
         if self.needs_tuning:
             self.asked = asked.keys[self.key_type], asked.positions
             self.heard.append(asked._replace(keys={self.key_type: self.asked[0]}))
             return Opinion(torch.full((len(asked.positions),), -torch.inf))
         keys = self._begin(asked)
-        targets = asked.targets.to(keys.device)
-        votes = WindowVotes.joined(
-            [
-                votes_of(block, targets[block.tokens], self.temperature)
-                for block in self.window.look(keys, asked.targets)
-            ]
-        )
-        nearest = votes.best
-        if self.similarity == "l2":
-            nearest = (keys.square().sum(dim=1) - nearest).clamp(min=0.0)
-        features = {
-            "nearest_distance": nearest.cpu(),
-            "favourite": votes.favourite.cpu(),
-            "positions": self.window.seen(asked.targets).float(),
-        }
-        return Opinion(votes.log_probs.cpu(), features)
+        votes = [block_votes for _, block_votes in self._votes(keys, asked.targets)]
+        votes = WindowVotes.joined(votes)
+        return Opinion(votes.log_probs.cpu(), self._features(keys, asked.targets, votes))
 
-    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
+    def distribution(self, asked: Scored) -> Distribution:
         """See `Memory.distribution`: the tokens that followed the recent positions, and their
-        weights. They do not depend on the last target.
+        weights; features as in `say`. They do not depend on the last target.
 
         Raises:
             InputError: it is not tuned, or the tokens are not in the order of the text.
         """
+        if self.texts:
+            said = [text.distribution(part) for text, part in self._by_text(asked)]
+            ids, probs = (torch.cat(column) for column in zip(*(x[:2] for x in said), strict=True))
+            return Distribution(ids, probs, features_of_all(said))
         self._check_order(asked.positions)
         if self.needs_tuning:
             raise InputError(
                 "--memories recent: has no size and temperature yet; expected them given or tuned"
             )
-        keys, ids, weights = self._begin(asked), [], []
-        for block in self.window.look(keys, asked.targets):
+        keys, ids, weights, votes = self._begin(asked), [], [], []
+        for block, block_votes in self._votes(keys, asked.targets):
             ids.append(block.vocabulary[block.columns])
             weights.append((block.scores / self.temperature).softmax(dim=1).nan_to_num(0.0))
-        return torch.cat(ids).cpu(), torch.cat(weights).cpu()
+            votes.append(block_votes)
+        features = self._features(keys, asked.targets, WindowVotes.joined(votes))
+        return Distribution(torch.cat(ids).cpu(), torch.cat(weights).cpu(), features)
+
+    def _votes(self, keys: Tensor, targets: Tensor) -> Iterator[tuple[Block, "WindowVotes"]]:
+        """What the recent positions say of tokens, block by block."""
+        of_device = targets.to(keys.device)
+        for block in self.window.look(keys, targets):
+            yield block, votes_of(block, of_device[block.tokens], self.temperature)
+
+    def _features(self, keys: Tensor, targets: Tensor, votes: "WindowVotes") -> dict[str, Tensor]:
+        nearest = votes.best
+        if self.similarity == "l2":
+            nearest = (keys.square().sum(dim=1) - nearest).clamp(min=0.0)
+        return {
+            "nearest_distance": nearest.cpu(),
+            "favourite": votes.favourite.cpu(),
+            "positions": self.window.seen(targets).float(),
+        }
+
+    def _by_text(self, asked: Scored) -> Iterator[tuple["RecentMemory", Scored]]:
+        """The memory of each text that is asked about, and its tokens, which follow one another, at
+        positions in that text."""
+        of_text = torch.div(asked.positions, self.length, rounding_mode="floor")
+        numbers, counts = of_text.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(dim=0)
+        asked = asked._replace(positions=asked.positions - of_text * self.length)
+        for number, first, end in zip(numbers, ends - counts, ends, strict=True):
+            yield self.texts[number], asked.some(slice(first, end))
 
     def _begin(self, asked: Scored) -> Tensor:
         """The keys as `Window` compares them; opens the window at the first token of a pass."""
@@ -208,6 +246,12 @@ class RecentMemory(Memory):
         Raises:
             ValueError: they are more or fewer.
         """
+        if self.texts:
+            waiting = [text for text in self.texts if text.asked is not None]
+            parts = tokens.split([len(text.asked[1]) for text in waiting])
+            for text, part in zip(waiting, parts, strict=True):
+                text.observe(part)
+            return
         asked = 0 if self.asked is None else len(self.asked[1])
         if len(tokens) != asked:
             raise ValueError(f"{len(tokens)} tokens are observed, but {asked} were asked about")
@@ -216,6 +260,12 @@ class RecentMemory(Memory):
             self.last_position = int(positions[-1])
             if not self.needs_tuning:
                 self.window.append(keys, tokens)
+
+    def follow(self, texts: Tensor) -> None:
+        """See `Memory.follow`."""
+        self.texts = [copy.copy(self.texts[text]) for text in texts.tolist()]
+        for text in self.texts:
+            text.window = copy.copy(text.window)
 
     def tune(self) -> Opinion:
         """Finds the size and the temperature, where they are not given, that give the collected
@@ -256,6 +306,11 @@ class RecentMemory(Memory):
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """See `Memory.restore`."""
         self.size, self.temperature = int(state["size"]), float(state["temperature"])
+
+
+def features_of_all(said: Sequence[Distribution]) -> dict[str, Tensor]:
+    """The features of all tokens, from what is said of some after others."""
+    return {name: torch.cat([part.features[name] for part in said]) for name in said[0].features}
 
 
 class WindowVotes(NamedTuple):

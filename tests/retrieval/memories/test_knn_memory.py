@@ -50,7 +50,7 @@ def test_an_entry_votes_as_often_as_it_stands_for_others(merged, asked, metric):
     np.testing.assert_allclose(opinion.log_probs.exp(), (shares * hits).sum(axis=1), atol=1e-6)
     nearest = scores.max(axis=1) * (1 if metric == "ip" else -1)
     np.testing.assert_allclose(opinion.features["nearest_distance"], nearest, rtol=1e-4)
-    ids, probs = memory.distribution(asked)
+    ids, probs = memory.distribution(asked)[:2]
     of_targets = (probs * (ids == asked.targets[:, None])).sum(dim=1)
     np.testing.assert_allclose(of_targets, (shares * hits).sum(axis=1), atol=1e-6)
     np.testing.assert_allclose(probs.sum(dim=1), 1, rtol=1e-5)
