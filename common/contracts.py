@@ -473,7 +473,8 @@ class Memory(Protocol):
 
     def follow(self, texts: Tensor) -> None:
         """From now on text i goes on as text `texts[i]` would have, for texts int64 `[S]`. Called
-        in generation after all texts were asked about, before the tokens are observed."""
+        in generation after all texts were asked about; of the tokens that were, only the last one
+        of each text is observed afterwards."""
 
     def end_pass(self) -> None:
         """All ranks call this after their last token."""

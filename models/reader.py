@@ -29,8 +29,8 @@ class Reader:
     """Reads B texts, each of which may become longer than a row of the model.
 
     When a row is full, the model reads its last `context` tokens again as a new row, in which the
-    text goes on: these are the rows in which an evaluation with such a `context_window` scores a
-    text. What is said of a text does not depend on those beside it.
+    text goes on. With half a window of context these are the rows in which an evaluation with such
+    a `context_window` scores a text. What is said of a text does not depend on those beside it.
 
     Args:
         model: in evaluation mode.

@@ -352,17 +352,18 @@ class AutomatonMemory(Memory):
         """See `Memory.follow`: the walks that end at the last tokens of the texts go on in those
         that follow them."""
         texts, self.begun, length = texts.numpy(), {}, self.length + self.gap
-        positions, steps, known = [], [], 0
+        of_text, place = np.divmod(self.positions, length)
+        last = np.zeros(len(texts), dtype=np.int64)
+        np.maximum.at(last, of_text, place)
+        steps = []
         for which, entries in self.last_steps:
-            of_text, at = np.divmod(self.positions[which], length)
-            numbers = np.full(1 + max(of_text.max(), texts.max()), -1)
-            numbers[of_text] = np.arange(len(of_text))
+            numbers = np.full(len(texts), -1)
+            is_last = place[which] == last[of_text[which]]
+            numbers[of_text[which][is_last]] = np.flatnonzero(is_last)
             followers = np.flatnonzero(numbers[texts] >= 0)
-            followed = numbers[texts[followers]]
-            positions.append(followers * length + at[followed])
-            steps.append((known + np.arange(len(followers)), entries.some(followed)))
-            known += len(followers)
-        self.positions, self.last_steps = np.concatenate(positions), steps
+            steps.append((followers, entries.some(numbers[texts[followers]])))
+        self.last_steps = steps
+        self.positions = np.arange(len(texts)) * length + last[texts]
 
     # -- walking -------------------------------------------------------------------------------
 

@@ -142,8 +142,8 @@ class RecentMemory(Memory):
         self.length = 0
         """Positions of each of them."""
         self.window: Window | None = None
-        self.asked: tuple[Tensor, Tensor] | None = None
-        """Keys and positions of the tokens that were asked about last."""
+        self.asked: tuple[Tensor, Tensor, Tensor] | None = None
+        """Keys, positions and targets of the tokens that were asked about last."""
         self.last_position = -1
 
     def say(self, asked: Scored) -> Opinion:
@@ -162,7 +162,7 @@ class RecentMemory(Memory):
             return Opinion.joined(said)
         self._check_order(asked.positions)
         if self.needs_tuning:
-            self.asked = asked.keys[self.key_type], asked.positions
+            self.asked = asked.keys[self.key_type], asked.positions, asked.targets
             self.heard.append(asked._replace(keys={self.key_type: self.asked[0]}))
             return Opinion(torch.full((len(asked.positions),), -torch.inf))
         keys = self._begin(asked)
@@ -227,7 +227,7 @@ class RecentMemory(Memory):
             given = (self.size, self.similarity, self.document_end, self.device)
             self.window = Window(*given, index=index)
         keys = self.window.prepared(asked.keys[self.key_type])
-        self.asked = keys, asked.positions
+        self.asked = keys, asked.positions, asked.targets
         return keys
 
     def _check_order(self, positions: Tensor) -> None:
@@ -256,7 +256,7 @@ class RecentMemory(Memory):
         if len(tokens) != asked:
             raise ValueError(f"{len(tokens)} tokens are observed, but {asked} were asked about")
         if asked:
-            (keys, positions), self.asked = self.asked, None
+            (keys, positions, _), self.asked = self.asked, None
             self.last_position = int(positions[-1])
             if not self.needs_tuning:
                 self.window.append(keys, tokens)
@@ -266,6 +266,9 @@ class RecentMemory(Memory):
         self.texts = [copy.copy(self.texts[text]) for text in texts.tolist()]
         for text in self.texts:
             text.window = copy.copy(text.window)
+            keys, positions, targets = text.asked
+            text.window.append(keys[:-1], targets[:-1])
+            text.asked = keys[-1:], positions[-1:], targets[-1:]
 
     def tune(self) -> Opinion:
         """Finds the size and the temperature, where they are not given, that give the collected
