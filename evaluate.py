@@ -1,6 +1,6 @@
 """Perplexity of a trained model, plain or with a memory: `python evaluate.py --config ...`."""
 
-from neighborlm.programs.evaluate import main
+from neighborlm.programs.exits import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program("programs.evaluate")

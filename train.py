@@ -1,6 +1,6 @@
 """Fits a model from a config: `python train.py --config configs/<corpus>/lm.yaml`."""
 
-from neighborlm.programs.train import main
+from neighborlm.programs.exits import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program("programs.train")

@@ -2,22 +2,27 @@
 and the signals it takes. A new release of Lightning is checked against this file.
 """
 
-import shutil
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from lightning_fabric.plugins.io import TorchCheckpointIO
+from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from neighborlm.common.errors import Diverged, InputError
+from neighborlm.common.errors import Diverged, InputError, free_at
 from neighborlm.common.files import publishing
+from neighborlm.common.units import size_of
 from neighborlm.datamodules.lm import ResumableLoader
-from neighborlm.retrieval.cluster import rank_watch
+from neighborlm.retrieval.cluster.ending import ENDING
+from neighborlm.retrieval.cluster.rank_watch import watch_from_the_start
 
 COUNTS = ("ready", "started", "processed", "completed")
 """Of batches, as Lightning keeps them."""
@@ -42,12 +47,22 @@ class WholeCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, making)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            there = next(folder for folder in path.parents if folder.is_dir())
-            free = shutil.disk_usage(there).free / 1e6
+            sizes = f"{size_of(free_at(path))} free, about {size_of(bytes_of(checkpoint))} needed"
             raise InputError(
-                f"{path}: cannot be written ({reason}; {free:.1f} MB are free); the checkpoint "
-                "that was there stays, and the same command goes on from it"
+                f"{path}: cannot be written ({reason}; {sizes}); what was there stays, and the "
+                "same command goes on from it"
             ) from error
+
+
+def bytes_of(content: Any) -> int:
+    """About what the tensors in nested dicts and lists take on disk."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, list | tuple):
+        return 0
+    return sum(map(bytes_of, content))
 
 
 class _OwnCheckpoints(_CheckpointConnector):
@@ -217,28 +232,47 @@ class Continuation(Callback):
             trainer.fit_loop.epoch_loop.max_steps = self.max_steps
 
 
-class WatchRanks(Callback):
-    """Has every rank stop when another is lost, from the first stage on.
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's, but that this process says why it ends when one that it has started does:
+    Lightning's own kills all of them, this one too, some seconds later."""
+
+    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Starts the other ranks of this host, and then calls the function."""
+        self.cluster_environment.validate_settings(self.num_processes, self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            ENDING.follow_started(self.procs)
+        _set_num_threads_if_needed(self.num_processes)
+        return function(*args, **kwargs)
+
+
+def watch_ranks(trainer: Trainer, lost_after: int) -> None:
+    """Has every rank stop when another is lost, from the moment on that it is started.
 
     Args:
         lost_after: seconds without an answer from a host.
     """
+    strategy = trainer.strategy
+    if trainer.world_size == 1:
+        return
+    if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+        strategy.launcher.__class__ = _Launcher
+    make_group = strategy.setup_environment
+    strategy.setup_environment = partial(_watch_and_make_group, trainer, lost_after, make_group)
 
-    def __init__(self, lost_after: int) -> None:
-        self.lost_after = lost_after
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The process group has just been made."""
-        if trainer.world_size > 1:
-            environment = trainer.strategy.cluster_environment
-            address = environment.main_address if trainer.num_nodes > 1 else None
-            rank_watch.watch(
-                trainer.global_rank,
-                trainer.world_size,
-                address,
-                trainer.strategy.broadcast,
-                self.lost_after,
-            )
+def _watch_and_make_group(trainer: Trainer, lost_after: int, make_group: Callable) -> None:
+    strategy = trainer.strategy
+    strategy.set_world_ranks()
+    environment = strategy.cluster_environment
+    main = environment.main_address, environment.main_port
+    several_hosts = trainer.num_nodes > 1
+    watch_from_the_start(trainer.global_rank, trainer.world_size, main, several_hosts, lost_after)
+    make_group()
+
+
+class LeaveRanks(Callback):
+    """Lets the other ranks go when this one meets an exception."""
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -247,7 +281,7 @@ class WatchRanks(Callback):
         waiting for them. And Lightning ends its processes after an interrupt, which is no loss."""
         trainer.strategy.barrier = lambda name=None: None
         if isinstance(exception, KeyboardInterrupt):
-            rank_watch.leave("stop")
+            ENDING.leave("stop")
 
 
 class KeepSigterm(Callback):

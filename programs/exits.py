@@ -1,46 +1,114 @@
-"""How a program ends: one sentence on stderr and an exit status for all that can go wrong."""
+"""How a program begins and ends: it heeds interrupts from its first moment, and one sentence on
+stderr and an exit status tell of all that can go wrong."""
 
 import functools
-import signal
+import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import NoReturn
 
-import torch.distributed as dist
+from neighborlm.common.errors import (
+    InputError,
+    LostRank,
+    behind,
+    causes,
+    disk_is_full,
+    memory_is_full,
+    sentence_about_disk,
+    sentence_about_memory,
+)
+from neighborlm.common.interrupts import (
+    INTERRUPTED,
+    SENTENCE,
+    came,
+    end_at_once,
+    end_silently,
+    interrupts_do,
+    interrupts_raise,
+)
+from neighborlm.retrieval.cluster.ending import ENDING
 
-from neighborlm.common.errors import InputError, LostRank, behind
-from neighborlm.common.interrupts import in_main_thread
-from neighborlm.retrieval.cluster import rank_watch
+
+class Ended(SystemExit):
+    """The end of a program about which all is said."""
+
+
+def run_program(module: str, *args: list[str]) -> None:
+    """Runs a program as this process's own: an interrupt ends it while its libraries are still
+    being loaded, and it ends with its starter where it is one rank of several.
+
+    Args:
+        module: below `neighborlm`, with a `main`.
+        args: of `main`.
+    """
+    interrupts_do(end_at_once)
+    ENDING.follow_starter()
+    main = import_module(f"neighborlm.{module}").main
+    try:
+        exit_with_one_sentence(main)(*args)
+    except Ended as ended:
+        if ended.code != INTERRUPTED:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(INTERRUPTED)  # threads of libraries may still be at work on what would be freed
 
 
 def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorates a program's `main`: an InputError ends it with its sentence and exit status 2, an
-    interrupt (SIGINT or SIGTERM) with status 130, the loss of another rank with a sentence about
-    that and status 1; everything else is a defect of ours and keeps its traceback."""
+    """Decorates a program's `main`: an InputError, a full disk and a want of memory end it with a
+    sentence and exit status 2, an interrupt (SIGINT or SIGTERM) with status 130, the loss of
+    another rank with a sentence about that and status 1; everything else is a defect of ours and
+    keeps its traceback."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
-        if in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            interrupts_raise()
             main(*args, **kwargs)
         except Exception as error:
-            wrong = behind(error, InputError)
-            lost = None if wrong else reason_of_others(error)
-            rank_watch.leave("stop")
-            if wrong is None and lost is None:
+            said, status = explanation(error)
+            ENDING.leave("stop")
+            if said is None and came:  # as a compiler makes of it
+                _end_interrupted()
+            if said is None:
                 raise
-            print(f"error: {wrong or lost}", file=sys.stderr)
-            sys.exit(2 if wrong else 1)
+            print(f"error: {said}", file=sys.stderr)
+            raise Ended(status) from error
         except (KeyboardInterrupt, SystemExit) as stop:
-            rank_watch.leave("stop")
             # Lightning turns an interrupt into SystemExit once it has shut down.
-            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            if isinstance(stop, Ended) or not interrupted(stop):
+                ENDING.leave("stop")
                 raise
-            print("interrupted: the same command continues from here", file=sys.stderr)
-            sys.exit(130)
-        rank_watch.leave("end")
+            _end_interrupted()
+        ENDING.leave("end")
 
     return run
+
+
+def _end_interrupted() -> NoReturn:
+    interrupts_do(end_silently)
+    ENDING.leave("stop")
+    print(SENTENCE, file=sys.stderr)
+    raise Ended(INTERRUPTED) from None
+
+
+def interrupted(stop: BaseException) -> bool:
+    """Whether an interrupt ends the program."""
+    return isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
+
+
+def explanation(error: Exception) -> tuple[str | None, int]:
+    """The sentence about an error and the exit status; no sentence where it is a defect."""
+    wrong = behind(error, InputError)
+    if wrong is not None:
+        return str(wrong), 2
+    for cause in causes(error):
+        if disk_is_full(cause):
+            return sentence_about_disk(cause), 2
+        if memory_is_full(cause):
+            return sentence_about_memory(cause), 2
+    return reason_of_others(error), 1
 
 
 def reason_of_others(error: Exception) -> str | None:
@@ -48,8 +116,9 @@ def reason_of_others(error: Exception) -> str | None:
     lost = behind(error, LostRank)
     if lost is not None:
         return str(lost)
-    reason = rank_watch.reason_to_stop()
-    if reason is None and isinstance(error, getattr(dist, "DistError", ())):
+    reason = ENDING.reason_to_stop()
+    distributed = sys.modules.get("torch.distributed")
+    if reason is None and isinstance(error, getattr(distributed, "DistError", ())):
         said = " ".join(str(error).split()).split(". ")[0]
         reason = f"the ranks of this run cannot reach one another: {said}"
     return reason

@@ -18,9 +18,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from neighborlm.callbacks.lightning_internals import (
     KeepSigterm,
-    WatchRanks,
+    LeaveRanks,
     WholeCheckpoints,
     take_named_checkpoints_only,
+    watch_ranks,
 )
 from neighborlm.common.contracts import LanguageModel, Want
 from neighborlm.common.errors import InputError
@@ -137,7 +138,7 @@ class Run:
             settings["plugins"] = [*plugins, WholeCheckpoints()]
         chosen = settings.get("callbacks") or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
-        own = [WatchRanks(self.lost_after), KeepSigterm()]
+        own = [LeaveRanks(), KeepSigterm()]
         settings["callbacks"] = [*own, *chosen, *callbacks]
         try:
             trainer = Trainer(**settings)
@@ -149,6 +150,7 @@ class Run:
             reason = " ".join(str(error).split()).split(". ")[0]
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
         take_named_checkpoints_only(trainer)
+        watch_ranks(trainer, self.lost_after)
         self.device = trainer.strategy.root_device
         return trainer
 

@@ -2,11 +2,11 @@
 
 import sys
 from difflib import get_close_matches
-from importlib import import_module
 from typing import NamedTuple
 
 import neighborlm
 from neighborlm.common.one_name import refuse_bare_name
+from neighborlm.programs.exits import run_program
 
 refuse_bare_name(__name__)
 
@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if args is None else args) or [""]
     if name in TOOLS:
         # Loaded by name: torch and faiss take seconds, which help and a slip need not wait for.
-        import_module(f"neighborlm.{TOOLS[name].module}").main(rest)
+        run_program(TOOLS[name].module, rest)
     elif name in ("-h", "--help"):
         print(usage())
     elif name == "--version":

@@ -6,34 +6,33 @@ connection; when a link is cut, the kernel's probes get no answer. Both are noti
 interpreter is busy, and a rank that works for long is not mistaken for a dead one.
 """
 
+import json
 import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from datetime import timedelta
+from typing import Any, Literal
 
-GRACE_SECONDS = 30.0
-"""For the others to end by themselves, when a rank stopped with a message of its own."""
+import torch.distributed as dist
+
+from neighborlm.common.errors import LostRank
+from neighborlm.retrieval.cluster.ending import ENDING, Member
+
+MEETING_SECONDS = 600.0
+"""Until all ranks have loaded their libraries and met. One that dies on this host meanwhile is
+noticed at once, see `ending`; of another host that dies nothing else tells."""
 JOINING_SECONDS = 60.0
-"""Until all ranks are connected."""
+"""Until all ranks that have met are connected."""
 PARTING_SECONDS = 30.0
 """For the others to have done their part as well: what an ended process has sent last may be lost
 with its connections."""
-
-
-class Member(NamedTuple):
-    """A rank and the name of its host."""
-
-    rank: int
-    host: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}"
+KEY = "neighborlm/watch"
+"""Under which rank 0 tells the others, in the store of a run, where it listens."""
 
 
 class RankWatch:
@@ -59,10 +58,7 @@ class RankWatch:
     ) -> None:
         self.me = Member(rank, socket.gethostname())
         self.seconds = seconds
-        self.left = False
-        self.ending = threading.Lock()  # of this process: one thread says why
-        self.reason = ""
-        self.is_known = threading.Event()  # that there is a reason
+        self.share = share  # a group made later uses the same store, which must stay
         self.over = threading.Event()  # all others have ended, or one is lost
         self.links: dict[socket.socket, Member] = {}
         if rank == 0:
@@ -72,19 +68,22 @@ class RankWatch:
         for link in self.links:
             link.settimeout(None)
             self._probe(link)
+        ENDING.begin_watch(self)
         threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
 
     def _listen(self, ranks: int, address: str | None, share: Callable[[Any], Any]) -> None:
         token = secrets.token_hex()
         with _listener(address) as listener:
             share((listener.getsockname()[1], token, self.me.host))
-            listener.settimeout(JOINING_SECONDS)
+            deadline = time.monotonic() + JOINING_SECONDS
             while len(self.links) < ranks - 1:
+                listener.settimeout(max(deadline - time.monotonic(), 0.001))
                 link, _ = listener.accept()
-                link.settimeout(JOINING_SECONDS)
-                found, *member = link.makefile("rb", 0).readline().decode().split() or [""]
-                if found == token:  # and not a stranger
-                    self.links[link] = Member(int(member[0]), member[1])
+                link.settimeout(1.0)  # a stranger may say nothing
+                with suppress(OSError):
+                    found, *member = link.makefile("rb", 0).readline().decode().split() or [""]
+                    if found == token:
+                        self.links[link] = Member(int(member[0]), member[1])
 
     def _connect(self, address: str | None, share: Callable[[Any], Any]) -> None:
         port, token, host = share(None)
@@ -119,30 +118,17 @@ class RankWatch:
                     self._stop(member, gone=word in ("", "gone"))
         self.over.set()
 
-    def _stop(self, member: Member, gone: bool) -> None:
+    def _stop(self, other: Member, gone: bool) -> None:
         """Ends this process because of another."""
-        what = "is gone: its process died or its host cannot be reached" if gone else "has stopped"
-        self.reason = (
-            f"{member} {what}; {self.me} stops too, and the same command goes on from what "
-            "is on disk"
-        )
-        self.is_known.set()
         self.over.set()
-        for link, other in self.links.items():
-            if self.me.rank == 0 and other != member:
-                _say(link, f"{'gone' if gone else 'stop'} {member.rank} {member.host}")
-        if not gone:
-            time.sleep(GRACE_SECONDS)
-        with self.ending:
-            if not self.left:
-                print(f"error: {self.reason}", file=sys.stderr, flush=True)
-                os._exit(1)  # the main thread may wait for the other rank in a library
+        for link, member in self.links.items():
+            if self.me.rank == 0 and member != other:
+                _say(link, f"{'gone' if gone else 'stop'} {other.rank} {other.host}")
+        ENDING.because_of(other, self.me, "gone" if gone else "stop")
 
     def leave(self, how: Literal["end", "stop"]) -> None:
         """Tells the others that this process ends, having done its part or because of an error.
         Where it has done its part it waits for the others to end with it."""
-        with self.ending:
-            self.left = True
         if how == "end" and self.me.rank == 0:  # which says so when all others have
             self.over.wait(PARTING_SECONDS)
         for link in self.links:
@@ -174,29 +160,38 @@ def _say(link: socket.socket, line: str) -> None:
         link.send(f"{line}\n".encode(), socket.MSG_DONTWAIT)
 
 
-_watch: RankWatch | None = None
-"""Of this process: its ranks stay the same over all stages."""
-
-
-def watch(*args: Any, **kwargs: Any) -> None:
-    """Makes this process's `RankWatch`, once."""
-    global _watch
-    if _watch is None:
-        _watch = RankWatch(*args, **kwargs)
-
-
-def leave(how: Literal["end", "stop"]) -> None:
-    """`RankWatch.leave`, if there is one."""
-    if _watch is not None:
-        _watch.leave(how)
-
-
-def reason_to_stop(seconds: float = 2.0) -> str | None:
-    """The sentence about another rank that explains a failure of this one, if there is one.
+def watch_from_the_start(
+    rank: int, ranks: int, main: tuple[str, int], several_hosts: bool, lost_after: int
+) -> None:
+    """Has the ranks of this process's run meet and watch one another, once; then a process group
+    may be made, which waits half an hour for a rank that has died.
 
     Args:
-        seconds: to wait for it; a library may have noticed first.
+        rank: of this process.
+        ranks: how many there are.
+        main: address and port of rank 0, or of whoever keeps a store for all, as for a group.
+        several_hosts: whether there are other hosts.
+        lost_after: seconds without an answer from a host until it counts as lost.
+
+    Raises:
+        LostRank: they do not come together.
     """
-    if _watch is not None and _watch.is_known.wait(seconds):
-        return _watch.reason
-    return None
+    if ENDING.watch is not None:
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = main[0], str(main[1])
+    try:
+        within = timedelta(seconds=MEETING_SECONDS)
+        store, *_ = next(dist.rendezvous("env://", rank, ranks, timeout=within))
+
+        def share(value: Any) -> Any:
+            if rank == 0:
+                store.set(KEY, json.dumps(value))
+            return json.loads(store.get(KEY))
+
+        RankWatch(rank, ranks, main[0] if several_hosts else None, share, lost_after)
+    except (RuntimeError, OSError) as error:  # those of torch.distributed are RuntimeErrors
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise LostRank(
+            f"rank {rank} on {socket.gethostname()} does not reach the other ranks of {ranks} "
+            f"({reason}); the same command goes on from what is on disk"
+        ) from error

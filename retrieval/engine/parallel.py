@@ -7,20 +7,20 @@ a model that computes at the same time, threads would spin longer than they work
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from neighborlm.common.interrupts import thread_pool
+from neighborlm.common.interrupts import thread_pool, wait_for_all
 from neighborlm.retrieval.engine.processor import take_one_core
 
 
 def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
     """The function's result for each part, by at most so many threads. An exception of the function
-    is raised when all threads have ended.
+    or an interrupt is raised when all threads have ended, as what they read may be freed then.
 
     The function should multiply matrices by `product`: the number of numpy's threads is a setting
     of the whole process.
@@ -34,7 +34,7 @@ def in_parallel(function: Callable, parts: Iterable, threads: int) -> list:
             results[number] = function(parts[number])
 
     workers = [_pool().submit(work) for _ in range(min(threads, len(parts)))]
-    wait(workers)
+    wait_for_all(workers, give_up=lambda: list(left))
     for worker in workers:
         worker.result()
     return results
