@@ -2,9 +2,12 @@
 and the signals it takes. A new release of Lightning is checked against this file.
 """
 
+import errno
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,11 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 from lightning_fabric.plugins.io import TorchCheckpointIO
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from neighborlm.common.errors import Diverged, InputError, free_at
+from neighborlm.common.errors import Diverged, InputError, causes, free_at
 from neighborlm.common.files import publishing
 from neighborlm.common.units import size_of
 from neighborlm.datamodules.lm import ResumableLoader
@@ -46,12 +50,45 @@ class WholeCheckpoints(TorchCheckpointIO):
             with publishing(path) as making:
                 torch.save(checkpoint, making)
         except (OSError, RuntimeError) as error:
+            free, needed = free_at(path), bytes_of(checkpoint)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            sizes = f"{size_of(free_at(path))} free, about {size_of(bytes_of(checkpoint))} needed"
+            if free < needed:  # torch says where its own file is at
+                reason = os.strerror(errno.ENOSPC)
+            sizes = f"{size_of(free)} free, about {size_of(needed)} needed"
             raise InputError(
                 f"{path}: cannot be written ({reason}; {sizes}); what was there stays, and the "
                 "same command goes on from it"
             ) from error
+
+
+class Events(TensorBoardLogger):
+    """What TensorBoard shows. Its files are written by a thread, whose errors come up later and do
+    not say where."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs some figures."""
+        with self._errors_say_where():
+            super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        """Brings what was logged to disk."""
+        with self._errors_say_where():
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        """Writes the rest."""
+        with self._errors_say_where():
+            super().finalize(status)
+
+    @contextmanager
+    def _errors_say_where(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            for cause in causes(error):
+                if isinstance(cause, OSError):
+                    cause.filename = cause.filename or self.log_dir
+            raise
 
 
 def bytes_of(content: Any) -> int:

@@ -1,7 +1,6 @@
 """Files and folders that become visible only when complete, the locks under which they are made,
 what is said of disks that do not take them, and digests of their contents."""
 
-import errno
 import os
 import re
 import shutil
@@ -13,12 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import NO_ROOM, InputError, free_at
 from neighborlm.common.units import size_of
 
 LEFTOVER = r"\.making(-(\d+))?"
 """Ends the temporary names; up to version 0.1 some named no process."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # -- whole or not at all -------------------------------------------------------------------------
 
@@ -44,8 +42,17 @@ def publishing(path: Path) -> Iterator[Path]:
         if making.is_dir():
             _remove(path)
         os.replace(making, path)
+    except (OSError, RuntimeError) as error:  # many do not know the file
+        error.filename = _place_of(error, making, path)
+        raise
     finally:
         _remove(making)
+
+
+def _place_of(error: Exception, making: Path, path: Path) -> str:
+    """Where an error has happened, by the name that somebody knows."""
+    found = getattr(error, "filename", None)
+    return str(path) if not isinstance(found, str) else found.replace(str(making), str(path))
 
 
 def publish_folder(
@@ -169,7 +176,7 @@ def sentences_about(place: Path, flag: str) -> Iterator[None]:
     except OSError as error:
         where = Path(error.filename) if isinstance(error.filename, str) else place
         if error.errno in NO_ROOM:
-            found = f"{size_of(shutil.disk_usage(_existing(place)).free)} free"
+            found = f"{size_of(free_at(place))} free"
             if isinstance(error, DiskFull):
                 found += f", about {size_of(error.needed)} needed"
             raise InputError(
@@ -184,11 +191,6 @@ def sentences_about(place: Path, flag: str) -> Iterator[None]:
             f"{where}: {error.strerror or error}; expected a folder that can be written, or "
             f"another one named as {flag}"
         ) from None
-
-
-def _existing(place: Path) -> Path:
-    """The folder, or its nearest ancestor that exists."""
-    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
 
 
 def digest_of(*parts: str | bytes | Path, size: int = 8) -> str:

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.files import publishing
 
 Level = Literal["word", "char", "byte"]
 """What a token is: a word between white space, a character or a byte."""
@@ -183,9 +184,11 @@ class Dictionary:
         for symbol, n in zip(self.symbols[first:], self.counts[first:], strict=True):
             lines.append(f"{symbol} {n} {OVERWRITE}\n" if symbol in before else f"{symbol} {n}\n")
             before.add(symbol)
-        path.write_bytes("".join(lines).encode())
+        with publishing(path) as making:
+            making.write_bytes("".join(lines).encode())
         recorded = {"level": self.level, "sha256": _sha256(path)}
-        _record_of(path).write_text(json.dumps(recorded))
+        with publishing(_record_of(path)) as making:
+            making.write_text(json.dumps(recorded))
 
 
 class _IdLookup(dict):

@@ -4,6 +4,7 @@ stderr and an exit status tell of all that can go wrong."""
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
@@ -43,6 +44,7 @@ def run_program(module: str, *args: list[str]) -> None:
         args: of `main`.
     """
     interrupts_do(end_at_once)
+    threading.excepthook = _tell_of_thread
     ENDING.follow_starter()
     main = import_module(f"neighborlm.{module}").main
     try:
@@ -53,6 +55,12 @@ def run_program(module: str, *args: list[str]) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(INTERRUPTED)  # threads of libraries may still be at work on what would be freed
+
+
+def _tell_of_thread(error: threading.ExceptHookArgs) -> None:
+    """A disk that is full comes up where the thread's work is asked for."""
+    if not disk_is_full(error.exc_value):
+        threading.__excepthook__(error)
 
 
 def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import InputError, free_at
 from neighborlm.common.files import publishing
+from neighborlm.common.units import size_of
 
 
 def check_writable(path: Path, flag: str, kind: Literal["file", "folder"] = "file") -> None:
@@ -62,7 +63,8 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
                 with publishing(path) as making:
                     making.write_bytes(content)
         except OSError as error:
-            failed.append(f"{path} ({error.strerror})")
+            needed = f"about {size_of(len(content))} needed, {size_of(free_at(path))} free"
+            failed.append(f"{path} ({error.strerror}; {needed})")
     if failed:
         raise InputError(
             f"{', '.join(failed)}: could not be written; what could be is, and the figures stand "

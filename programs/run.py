@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from neighborlm.callbacks.lightning_internals import (
+    Events,
     KeepSigterm,
     LeaveRanks,
     WholeCheckpoints,
@@ -126,7 +126,7 @@ class Run:
                 settings[name] = deepcopy(settings[name])
         if settings.get("logger") in (None, True):
             place = Path(stage, self.evaluation if stage == "evaluate" else "")
-            settings["logger"] = TensorBoardLogger(self.directory, name="", version=str(place))
+            settings["logger"] = Events(self.directory, name="", version=str(place))
         strategy = settings.setdefault("strategy", "auto")
         if strategy == "fsdp":
             one_file = ModelParallelStrategy(save_distributed_checkpoint=False)

@@ -22,6 +22,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.progress import Report
 from neighborlm.retrieval.search.factory import check_factory
+from neighborlm.retrieval.search.index import write_index
 from neighborlm.retrieval.search.index_check import check_file, is_sound
 from neighborlm.retrieval.search.retriever import faiss_reason
 from neighborlm.retrieval.store.arrays import Layout, open_array, open_raw
@@ -100,7 +101,7 @@ class FeatureCodec:
     def write(self, path: Path) -> None:
         """Writes it so that a reader sees all of it or nothing."""
         with publishing(path) as making:
-            faiss.write_index(self.codec, str(making))
+            write_index(self.codec, making)
         is_sound(path)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:

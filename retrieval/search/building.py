@@ -34,11 +34,13 @@ from neighborlm.retrieval.search.index import (
     index_path,
     make_index,
     read_index,
+    write_index,
 )
 from neighborlm.retrieval.search.index_check import is_sound
 from neighborlm.retrieval.search.index_file import files_of, list_file_of, open_file
 from neighborlm.retrieval.search.index_recall import RecallSample
 from neighborlm.retrieval.search.retriever import faiss_reason, normalized
+from neighborlm.retrieval.store.arrays import check_room
 from neighborlm.retrieval.store.artifact import Artifact, Format, Job
 from neighborlm.retrieval.store.datastore import Datastore, fingerprint_of
 
@@ -336,10 +338,13 @@ class IndexBuilding:
         """Merges the lists of all parts into a file, which becomes the index's lists."""
         report("merging", 0, 1)
         self._put_aside(index)
-        files = [str(self.path.with_name(part)) for part in self.parts]
+        files = [self.path.with_name(part) for part in self.parts]
+        # It is written through a memory map, where a full disk would end the program.
+        needed = sum(file.stat().st_size for file in files)
+        check_room({self.path.parent: needed}, "index", "make room")
         lists = list_file_of(self.path)
         with publishing(lists) as making:
-            merge_ondisk(index, files, str(making))
+            merge_ondisk(index, list(map(str, files)), str(making))
         # Beside the index, wherever that will be.
         on_disk = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
         on_disk.filename = lists.name
@@ -354,4 +359,4 @@ class IndexBuilding:
         if GPUS:
             index = faiss.index_gpu_to_cpu(index)
         with publishing(path) as making:
-            faiss.write_index(index, str(making))
+            write_index(index, making)

@@ -249,6 +249,21 @@ def read_index(path: Path) -> faiss.Index:
         ) from None
 
 
+def write_index(index: faiss.Index, path: Path) -> None:
+    """Writes an index file. (By faiss alone, an index whose end does not fit on the disk would pass
+    for a whole one: it takes no notice of errors when it closes the file.)
+
+    Raises:
+        OSError: it cannot be written; where the disk is full, `needed` is about what it takes.
+    """
+    try:
+        with open(path, "wb") as file:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    except OSError as error:
+        error.needed = index.ntotal * (index.sa_code_size() + 8)
+        raise
+
+
 def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
     """An empty index.
 

@@ -1,6 +1,5 @@
 """Arrays on disk: opening ours and those of other programs, and making room for new ones."""
 
-import errno
 import math
 import os
 import shutil
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import NO_ROOM, InputError
 from neighborlm.common.files import publishing
 from neighborlm.common.units import size_of
 
@@ -130,7 +129,7 @@ def _take_room(path: Path) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_ROOM:
                 return  # the file system cannot do it
             raise InputError(
                 f"{path}: the disk has no room for its {size_of(size)} ({error.strerror})"

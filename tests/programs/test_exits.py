@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
 from small import ROOT
 
 from neighborlm.common.errors import InputError, LostRank
+from neighborlm.common.files import publishing
 from neighborlm.programs.exits import Ended, exit_with_one_sentence
+from neighborlm.retrieval.search.index import write_index
 
 PROGRAM = """
 import sys
@@ -117,6 +121,39 @@ def test_libraries_that_get_no_memory(capsys, ask):
     with pytest.raises(Ended):
         exit_with_one_sentence(ask)()
     assert "out of memory (" in capsys.readouterr().err
+
+
+def save_array(file: str) -> None:
+    with open(file, "wb") as opened:
+        np.save(opened, np.zeros(100_000))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize(
+    "write",
+    [
+        save_array,
+        lambda file: write_index(faiss.IndexFlatL2(8), Path(file)),  # less than a buffer
+        lambda file: Path(file).write_text("a" * 100_000),
+    ],
+    ids=["numpy", "faiss", "python"],
+)
+def test_libraries_that_find_a_disk_full(tmp_path, capsys, write):
+    """They do not know the place, or call it by a temporary name."""
+    path = tmp_path / "product"
+
+    @exit_with_one_sentence
+    def main() -> None:
+        with publishing(path) as making:
+            making.symlink_to("/dev/full")
+            write(str(making))
+
+    with pytest.raises(Ended):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path}"), said
+    assert "No space left on device (" in said
+    assert "making" not in said
 
 
 def test_a_defect_keeps_its_traceback():
