@@ -15,7 +15,7 @@ from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.architectures import Source
 from neighborlm.programs.cli import ProgramCLI
 from neighborlm.programs.corpora import CorpusDataModule
-from neighborlm.programs.effects import check_effects
+from neighborlm.programs.effects import NEVER_SEARCH, check_effects, check_trainer
 from neighborlm.programs.evaluation import evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.named_run import with_settings_of_run
@@ -36,6 +36,13 @@ class EvaluateCLI(ProgramCLI):
     """The command line of evaluate.py; the model is the checkpoint's, whatever the config says."""
 
     tool = "evaluate"
+    examples = """\
+{program} runs/NAME
+{program} runs/NAME --knnlm --split test
+
+runs/NAME is the directory of a training. Every setting is a flag and a line in YAML; what is
+missing of datastore and index is made.
+"""
 
     def completed(self, args: list[str]) -> list[str]:
         """A run that is named is followed by its settings."""
@@ -178,6 +185,8 @@ class EvaluateCLI(ProgramCLI):
         self.settings.check()
         makes_products = self.config.save_datastore or self.config.build_index
         check_effects(self.settings, self.memories, self.config.mixer, makes_products)
+        searches = makes_products or bool(set(self.memories) - NEVER_SEARCH)
+        check_trainer(self.config.trainer, False, searches or self.architecture.has_neighbors)
         if self.memories or not makes_products:
             self.check_places()
         self.knn = self.settings.knn

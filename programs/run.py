@@ -146,7 +146,7 @@ class Run:
             if ddp and trained is not None and trained.leaves_out_parameters:
                 settings["strategy"] = "ddp_find_unused_parameters_true"
                 trainer = Trainer(**settings)
-        except (ValueError, MisconfigurationException) as error:
+        except (TypeError, ValueError, MisconfigurationException) as error:
             reason = " ".join(str(error).split()).split(". ")[0]
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
         take_named_checkpoints_only(trainer)

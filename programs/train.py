@@ -13,6 +13,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.belonging import check_row_length, is_same_text
 from neighborlm.programs.cli import ProgramCLI
+from neighborlm.programs.effects import check_trainer
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.training import read_checkpoint, train
 
@@ -33,6 +34,14 @@ class TrainCLI(ProgramCLI):
     """The command line of train.py."""
 
     tool = "train"
+    examples = """\
+{program} --config configs/text/lm.yaml --data.corpus FOLDER
+{program} --config configs/text/gnn_lm.yaml --data.corpus FOLDER \\
+    --model.lm_checkpoint runs/NAME/checkpoints/best.ckpt
+
+FOLDER holds train.txt, valid.txt and test.txt, and NAME is the folder's own name. Every setting is
+a flag and a line in YAML. A training that was interrupted goes on when its command is given again.
+"""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is not a section; the model's vocabulary is the corpus's."""
@@ -59,6 +68,7 @@ class TrainCLI(ProgramCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the data module and a new model."""
+        check_trainer(self.config.trainer, trains=True, makes_products=False)
         if self.arch == "lm":  # known before the corpus is read
             longest = self.config.model.max_target_positions
             check_row_length(self.config.data.tokens_per_sample, longest)

@@ -147,8 +147,9 @@ def _train(
     throughput = Throughput()
     with interrupts_held() as held:
         continuation = Continuation(ckpt_path, held)
-        watching = [LearningRateMonitor("step"), throughput]
-        callbacks = [continuation, RandomNumbers(run.seed), best, last, *watching]
+        logs = run.settings.get("logger") is not False
+        watching = [LearningRateMonitor("step")] if logs else []
+        callbacks = [continuation, RandomNumbers(run.seed), best, last, *watching, throughput]
         trainer = run.trainer(callbacks, stage="train", trained=model)
         if trainer.is_global_zero:
             run.directory.mkdir(parents=True, exist_ok=True)

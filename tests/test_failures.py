@@ -195,11 +195,6 @@ def test_no_room_on_disk(refused, monkeypatch, tmp_path):
     assert "the disk has 1 kB free" in sentence
 
 
-def test_unknown_flag_exits_2(workplace, run_program):
-    done = run_program(workplace, "evaluate.py", *HERE, "--knn.neighbours", 3, status=2)
-    assert "--knn.neighbours" in done.stderr
-
-
 def start(cwd, program, *flags) -> subprocess.Popen:
     """A program that is going to be killed."""
     return subprocess.Popen(

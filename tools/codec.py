@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from neighborlm.originals.codes import import_codes
+from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.neighbors.codec import compare_codecs
 from neighborlm.retrieval.store.datastore import Datastore
@@ -60,6 +61,7 @@ def main(args: list[str] | None = None) -> None:
     auto_cli(
         {"compare": compare, "import": take_over},
         args=args,
+        parser_class=ToolParser,
         as_positional=False,
         prog="neighborlm codec",
         description="Compares codecs of a GNN-LM's features, and takes over codes of the original.",

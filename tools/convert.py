@@ -8,6 +8,7 @@ from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.originals.conversion import convert, export
 from neighborlm.originals.databin import write_databin
+from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
 
 
@@ -42,6 +43,7 @@ def main(args: list[str] | None = None) -> None:
     auto_cli(
         commands,
         args=args,
+        parser_class=ToolParser,
         prog="neighborlm convert",
         description="Checkpoints of fairseq to ours and back, and corpora to its data-bins.",
     )

@@ -15,6 +15,7 @@ from neighborlm.common.contracts import NProbe
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
 from neighborlm.originals.raw_datastore import import_datastore
+from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search import Search
@@ -92,7 +93,13 @@ def list_datastores(path: Path) -> None:
 
     Args:
         path: the folder, searched with all folders in it.
+
+    Raises:
+        InputError: it is no folder.
     """
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "no such folder"
+        raise InputError(f"--path {path}: {found}; expected a folder with datastores below it")
     for place in below(path):
         try:
             print(line_of(place))
@@ -296,6 +303,7 @@ def main(args: list[str] | None = None) -> None:
     auto_cli(
         COMMANDS,
         args=args,
+        parser_class=ToolParser,
         as_positional=False,
         prog="neighborlm datastore",
         description="Looks at datastores, verifies, splits, merges and assembles them, and takes "

@@ -6,6 +6,7 @@ from jsonargparse import auto_cli
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.originals.neighbor_table import import_table
+from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.store.datastore import Datastore
 
@@ -31,4 +32,10 @@ def main(args: list[str] | None = None) -> None:
             taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory), report)
         print(f"neighbours: {taken.path}, {len(taken.rows)} tokens")
 
-    auto_cli(take_over, args=args, as_positional=False, prog="neighborlm neighbors")
+    auto_cli(
+        take_over,
+        args=args,
+        parser_class=ToolParser,
+        as_positional=False,
+        prog="neighborlm neighbors",
+    )

@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import faiss
 import numpy as np
-from jsonargparse import ArgumentParser
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from neighborlm.common.errors import InputError
+from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.memories.cache import TOP
@@ -333,7 +333,7 @@ def show(w: Wanted, console: Console) -> None:
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
     """Prints the plan, and writes it as JSON with `--output`."""
-    parser = ArgumentParser(
+    parser = ToolParser(
         prog="neighborlm plan",
         description="The bytes that a datastore and all that is made of it take on the disk and in "
         "the memory of each host and on the network, before anything is run; and what would make "

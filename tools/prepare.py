@@ -10,7 +10,7 @@ the rest of the very document that is predicted. Copies of a document are left o
 import hashlib
 import os
 import shutil
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +21,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.files import sentences_about
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.corpora import tokenize as separate_punctuation
+from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
 
 
@@ -187,11 +188,10 @@ def write(
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    parser = ArgumentParser(
+    parser = OneSentence(
         prog="neighborlm prepare",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "files",

@@ -9,7 +9,7 @@ searched with every metric, index and number of probes.
 
 import json
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from rich.table import Table
 from neighborlm.common.contracts import Metric, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import Report, progress_bars
+from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
@@ -355,7 +356,7 @@ def plot(results: Sequence[Recall], path: Path) -> None:
 
 def parsed(args: list[str] | None) -> Namespace:
     """The command line, and all about it that can be wrong before anything is opened."""
-    parser = ArgumentParser(
+    parser = OneSentence(
         "neighborlm recall",
         description="How often a query's target is among the values of its nearest keys: compares "
         "key types, each a pair of datastores, and what indexes lose. An index that is missing is "

@@ -8,7 +8,7 @@ nested in that order), and the best point of all and of each k.
 
 import json
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
+from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.retrieval.memories.cache import RetrievalCache, Retrieved
 from neighborlm.retrieval.memories.tuning import octave_of, spread, sweep
@@ -59,7 +60,7 @@ def as_table(results: dict[str, Any]) -> Table:
 
 def parsed(args: list[str] | None) -> Namespace:
     """The command line, and all about it that can be wrong before the cache is opened."""
-    parser = ArgumentParser(
+    parser = OneSentence(
         "neighborlm sweep",
         description="The perplexity of kNN-LM for all combinations of k, temperature and lmbda, "
         "from a cache of what one pass of evaluate.py --knnlm --knn.cache DIR retrieved. Neither "
