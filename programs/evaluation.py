@@ -50,6 +50,7 @@ def evaluate(
     settings = settings or MemorySettings()
     settings.check()
     subject.data.stream(split)
+    check_same_model(subject)
     if memories:
         evaluated = evaluate_with_memories(subject, split, memories, mixer, settings, keep_scores)
     else:
@@ -57,6 +58,19 @@ def evaluate(
     tokens, whole = evaluated.results["tokens"], tokens_of(subject.data, split)
     part = {"part": f"first {tokens} of {whole} tokens"} if tokens < whole else {}
     return replace(evaluated, results=measure_of(subject.data) | part | evaluated.results)
+
+
+def check_same_model(subject: Subject) -> None:
+    """Raises InputError where ranks have read different models from one checkpoint."""
+    if subject.run.trainer().world_size == 1:
+        return
+    own = subject.model.fingerprint
+    first = subject.run.from_first_rank(own, subject.model)
+    if own != first:
+        raise InputError(
+            f"{getattr(subject.model, 'checkpoint', None) or 'the model'}: is {own} here, but "
+            f"{first} on rank 0, as where a training has replaced it meanwhile; repeat the command"
+        )
 
 
 def evaluate_alone(subject: Subject, split: str, keep_scores: bool) -> Evaluated:

@@ -2,22 +2,25 @@
 tuned too, or read from `--knn.cache`, which keeps it."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_only
+
 from neighborlm.callbacks.interpolation import TOKENS_AT_ONCE, Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.common.all_ranks import rank_and_ranks
-from neighborlm.common.contracts import Memory, Mixer, Opinion, Scored, Want
+from neighborlm.common.contracts import LanguageModel, Memory, Mixer, Opinion, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
-from neighborlm.programs.places import check_writable
+from neighborlm.programs.places import check_writable, own_folder
 from neighborlm.programs.resources import MadeOnDemand
+from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import PLAIN, Pass, Subject, score, tokens_of
 from neighborlm.retrieval.memories import KNNMemory
@@ -80,12 +83,32 @@ def hear(
         memories: by name; at most one of them is a `KNNMemory`.
         want: what the mixers need to know of the model.
     """
+    with ExitStack() as stack:
+        _, knn = retrieving(memories)
+        place = None if resources.knn.cache is None else Path(resources.knn.cache)
+        if place is None and knn is not None and knn.needs_tuning:
+            place = folder_for_tuning(subject.run, subject.model, stack)
+        return _hear(subject, split, memories, resources, want, place)
+
+
+def _hear(
+    subject: Subject,
+    split: str,
+    memories: Mapping[str, Memory],
+    resources: MadeOnDemand,
+    want: Want,
+    place: Path | None,
+) -> Heard:
+    """What `hear` does.
+
+    Args:
+        place: folder for what is retrieved, if it is kept at all.
+    """
     keeping = resources.knn.cache is not None
     name_of_knn, knn = retrieving(memories)
     folder, cache = None, None
-    if knn is not None and (keeping or knn.needs_tuning):
-        root = Path(resources.knn.cache) if keeping else temporary(subject, resources, split)
-        folder = cache_path(root, split)
+    if knn is not None and place is not None:
+        folder = cache_path(place, split)
         cache = fitting_cache(subject, split, resources, folder)
     kept = kept_opinions(subject, split, memories, resources) if keeping else {}
     missing = {name: memory for name, memory in memories.items() if name not in kept}
@@ -111,9 +134,7 @@ def hear(
     opinions |= {name: m.tune() for name, m in missing.items() if m is not knn and m.needs_tuning}
     if keeping:
         keep_opinions(subject, split, missing, opinions, resources)
-    made.trainer.strategy.barrier()
-    if folder is not None and not keeping and made.trainer.is_global_zero:
-        shutil.rmtree(folder.parent)
+    made.trainer.strategy.barrier()  # before the folder is removed
     opinions = {name: {**kept, **opinions}[name] for name in memories}
     cached_k = cache.manifest["k"] if keeping else None
     return Heard(asked, opinions, made, searches, seconds, cached_k)
@@ -152,10 +173,16 @@ def cache_path(folder: Path, split: str) -> Path:
     return folder / split.replace(":", "_")
 
 
-def temporary(subject: Subject, resources: MadeOnDemand, split: str) -> Path:
-    """Where all ranks keep what is retrieved for tuning until that is done."""
-    content = [retrieved_from(subject, split, resources), subject.run.evaluates_part]
-    return subject.run.directory / f"retrieved-{digest_of(json.dumps(content))}"
+def folder_for_tuning(run: Run, model: LanguageModel, stack: ExitStack) -> Path:
+    """Where all ranks of this command, and nobody else, keep what is retrieved for tuning.
+
+    Args:
+        stack: at whose end it is removed.
+    """
+    folder = None
+    if rank_zero_only.rank == 0:
+        folder = stack.enter_context(own_folder(run.directory, "retrieved"))
+    return run.from_first_rank(folder, model)
 
 
 def sizes_of(subject: Subject, split: str) -> dict[str, int]:

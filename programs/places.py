@@ -5,15 +5,18 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import Timeout
 
 from neighborlm.common.errors import InputError, free_at
-from neighborlm.common.files import publishing
+from neighborlm.common.files import Lock, publishing
 from neighborlm.common.units import size_of
 
 
@@ -45,6 +48,30 @@ def check_writable(path: Path, flag: str, kind: Literal["file", "folder"] = "fil
         raise InputError(
             f"{named}: cannot be written ({error.strerror}); expected a place to write at"
         ) from None
+
+
+@contextmanager
+def own_folder(directory: Path, prefix: str) -> Iterator[Path]:
+    """A folder that no other command writes in, removed at the end; what killed commands have left
+    is removed first.
+
+    Args:
+        directory: that holds it; made if it is missing.
+        prefix: of its name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with Lock(directory / f".{prefix}.lock"):  # lest others take one that has just been made
+        for other in filter(Path.is_dir, directory.glob(f"{prefix}-*")):
+            with suppress(Timeout, InputError), Lock(other / ".lock").acquire(timeout=0):
+                shutil.rmtree(other, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=directory))
+        lock = Lock(folder / ".lock")
+        lock.acquire()
+    try:
+        yield folder
+    finally:
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:

@@ -154,6 +154,15 @@ class Run:
         self.device = trainer.strategy.root_device
         return trainer
 
+    def from_first_rank(self, value: Any, model: LanguageModel) -> Any:
+        """What the first of all ranks calls this with.
+
+        Args:
+            model: the one that the stages work with.
+        """
+        is_alone = self.trainer().world_size == 1
+        return value if is_alone else self.join_ranks(model).gather(value)[0]
+
     def join_ranks(self, model: LanguageModel) -> Ranks:
         """Starts and connects all processes of this run, for what they do together between stages.
 

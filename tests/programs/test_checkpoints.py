@@ -1,6 +1,8 @@
 """A model saved by Lightning comes back the same; other files are refused without running them."""
 
 import pickle
+import time
+from threading import Thread
 
 import pytest
 import pytorch_lightning as pl
@@ -117,6 +119,22 @@ def test_what_is_no_checkpoint(saved, name):
         load_model(saved)
     assert str(saved) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_that_is_replaced_meanwhile_is_the_old_one_or_the_new(saved, tmp_path):
+    """As by a training that finds a better model."""
+    models = make(), make(seed=1)
+    copies = [tmp_path / f"copy-{number}" for number in range(40)]
+    for number, copy in enumerate(copies):
+        torch.save(contents(models[number % 2]), copy)
+    replacing = Thread(target=lambda: [(copy.rename(saved), time.sleep(0.01)) for copy in copies])
+    replacing.start()
+    loaded = [load_model(saved)]
+    while replacing.is_alive():
+        loaded.append(load_model(saved))
+    replacing.join()
+    assert {model.fingerprint for model in loaded} == {model.fingerprint for model in models}
+    assert load_model(str(saved)).checkpoint == str(saved)
 
 
 class Harmful:

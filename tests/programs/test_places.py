@@ -9,7 +9,7 @@ import pytest
 
 from neighborlm.common.errors import InputError
 from neighborlm.programs import places
-from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
+from neighborlm.programs.places import as_json, as_npz, check_writable, own_folder, write_all
 
 
 def test_json_has_null_for_what_is_not_finite():
@@ -45,3 +45,19 @@ def test_nothing_is_made_by_looking(tmp_path):
     check_writable(tmp_path / "a/b/c.json", "--output")
     check_writable(tmp_path / "a/b", "--knn.cache", "folder")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_command_has_a_folder_of_its_own(tmp_path):
+    """What is in use stays, what a killed command has left is removed, other files are let be."""
+    left, file = tmp_path / "retrieved-left", tmp_path / "retrieved-file"
+    left.mkdir()
+    (left / "keys.npy").touch()
+    file.touch()
+    with own_folder(tmp_path, "retrieved") as first:
+        assert not left.exists()
+        with own_folder(tmp_path, "retrieved") as second:
+            assert first.is_dir()
+            assert second not in (first, file)
+        assert not second.exists()
+        assert first.is_dir()
+    assert [path for path in tmp_path.iterdir() if path.name[0] != "."] == [file]

@@ -12,6 +12,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.evaluation import evaluate
+from neighborlm.programs.places import own_folder
 from neighborlm.programs.products import Products
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.run import Run
@@ -110,6 +111,15 @@ def test_the_figures_say_how_the_datastore_was_made():
     knn = KNNSettings(k=4, min_context=2, lmbda=0.2)
     found = evaluate(subject("first"), "test", ["knn"], settings=MemorySettings(knn)).results["knn"]
     assert (found["min_context"], found["shards"]) == (0, 1)
+
+
+def test_two_evaluations_that_tune_at_once():
+    """One that lasts as long as another begins and ends keeps its folder."""
+    settings = MemorySettings(KNNSettings(k=4))
+    with own_folder(Path("runs/first"), "retrieved") as others:
+        found = evaluate(subject("first"), "test", ["knn"], settings=settings).results["knn"]
+        assert found["tuned"]
+        assert list(Path("runs/first").glob("retrieved-*")) == [others]
 
 
 def test_another_models_datastore_is_refused_by_name():
