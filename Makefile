@@ -5,12 +5,15 @@
 #   FAISS         cpu or gpu: which faiss to install; if not given, the one that is installed, else
 #                 gpu where an NVIDIA driver answers on 64-bit x86 Linux (the only platform that
 #                 package is built for), else cpu
+#   HF            1, as by default, for what models of Hugging Face need (about 700 MB) besides; 0 to
+#                 leave it out: then a flag that needs it says so, and tests of it are skipped
 #   PYTEST_ARGS   what pytest gets, for example PYTEST_ARGS="-k decoder"
 #
 # Which build of torch comes, for CUDA or for the CPU alone, is pip's choice: set its own options
 # (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) to change it.
 
 PYTHON ?= python3
+HF ?= 1
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
@@ -22,15 +25,19 @@ ifeq ($(filter cpu gpu,$(FAISS)),)
 $(error FAISS is '$(FAISS)', but it must be cpu or gpu)
 endif
 OTHER_FAISS := $(filter-out $(FAISS),cpu gpu)
+ifeq ($(filter 0 1,$(HF)),)
+$(error HF is '$(HF)', but it must be 0 or 1)
+endif
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: help setup demo test test-hosts lint clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP)$(FAISS) ## Make .venv and install into it what constraints.txt pins
+setup: $(STAMP)$(FAISS) $(if $(filter 1,$(HF)),.venv/.hf-installed) ## Make .venv and install into it what constraints.txt pins
 
-demo: setup ## Train a small model, give it a memory and compare the perplexities
+demo: $(STAMP)$(FAISS) ## Train a small model, give it a memory and compare the perplexities
 	$(BIN)/python -m benchmarks.demo
 
 # Two pytest workers with one thread each do not fight over the cores.
@@ -61,5 +68,10 @@ $(STAMP)$(FAISS): pyproject.toml constraints.txt
 	@rm -f $(STAMP)*
 	@$(BIN)/python -m pip uninstall -q -y faiss-$(OTHER_FAISS) 2>/dev/null
 	@echo "Installing into .venv, with faiss for $(FAISS): this takes a few minutes the first time."
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(FAISS),dev]"
+	$(PIP) -e ".[$(FAISS),test]"
+	@touch $@
+
+.venv/.hf-installed: $(STAMP)$(FAISS)
+	@echo "Installing what models of Hugging Face need."
+	$(PIP) -e ".[$(FAISS),hf]"
 	@touch $@

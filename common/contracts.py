@@ -216,11 +216,14 @@ class Vocabulary(Protocol):
     Attributes:
         pad: id of padding.
         eos: id that ends a line or a document.
+        window_start: id that every row begins with, in place of the token before its first target;
+            None for that token itself.
         fingerprint: identifies the vocabulary; with equal fingerprints equal ids are equal tokens.
     """
 
     pad: int
     eos: int
+    window_start: int | None
     fingerprint: str
 
     def __len__(self) -> int: ...
@@ -249,6 +252,18 @@ class TokenStream(Protocol):
     line_starts: np.ndarray
 
 
+class TextSize(NamedTuple):
+    """How much raw text there is.
+
+    Attributes:
+        words: separated by white space.
+        bytes: in UTF-8.
+    """
+
+    words: int
+    bytes: int
+
+
 class Corpus(Protocol):
     """A text in splits, as token ids, whatever files they come from.
 
@@ -274,6 +289,14 @@ class Corpus(Protocol):
 
     def fingerprint(self, split: str) -> str:
         """Identifies the tokens of a split and the ends of its lines, whatever file holds them."""
+        ...
+
+    def text_size(self, split: str, scored: np.ndarray | None = None) -> TextSize | None:
+        """The size of the raw text that a split's tokens stand for; None where it is not known.
+
+        Args:
+            scored: int64, the offsets of the tokens that count; None for all of them.
+        """
         ...
 
 

@@ -11,10 +11,11 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from neighborlm.common.contracts import TextSize
 from neighborlm.common.contracts import TokenStream as AnyTokenStream
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import publish_folder
@@ -27,6 +28,8 @@ from neighborlm.datamodules.binarize import (
 from neighborlm.datamodules.corpora import CorpusFiles, resolve_corpus
 from neighborlm.datamodules.dictionary import BYTE_ORDER_MARK, UNK, Dictionary, Level
 
+Protocol = Literal["neighborlm", "knn-transformers"]
+"""How a text becomes rows: every token is scored once, or as in the program of this name."""
 CACHE_VERSION = 1  # raise it when the meaning of the files changes
 ARRAYS = ("tokens.npy", "line_starts.npy")
 MUCH_UNKNOWN = 0.1
@@ -43,6 +46,12 @@ class CorpusSettings:
         threshold: words rarer than this in the training text become `<unk>`.
         dictionary: an existing dict.txt to use in place of the training text's own.
         cache_dir: folder of downloads and binarised corpora.
+        tokenizer: a Hugging Face tokenizer, which the four settings that follow are for.
+        tokenizer_revision: of a name on the hub.
+        text_column: of records.
+        separator: a line that stands between documents.
+        protocol: how text becomes rows.
+        window: tokens that a row reads, where the protocol cuts the text by it.
     """
 
     corpus: str
@@ -50,6 +59,17 @@ class CorpusSettings:
     threshold: int = 0
     dictionary: str | None = None
     cache_dir: Path = Path(".cache")
+    tokenizer: str | None = None
+    tokenizer_revision: str | None = None
+    text_column: str | None = None
+    separator: str | None = None
+    protocol: Protocol = "neighborlm"
+    window: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """What a token is: `word`, `char`, `byte`, or a `subword` of a tokenizer."""
+        return self.level if self.tokenizer is None else "subword"
 
 
 class BinarizedCorpus:
@@ -127,6 +147,17 @@ class BinarizedCorpus:
         """Identifies the tokens of a split and the ends of its lines."""
         self._refuse_unknown(split)
         return self.meta["fingerprints"][split]
+
+    def text_size(self, split: str, scored: np.ndarray | None = None) -> TextSize | None:
+        """See `common.contracts.Corpus.text_size`; known of whole splits of text alone."""
+        if scored is not None or self.files.ids:
+            return None
+        words = size = 0
+        with open(self.files.split(split), encoding="utf-8-sig", errors="replace") as file:
+            for line in file:
+                words += len(line.split())
+                size += len(line.encode())
+        return TextSize(words, size)
 
     def verify(self, split: str, stream: AnyTokenStream | None = None) -> None:
         """Reads a whole split and compares its digest with that of what was written.

@@ -55,9 +55,12 @@ class Rows:
 
     def dropped(self, n_tokens: int) -> np.ndarray:
         """Stream offsets that no row scores, of `n_tokens` in all, ascending."""
-        if self.kept is None:
-            return np.empty(0, dtype=np.int64)
-        return np.delete(np.arange(n_tokens), self.kept)
+        if self.kept is not None:
+            return np.delete(np.arange(n_tokens), self.kept)
+        edge = np.zeros(n_tokens + 1, dtype=np.int8)
+        edge[self.starts] += 1
+        edge[self.ends] -= 1
+        return np.flatnonzero(np.cumsum(edge[:-1]) == 0)
 
 
 def make_rows(
@@ -101,6 +104,28 @@ def make_rows(
     room = np.maximum(tokens_per_sample - (ends - starts), 0)
     context = np.minimum(np.minimum(room, context_window), starts)
     return Rows(starts - context, starts, ends, kept)
+
+
+def make_windows(line_starts: np.ndarray, window: int, stride: int) -> Rows:
+    """Cuts each line of a split, a group of lines of its text, into windows as knn-transformers
+    does: every `stride` tokens a window ends, which reads the `window` tokens up to there and
+    scores those that no window has scored. The first token of a line, before which the model reads
+    nothing, is not scored.
+
+    Args:
+        line_starts: int64 `[lines + 1]`; the last one is the length of the stream.
+        window: more than `stride`, or as much: then the first token of no window is scored.
+    """
+    firsts, lasts = line_starts[:-1], line_starts[1:]
+    count = -(-(lasts - firsts) // stride)
+    line = np.repeat(np.arange(len(firsts)), count)
+    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    starts = firsts[line] + number * stride
+    ends = np.minimum(starts + stride, lasts[line])
+    reads = np.maximum(starts + stride - window, firsts[line]) + 1
+    rows = Rows(reads, np.maximum(starts, reads), ends)
+    some = rows.starts < rows.ends
+    return Rows(rows.context_starts[some], rows.starts[some], rows.ends[some])
 
 
 def _whole_lines(line_starts: np.ndarray, block_size: int) -> np.ndarray:

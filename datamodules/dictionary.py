@@ -48,6 +48,7 @@ class Dictionary:
     """
 
     pad, eos = PAD, EOS
+    window_start = None
 
     def __init__(
         self, symbols: Iterable[str], counts: Iterable[int], level: Level = "word"

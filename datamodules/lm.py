@@ -5,6 +5,7 @@ them (`dealing`).
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from neighborlm.common.contracts import Corpus, NeighborReader, TokenStream, Vocabulary
+from neighborlm.common.contracts import Corpus, NeighborReader, TextSize, TokenStream, Vocabulary
 from neighborlm.common.errors import InputError
-from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings
-from neighborlm.datamodules.blocks import BreakMode, Rows, make_rows
+from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings, Protocol
+from neighborlm.datamodules.blocks import BreakMode, Rows, make_rows, make_windows
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.dealing import DealtBatches, PartOfText
-from neighborlm.datamodules.dictionary import EOS, PAD, Level
+from neighborlm.datamodules.dictionary import Level
 from neighborlm.datamodules.mapped import MappedByPath
+
+DEFAULT_ROW = 1024
+"""Longest row that is chosen by itself, in tokens."""
 
 
 class LMBatch(NamedTuple):
@@ -53,14 +57,24 @@ class RowDataset(MappedByPath, Dataset):
     Args:
         stream: the tokens of the split.
         rows: which offsets each row reads and scores.
+        vocabulary: has the ids of what stands before the text and behind a row.
+        window_start: id that every row begins with in place of the token before its first target;
+            None for that token.
         neighbors: gives the rows their neighbours, for models that read them.
     """
 
     def __init__(
-        self, stream: TokenStream, rows: Rows, neighbors: NeighborReader | None = None
+        self,
+        stream: TokenStream,
+        rows: Rows,
+        vocabulary: Vocabulary,
+        window_start: int | None = None,
+        neighbors: NeighborReader | None = None,
     ) -> None:
         self.stream = stream
         self.rows = rows
+        self.pad, self.eos = vocabulary.pad, vocabulary.eos
+        self.window_start = window_start
         self.neighbors = neighbors
 
     def __len__(self) -> int:
@@ -81,11 +95,13 @@ class RowDataset(MappedByPath, Dataset):
         positions = offsets
         if self.rows.kept is not None:
             positions = self.rows.kept[np.minimum(offsets, len(self.rows.kept) - 1)]
-        tokens = np.full(positions.shape, PAD, dtype=np.int64)
-        targets = np.full(positions.shape, PAD, dtype=np.int64)
+        tokens = np.full(positions.shape, self.pad, dtype=np.int64)
+        targets = np.full(positions.shape, self.pad, dtype=np.int64)
         targets[inside] = self.stream.tokens[positions[inside]]
         before = positions[inside] - 1
-        tokens[inside] = np.where(before < 0, EOS, self.stream.tokens[np.maximum(before, 0)])
+        tokens[inside] = np.where(before < 0, self.eos, self.stream.tokens[np.maximum(before, 0)])
+        if self.window_start is not None:
+            tokens[inside[:, 0], 0] = self.window_start
         positions = np.where(inside, positions, -1)
         return LMBatch(
             torch.from_numpy(tokens),
@@ -132,14 +148,15 @@ class LMDataModule(pl.LightningDataModule):
         corpus: a folder with train.txt, valid.txt (or val.txt) and test.txt, or with
             wiki.{train,valid,test}.tokens (or .raw), or with nanoGPT's train.bin and val.bin; or
             the name of a known corpus: python_docs, wikitext-2, wikitext-103, enwik8, lm1b. The
-            programs also read a fairseq data-bin.
+            programs also read a fairseq data-bin. With a tokenizer also .jsonl and .parquet files
+            and saved datasets, and any text that is not divided into splits.
         break_mode: where blocks end: `none`, after any token; `complete`, at the end of a line,
             with as many lines as fit; `eos`, at the end of every line. Use `eos` for a text of
             unrelated lines.
-        tokens_per_sample: length of a row in tokens, its left context included; at most the
-            model's max_target_positions.
+        tokens_per_sample: length of a row in tokens, its left context included; at most what the
+            model reads. null: that, but no more than 1,024.
         context_window: how many tokens of a row only give context in evaluation; more improves
-            perplexity and takes longer.
+            perplexity and takes longer. null: half of a row.
         max_tokens: most tokens in a batch, padding included; lower it if memory runs out.
         level: what a token is: a `word` between white space, a `char`(acter) or a `byte`.
         threshold: words that occur less often than this in the training text become <unk>; without
@@ -148,6 +165,16 @@ class LMDataModule(pl.LightningDataModule):
             an existing model; required for a data-bin without one.
         drop_long_lines: leave out blocks longer than the model reads, as fairseq does, instead of
             cutting them into pieces.
+        tokenizer: of transformers, a directory or a name on the Hugging Face hub, which reads the
+            text as it is; level, threshold and dictionary are without effect then. By default that
+            of --model.pretrained, if there is one.
+        tokenizer_revision: branch, tag or commit of a tokenizer on the hub.
+        text_column: column of the text in .jsonl and .parquet files and saved datasets; by default
+            `text`, or else the only one with text.
+        separator: with a tokenizer, a line that stands between the documents of a .txt file, '' for
+            a blank one; by default each file is a document.
+        protocol: how a text becomes rows: neighborlm scores every token once; knn-transformers does
+            as the program of this name, only to compare with its figures.
         cache_dir: folder of downloads and binarised corpora.
         num_workers: processes that make batches; with 0 the main process makes them. Raise it if
             the GPU waits for batches.
@@ -166,26 +193,42 @@ class LMDataModule(pl.LightningDataModule):
         self,
         corpus: str,
         break_mode: BreakMode = "none",
-        tokens_per_sample: int = 512,
-        context_window: int = 0,
+        tokens_per_sample: int | None = 512,
+        context_window: int | None = 0,
         max_tokens: int = 4096,
         level: Level = "word",
         threshold: int = 0,
         dictionary: str | None = None,
         drop_long_lines: bool = False,
+        tokenizer: str | None = None,
+        tokenizer_revision: str | None = None,
+        text_column: str | None = None,
+        separator: str | None = None,
+        protocol: Protocol = "neighborlm",
         cache_dir: str = ".cache",
         num_workers: int = 0,
         seed: int = 1,
     ) -> None:
         super().__init__()
-        if tokens_per_sample < 1 or not 0 <= context_window < tokens_per_sample:
-            raise InputError(
-                f"--data.context_window is {context_window} and --data.tokens_per_sample "
-                f"{tokens_per_sample}; expected 0 <= context window < tokens per sample"
-            )
         if max_tokens < 1:
             raise InputError(f"--data.max_tokens is {max_tokens}; expected at least 1")
-        self.settings = CorpusSettings(corpus, level, threshold, dictionary, Path(cache_dir))
+        if tokenizer is None and protocol != "neighborlm":
+            raise InputError(
+                f"--data.protocol {protocol}: is for text that a tokenizer of transformers reads; "
+                "expected --data.tokenizer too"
+            )
+        self.settings = CorpusSettings(
+            corpus,
+            level,
+            threshold,
+            dictionary,
+            Path(cache_dir),
+            tokenizer,
+            tokenizer_revision,
+            text_column,
+            separator,
+            protocol,
+        )
         self.break_mode = break_mode
         self.tokens_per_sample = tokens_per_sample
         self.context_window = context_window
@@ -193,10 +236,31 @@ class LMDataModule(pl.LightningDataModule):
         self.drop_long_lines = drop_long_lines
         self.num_workers = num_workers
         self.seed = seed
-        self.max_target_positions = tokens_per_sample
-        """Longest row that the model reads, to be set to the model's; longer lines are cut."""
+        self.max_target_positions = tokens_per_sample or DEFAULT_ROW
+        """Longest row that the model reads, see `read_by`; longer lines are cut."""
         self.memories: dict[str, NeighborReader] = {}
         """Gives the tokens of a split their neighbours, for models that read them; by split."""
+        if tokens_per_sample is not None:
+            self.read_by(self.max_target_positions)
+
+    def read_by(self, max_target_positions: int) -> None:
+        """Sets how many tokens the model reads at most, and by it what was left open.
+
+        Raises:
+            InputError: rows do not fit the model, or leave nothing to score.
+        """
+        self.max_target_positions = max_target_positions
+        if self.tokens_per_sample is None:
+            self.tokens_per_sample = min(max_target_positions, DEFAULT_ROW)
+        if self.context_window is None:
+            self.context_window = self.tokens_per_sample // 2
+        length, context = self.tokens_per_sample, self.context_window
+        if length < 1 or not 0 <= context < length:
+            raise InputError(
+                f"--data.context_window is {context} and --data.tokens_per_sample {length}; "
+                "expected 0 <= context window < tokens per sample"
+            )
+        check_row_length(length, max_target_positions)
 
     # -- the corpus ------------------------------------------------------------------------------
 
@@ -208,7 +272,12 @@ class LMDataModule(pl.LightningDataModule):
     @cached_property
     def corpus(self) -> Corpus:
         """The text as token ids."""
-        return self.open_corpus(self.settings)
+        if self.settings.protocol != "neighborlm" and self.tokens_per_sample is None:
+            raise InputError(
+                f"--data.protocol {self.settings.protocol}: cuts the text by the length of a row; "
+                "expected --data.tokens_per_sample too"
+            )
+        return self.open_corpus(replace(self.settings, window=self.tokens_per_sample))
 
     @property
     def dictionary(self) -> Vocabulary:
@@ -252,6 +321,9 @@ class LMDataModule(pl.LightningDataModule):
             InputError: `drop_long_lines` leaves nothing.
         """
         line_starts = self.stream(split).line_starts
+        if self.settings.protocol == "knn-transformers":
+            stride = self.tokens_per_sample - context_window
+            return make_windows(line_starts, self.tokens_per_sample, stride)
         rows = make_rows(
             line_starts,
             self.break_mode,
@@ -292,7 +364,7 @@ class LMDataModule(pl.LightningDataModule):
             which = np.logical_or.reduceat(wanted, rows.starts)
             ranges = (rows.context_starts, rows.starts, rows.ends)
             rows = Rows(*(offsets[which] for offsets in ranges), rows.kept)
-        dataset = RowDataset(self.stream(split), rows, self.memories.get(split))
+        dataset = self._dataset(split, rows)
         if warm_up is not None:
             sampler = PartOfText(dataset.rows, self.max_tokens, warm_up)
         else:
@@ -305,7 +377,7 @@ class LMDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The training split in blocks of `tokens_per_sample`, shuffled."""
         rows = self.rows("train", context_window=0)
-        dataset = RowDataset(self.stream("train"), rows, self.memories.get("train"))
+        dataset = self._dataset("train", rows)
         return self._loader(
             ResumableLoader,
             dataset,
@@ -316,6 +388,24 @@ class LMDataModule(pl.LightningDataModule):
         """The validation split, as `evaluate.py --split valid` scores it."""
         return self.evaluation_dataloader("valid")
 
+    @property
+    def window_start(self) -> int | None:
+        """Id that every row begins with in place of the token before its first target."""
+        as_it_is = self.settings.protocol == "knn-transformers"
+        return None if as_it_is else self.dictionary.window_start
+
+    def text_size(self, split: str, scored: np.ndarray | None = None) -> TextSize | None:
+        """The size of the raw text that a split's tokens stand for; None where it is not known.
+
+        Args:
+            scored: int64, the offsets of the tokens that count; None for all of them.
+        """
+        return self.corpus.text_size(split, scored)
+
+    def _dataset(self, split: str, rows: Rows) -> RowDataset:
+        memory = self.memories.get(split)
+        return RowDataset(self.stream(split), rows, self.dictionary, self.window_start, memory)
+
     def _loader(self, kind: type[DataLoader], dataset: RowDataset, sampler: Sampler) -> DataLoader:
         return kind(
             dataset,
@@ -324,4 +414,14 @@ class LMDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+        )
+
+
+def check_row_length(tokens_per_sample: int | None, max_target_positions: int) -> None:
+    """Raises InputError where rows do not fit the model."""
+    if tokens_per_sample is not None and tokens_per_sample > max_target_positions:
+        raise InputError(
+            f"--data.tokens_per_sample is {tokens_per_sample}, but the model reads at most "
+            f"{max_target_positions} tokens (--model.max_target_positions, or what a pretrained "
+            "model was made for)"
         )

@@ -9,11 +9,12 @@ tokens checks all of this when the model is loaded.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from neighborlm.common.contracts import Batch, Scored, Want
@@ -49,12 +50,16 @@ class HuggingFaceLM(nn.Module):
         max_target_positions: longest row that it reads, in tokens.
         fingerprint: of its weights and its config as they were when it was wrapped.
         width: of the vectors that its head reads.
-        key_modules: by key type asked for so far, the module whose input or output is the key.
+        reads_subwords: that ids are those of a tokenizer, which may have fewer than V.
+        key_places: by key type asked for so far, what the key is, such as `input of
+            transformer.h.11.mlp`.
 
     Raises:
         InputError: it is an encoder or has one, or its logits cannot be reproduced from its hidden
             vectors.
     """
+
+    reads_subwords = True
 
     def __init__(self, model: PreTrainedModel, name: str = "the model") -> None:
         super().__init__()
@@ -65,7 +70,7 @@ class HuggingFaceLM(nn.Module):
         config = model.config.get_text_config()
         self.max_target_positions = getattr(config, "max_position_embeddings", None) or UNLIMITED
         self.layers = Layers(model, name)
-        self.key_modules: dict[str, str] = {}
+        self.key_places: dict[str, str] = {}
         self._widths: dict[str, int] = {}
         self._probe()
         described = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
@@ -120,17 +125,17 @@ class HuggingFaceLM(nn.Module):
         return self._widths[key_type]
 
     def _probe_keys(self, key_type: str) -> int:
-        module = self.layers.module_of(key_type)
-        self.key_modules[key_type] = module
+        module, point = self.layers.place_of(key_type)
         tokens = torch.tensor([[1, 2], [1, 3]], device=self.device)
         with torch.no_grad():
             keys = self.hidden(tokens, (key_type,))[1][key_type].float()
         if keys.shape[:2] == tokens.shape and differ_at_the_end_alone(keys):
+            self.key_places[key_type] = f"{point} of {module}"
             return keys.shape[-1]
         raise InputError(
-            f"--knn.key_type {key_type}: {module} of {self.name} gives keys of the shape "
-            f"{list(keys.shape)} for two rows of two tokens, which do not tell their contexts "
-            "apart from left to right; expected last_hidden, or another layer"
+            f"--knn.key_type {key_type}: the {point} of {module} in {self.name} has the shape "
+            f"{list(keys.shape)} for two rows of two tokens, or does not tell their contexts apart "
+            "from left to right; expected last_hidden, or another layer"
         )
 
     # -- its parts: see `common.contracts.Backbone` ----------------------------------------------
@@ -265,7 +270,7 @@ class Outputs:
 
 
 class Layers:
-    """The layers of a model of transformers, and the modules that keys are read from.
+    """The layers of a model of transformers, and where in them keys are read.
 
     Args:
         model: whose layers they are.
@@ -280,19 +285,19 @@ class Layers:
         self.name = name
         self.path, self.layers = layers_of(model)
 
-    def module_of(self, key_type: str) -> str:
-        """The name of the module whose input (or, of `layer:<i>:output`, output) is the key.
+    def place_of(self, key_type: str) -> tuple[str, Literal["input", "output"]]:
+        """The name of the module whose input or output the key is, and which of the two.
 
         Raises:
             InputError: no such type, layer or module.
         """
         at = key_layer(key_type, len(self.layers))
         if at is None:
-            return self.model.base_model_prefix
+            return self.model.base_model_prefix, "output"
         layer, point = at
         path = f"{self.path}.{layer}"
         if point == "output":
-            return path
+            return path, "output"
         children = dict(self.layers[layer].named_children())
         found = next((name for name in FEED_FORWARD if name in children), None)
         if found is None:
@@ -301,20 +306,21 @@ class Layers:
                 f"of them a known feed-forward block ({', '.join(FEED_FORWARD)}); expected "
                 f"last_hidden or layer:{layer}:output"
             )
-        return f"{path}.{found}"
+        return f"{path}.{found}", "input"
 
     @contextmanager
     def kept(self, key_types: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Fills a dictionary with the keys of a forward pass within the body."""
         keys: dict[str, Tensor] = {}
-        hooks = []
+        hooks: list[RemovableHandle] = []
 
         def keep(key_type: str, value: Any) -> None:
             keys[key_type] = value if isinstance(value, Tensor) else value[0]
 
-        def hook(key_type: str):
-            module = self.model.get_submodule(self.module_of(key_type))
-            if key_type.endswith(":output"):
+        def hook(key_type: str) -> RemovableHandle:
+            path, point = self.place_of(key_type)
+            module = self.model.get_submodule(path)
+            if point == "output":
                 return module.register_forward_hook(lambda _, __, out: keep(key_type, out))
             return module.register_forward_pre_hook(
                 lambda _, given, named: keep(key_type, (*given, *named.values())[0]),

@@ -105,6 +105,9 @@ class DataBin:
             self._fingerprints[split] = fingerprint_of_tokens(self.stream(split))
         return self._fingerprints[split]
 
+    def text_size(self, split: str, scored: np.ndarray | None = None) -> None:
+        """None, as a data-bin does not hold its text."""
+
 
 def open_databin(prefix: Path | str) -> TokenStream:
     """Maps a split of a data-bin, without reading its ids.

@@ -69,7 +69,11 @@ def load_gnn_lm(source: Source) -> GNNLM:
 def load_huggingface(source: Source) -> LanguageModel:
     """The model of transformers that the settings name."""
     pretrained = module_of_extra("neighborlm.programs.pretrained", "hf", "--arch huggingface")
-    return pretrained.load_pretrained(PretrainedSettings(**source.settings))
+    settings = PretrainedSettings(**source.settings)
+    tokenizer = source.data.settings.tokenizer
+    if tokenizer not in (None, settings.pretrained):
+        pretrained.check_tokenizer(settings, tokenizer)
+    return pretrained.load_pretrained(settings)
 
 
 def _load(kind: type[TrainableLM], source: Source, arch: str) -> TrainableLM:

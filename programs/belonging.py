@@ -17,15 +17,6 @@ from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.programs.run import Run, run_of
 
 
-def check_row_length(tokens_per_sample: int, max_target_positions: int) -> None:
-    """Raises InputError where rows do not fit the model."""
-    if tokens_per_sample > max_target_positions:
-        raise InputError(
-            f"--data.tokens_per_sample is {tokens_per_sample}, but the model reads at most "
-            f"{max_target_positions} tokens (--model.max_target_positions)"
-        )
-
-
 def join(model: LanguageModel, data: LMDataModule, name: Path | str | None = None) -> None:
     """Has the corpus cut its rows for a model.
 
@@ -35,9 +26,8 @@ def join(model: LanguageModel, data: LMDataModule, name: Path | str | None = Non
     Raises:
         InputError: the model has another dictionary, or cannot read rows that long.
     """
+    data.read_by(model.max_target_positions)
     check_dictionary(model, data, name)
-    check_row_length(data.tokens_per_sample, model.max_target_positions)
-    data.max_target_positions = model.max_target_positions
 
 
 def check_dictionary(
@@ -48,9 +38,17 @@ def check_dictionary(
     Args:
         name: of the model in messages; by default its checkpoint.
     """
-    expected = getattr(model, "dictionary_fingerprint", None)
+    expected, size = getattr(model, "dictionary_fingerprint", None), model.vocab_size
+    if getattr(model, "reads_subwords", False):
+        if data.settings.tokenizer is None or data.vocab_size > size:
+            raise InputError(
+                f"--data.tokenizer {data.settings.tokenizer}: gives ids up to "
+                f"{data.vocab_size - 1}, but the model has a vocabulary of {size}; expected the "
+                "model's own tokenizer"
+            )
+        size = data.vocab_size  # there are often more word vectors than tokens
     name = name or getattr(model, "checkpoint", None) or "the model"
-    _compare_dictionaries(name, (model.vocab_size, expected), data)
+    _compare_dictionaries(name, (size, expected), data)
 
 
 def _compare_dictionaries(

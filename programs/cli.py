@@ -186,8 +186,13 @@ class ProgramCLI(LightningCLI):
         return sentence
 
     def before_instantiate_classes(self) -> None:
-        """Sets the threads of torch and faiss, and when files are verified."""
+        """Sets the threads of torch and faiss, and when files are verified; a pretrained model
+        brings its tokenizer."""
         set_verification(self.config.verify)
+        pretrained = dict(self.config.model).get("pretrained")
+        if pretrained is not None and self.config.data.tokenizer is None:
+            self.config.data.tokenizer = pretrained
+            self.config.data.tokenizer_revision = dict(self.config.model).get("revision")
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
             faiss.omp_set_num_threads(self.config.threads)

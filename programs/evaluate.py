@@ -199,6 +199,9 @@ missing of datastore and index is made.
         if self.memories or makes_products:
             for key_type in filter(None, (self.knn.key_type, self.knn.rescore_key_type)):
                 self.model.key_width(key_type)
+                place = getattr(self.model, "key_places", {}).get(key_type)
+                if place is not None:
+                    print(f"keys {key_type}: {place}")
 
 
 def subject_of(cli: EvaluateCLI) -> Subject:

@@ -19,9 +19,18 @@ from neighborlm.programs.mixture import (
     evaluate_mixture,
     keep_mixer,
 )
+from neighborlm.programs.reports import with_text_figures
 from neighborlm.programs.resources import MadeOnDemand, check_search
 from neighborlm.programs.settings import MemorySettings
-from neighborlm.programs.subject import Evaluated, Subject, measure_of, score, seconds_of, tokens_of
+from neighborlm.programs.subject import (
+    Evaluated,
+    Subject,
+    measure_of,
+    score,
+    seconds_of,
+    text_size_of,
+    tokens_of,
+)
 from neighborlm.retrieval.memories import MIXERS
 from neighborlm.retrieval.memories.fitted import load_mixer
 
@@ -57,7 +66,11 @@ def evaluate(
         evaluated = evaluate_alone(subject, split, keep_scores)
     tokens, whole = evaluated.results["tokens"], tokens_of(subject.data, split)
     part = {"part": f"first {tokens} of {whole} tokens"} if tokens < whole else {}
-    return replace(evaluated, results=measure_of(subject.data) | part | evaluated.results)
+    results = measure_of(subject.data) | part | evaluated.results
+    size = text_size_of(subject.data, split, tokens)
+    if size is not None:
+        results = with_text_figures(results, size)
+    return replace(evaluated, results=results)
 
 
 def check_same_model(subject: Subject) -> None:

@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from neighborlm.common.errors import InputError
+from neighborlm.datamodules.hf_tokenizer import HuggingFaceVocabulary
 from neighborlm.models.huggingface import HuggingFaceLM, refuse_encoders
 from neighborlm.programs.settings import PretrainedSettings
 
@@ -93,6 +94,20 @@ def check_kind(config: PreTrainedConfig, settings: PretrainedSettings) -> None:
         raise InputError(
             f"{name}: is a {config.model_type}, of which transformers has no causal language "
             "model; expected one (AutoModelForCausalLM)"
+        )
+
+
+def check_tokenizer(settings: PretrainedSettings, tokenizer: str) -> None:
+    """Refuses a tokenizer that gives tokens other ids than the model's own, where it has one."""
+    try:
+        own = HuggingFaceVocabulary.load(settings.pretrained, settings.revision)
+    except InputError:
+        return
+    given = HuggingFaceVocabulary.load(tokenizer)
+    if given.tokens != own.tokens:
+        raise InputError(
+            f"--data.tokenizer {tokenizer}: gives other ids than the tokenizer of "
+            f"--model.pretrained {settings.pretrained}; expected that one, or no such flag"
         )
 
 

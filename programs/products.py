@@ -144,6 +144,7 @@ class Products:
     def made_from(self, split: str) -> dict[str, Any]:
         """What determines the content of the datastore that this command would write."""
         data = self.data
+        place = getattr(self.model, "key_places", {}).get(self.knn.key_type)
         return {
             **self.expected_of_datastore(),
             "corpus": self.corpus(split),
@@ -155,6 +156,7 @@ class Products:
             "drop_long_lines": data.drop_long_lines,
             "precision": self.run.precision,
             "min_context": self.knn.min_context,
+            **({"keys": place} if place else {}),
         }
 
     def open_fitting_datastore(self, split: str) -> Datastore | None:

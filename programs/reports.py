@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from neighborlm.common.contracts import TextSize
 from neighborlm.common.units import size_of
 from neighborlm.retrieval.memories.tuning import Tuning
 
@@ -23,6 +24,29 @@ def figures(loss: float, tokens: int, seconds: float) -> dict[str, float]:
     ppl = math.exp(loss) if loss < 700 else math.inf
     rate = tokens / seconds if seconds else math.inf
     return {"loss": loss, "ppl": ppl, "seconds": seconds, "tokens_per_second": rate}
+
+
+def with_text_figures(results: dict[str, Any], size: TextSize) -> dict[str, Any]:
+    """Results with figures that compare whatever a token is: `word_ppl`, exp of the loss of a word
+    in nats, and `bits_per_byte` of every way of predicting, and how many there are of both.
+
+    Args:
+        results: see `programs.subject.Evaluated`.
+        size: of the raw text that was scored.
+    """
+    tokens = results["tokens"]
+
+    def of(found: dict[str, Any]) -> dict[str, Any]:
+        nats = found["loss"] * tokens
+        per_word = nats / size.words if size.words else math.inf
+        per_byte = nats / math.log(2) / size.bytes if size.bytes else math.inf
+        word_ppl = math.exp(per_word) if per_word < 700 else math.inf
+        return found | {"word_ppl": word_ppl, "bits_per_byte": per_byte}
+
+    parts = {name: of(results[name]) for name in ("gnn", "knn", "mixture") if name in results}
+    if "table" in results:
+        parts["table"] = [of(row) for row in results["table"]]
+    return of(results) | size._asdict() | parts
 
 
 def log_tuning(tuned: Tuning, loggers: Sequence[Logger]) -> None:
@@ -102,7 +126,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """What must be said of figures lest they be misread, a sentence each."""
     name = "GNN-LM" if "gnn" in results else "LM"
     base = results.get("gnn", results)
-    said = []
+    said = [figures_of_text(results)] if "words" in results else []
     for mixture in filter(None, (results.get("knn"), results.get("mixture"))):
         if mixture["ppl"] > base["ppl"]:
             figures = f"{mixture['ppl']:.2f} against {base['ppl']:.2f}"
@@ -115,6 +139,14 @@ def remarks(results: dict[str, Any]) -> list[str]:
             "others: --split test evaluates one."
         )
     return said
+
+
+def figures_of_text(results: dict[str, Any]) -> str:
+    """The figures that compare whatever a token is."""
+    rows = results.get("table") or plain_rows(results)
+    each = [f"{row['name']} {row['word_ppl']:.2f} and {row['bits_per_byte']:.4f}" for row in rows]
+    counts = f"{results['words']:,} words, {results['bytes']:,} bytes"
+    return f"Perplexity of a word and bits of a byte ({counts}): {'; '.join(each)}."
 
 
 def _reason_of_worse(mixture: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, Trainer
 
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.throughput import Throughput
-from neighborlm.common.contracts import LanguageModel, Memory, Mixer, Want
+from neighborlm.common.contracts import LanguageModel, Memory, Mixer, TextSize, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
@@ -157,9 +157,32 @@ def tokens_of(data: LMDataModule, split: str) -> int:
 
 
 def measure_of(data: LMDataModule) -> dict[str, Any]:
-    """What figures of a corpus are figures of: a token's level, and the rows that it is read in."""
-    window = ("tokens_per_sample", "context_window", "break_mode")
-    return {"unit": data.settings.level, "window": {name: getattr(data, name) for name in window}}
+    """What figures of a corpus are figures of: what a token is, the rows that are read, how far one
+    is from the next (`stride`), and what the first token of a row is predicted from."""
+    names = ("tokens_per_sample", "context_window", "break_mode")
+    window = {name: getattr(data, name) for name in names}
+    window["stride"] = data.tokens_per_sample - data.context_window
+    window["protocol"] = data.settings.protocol
+    window["first_token"] = FIRST_TOKEN[data.settings.protocol, data.window_start is not None]
+    return {"unit": data.settings.unit, "window": window}
+
+
+FIRST_TOKEN = {
+    ("neighborlm", False): "scored, after the token before it; the split's after an end token",
+    ("neighborlm", True): "scored, after the tokenizer's start token",
+    ("knn-transformers", False): "not scored in a group of lines",
+}
+"""What becomes of the first token of a row, by protocol and whether rows get a start token."""
+
+
+def text_size_of(data: LMDataModule, split: str, tokens: int) -> TextSize | None:
+    """The size of the raw text that the first so many scored tokens of a split stand for; None
+    where it is not known."""
+    n_tokens = len(data.stream(split).tokens)
+    if tokens == n_tokens:
+        return data.text_size(split)
+    dropped = data.rows(split, data.context_window).dropped(n_tokens)
+    return data.text_size(split, np.delete(np.arange(n_tokens), dropped)[:tokens])
 
 
 @dataclass(frozen=True)
@@ -168,9 +191,10 @@ class Evaluated:
 
     Attributes:
         results: JSON-able: `split`, which `part` of it where that is not all, its `unit` (`word`,
-            `char` or `byte`), the `window` that rows are read in, `tokens` and the figures of the
-            LM; under `gnn` those of a graph network on top of it, and under `knn` (the one memory)
-            or `mixture` those with memories.
+            `char`, `byte` or `subword`), the `window` that rows are read in, `tokens` and, where
+            they are known, `words` and `bytes` of the raw text, and the figures of the LM; under
+            `gnn` those of a graph network on top of it, and under `knn` (the one memory) or
+            `mixture` those with memories.
         seconds: of each stage that was not done before.
         trainer: of the last pass.
         memories: that were asked, by name.

@@ -10,8 +10,9 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
 from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import check_row_length
 from neighborlm.programs.architectures import ARCHITECTURES
-from neighborlm.programs.belonging import check_row_length, is_same_text
+from neighborlm.programs.belonging import is_same_text
 from neighborlm.programs.cli import ProgramCLI
 from neighborlm.programs.effects import check_trainer
 from neighborlm.programs.exits import exit_with_one_sentence

@@ -21,6 +21,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.files import sentences_about
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.corpora import tokenize as separate_punctuation
+from neighborlm.datamodules.documents import deal
 from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
 
@@ -131,25 +132,6 @@ def measure(paths: Sequence[Path], separator: str | None) -> tuple[np.ndarray, n
             sizes.append(len(text))
         seen.add(digest)
     return np.array(sizes, dtype=np.int64), np.array(first, dtype=bool)
-
-
-def deal(sizes: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
-    """Number of the split of each document, int64: in a drawn order, the split in whose share of
-    the text the middle of the document lies; no split stays without one.
-
-    Args:
-        sizes: int64 `[documents]`, three at least.
-        shares: fp64 `[splits]`.
-    """
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    ends = np.cumsum(sizes[order])
-    middles = (ends - sizes[order] / 2) / ends[-1]
-    splits = np.empty(len(sizes), dtype=np.int64)
-    splits[order] = np.searchsorted(np.cumsum(shares)[:-1], middles, side="right")
-    for missing in np.flatnonzero(np.bincount(splits, minlength=len(shares)) == 0):
-        largest = np.bincount(splits, minlength=len(shares)).argmax()
-        splits[order[splits[order] == largest][-1]] = missing
-    return splits
 
 
 def write(

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from neighborlm.datamodules.blocks import make_batches, make_rows
+from neighborlm.datamodules.blocks import make_batches, make_rows, make_windows
 
 # tokens_per_sample, context_window, max_target_positions
 SHAPES = [(1, 0, 1), (8, 0, 8), (8, 7, 8), (12, 5, 12), (12, 5, 30), (8, 0, 4), (500, 100, 900)]
@@ -155,3 +155,20 @@ def test_batches(max_tokens):
 
 def test_no_rows_make_no_batches():
     assert make_batches(np.empty(0, np.int64), np.empty(0, np.int64), 8) == []
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 4), (8, 3), (8, 8), (4, 1)])
+def test_windows_are_those_of_knn_transformers(window, stride):
+    lengths = np.array([8, 21, 0, 5, 16])
+    starts = np.append(0, np.cumsum(lengths))
+    expected = []
+    for first, length in zip(starts[:-1], lengths, strict=True):
+        for i in range(0, length, stride):  # as its run_clm.py walks through a group
+            begin, end = max(i + stride - window, 0), min(i + stride, length)
+            if max(i, begin + 1) < end:
+                expected.append((first + begin + 1, first + max(i, begin + 1), first + end))
+    rows = make_windows(starts, window, stride)
+    found = zip(rows.context_starts, rows.starts, rows.ends, strict=True)
+    assert list(found) == expected
+    scored = np.concatenate([np.arange(start, end) for _, start, end in expected])
+    assert rows.dropped(50).tolist() == np.delete(np.arange(50), scored).tolist()

@@ -50,6 +50,8 @@ def test_evaluations_stand_side_by_side(workplace, run_program, tmp_path):
     assert mixed["settings"]["data"]["corpus"] == "words"
     assert mixed["results"]["unit"] == "word"
     window = {"tokens_per_sample": 24, "context_window": 12, "break_mode": "none"}
+    window |= {"stride": 12, "protocol": "neighborlm"}
+    window["first_token"] = "scored, after the token before it; the split's after an end token"
     assert mixed["results"]["window"] == window
 
     logged = {path.parent.name for path in (run / "evaluate").glob("*/events*")}

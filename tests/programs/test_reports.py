@@ -1,6 +1,11 @@
 """What is said of figures beside the figures."""
 
-from neighborlm.programs.reports import remarks
+import math
+
+import pytest
+
+from neighborlm.common.contracts import TextSize
+from neighborlm.programs.reports import remarks, with_text_figures
 
 LM = {"split": "test", "ppl": 119.7}
 
@@ -25,3 +30,18 @@ def test_a_better_one_needs_no_word():
     assert remarks(LM) == []
     (said,) = remarks(LM | {"split": "valid", "knn": better})
     assert "this very split" in said
+
+
+def test_figures_of_words_and_bytes_are_of_the_same_loss():
+    results = {**LM, "tokens": 50, "loss": 2.0, "knn": {"loss": 1.5, "ppl": 4.5, "tuned": True}}
+    results["table"] = [{"name": "LM", "loss": 2.0}, {"name": "LM + kNN", "loss": 1.5}]
+    found = with_text_figures(results, TextSize(words=20, bytes=100))
+    assert found["word_ppl"] == pytest.approx(math.exp(2.0 * 50 / 20))
+    assert found["bits_per_byte"] == pytest.approx(2.0 * 50 / math.log(2) / 100)
+    assert found["knn"]["bits_per_byte"] == pytest.approx(1.5 * 50 / math.log(2) / 100)
+    assert (found["words"], found["bytes"]) == (20, 100)
+    (said,) = remarks(found)
+    assert said == (
+        "Perplexity of a word and bits of a byte (20 words, 100 bytes): LM 148.41 and 1.4427; "
+        "LM + kNN 42.52 and 1.0820."
+    )
