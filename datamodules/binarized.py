@@ -2,8 +2,8 @@
 
 A binarised corpus is a folder with dict.txt, one folder per split (see `binarize`) and meta.json,
 which is written last: a folder without it is made again. The folder's name holds a digest of the
-files and of the settings that decide the ids. Every opening checks that the arrays are those that
-were written: by their sizes, times and inodes and, where these differ, as in a copy, by a digest.
+files and of the settings that decide the ids. Opening it checks that the arrays are those that were
+written, by their fingerprint, unless they have not changed since (see `common.digests`).
 """
 
 import hashlib
@@ -17,8 +17,9 @@ import numpy as np
 
 from neighborlm.common.contracts import TextSize
 from neighborlm.common.contracts import TokenStream as AnyTokenStream
+from neighborlm.common.digests import compare_once, keep_stamps, stamps_of
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import publish_folder
+from neighborlm.common.files import digest_of, publish_folder
 from neighborlm.datamodules.binarize import (
     TokenStream,
     binarize,
@@ -32,6 +33,8 @@ Protocol = Literal["neighborlm", "knn-transformers"]
 """How a text becomes rows: every token is scored once, or as in the program of this name."""
 CACHE_VERSION = 1  # raise it when the meaning of the files changes
 ARRAYS = ("tokens.npy", "line_starts.npy")
+STAMPS = ".stamps"
+"""Of arrays that have been compared with their fingerprints."""
 MUCH_UNKNOWN = 0.1
 """Share of `<unk>` in a split above which a warning is printed."""
 
@@ -97,19 +100,29 @@ class BinarizedCorpus:
     def folder(self) -> Path:
         """The folder of the binarised corpus, made if it is missing."""
         folder = self.settings.cache_dir / f"{self.name}-{self._fingerprint_of_input()}"
-        publish_folder(
-            folder, self._make, "--data.cache_dir", lambda f: (f / "meta.json").is_file()
-        )
+        made = []
+
+        def make(making: Path) -> None:
+            self._make(making)
+            made.extend(self.files.splits)
+
+        publish_folder(folder, make, "--data.cache_dir", lambda f: (f / "meta.json").is_file())
+        for split in made:
+            keep_stamps(folder / STAMPS, stamps_of(arrays_of(folder / split)))
         return folder
 
     @cached_property
     def meta(self) -> dict[str, Any]:
         """The contents of meta.json: `fingerprints` by split and, except in corpora of older
-        versions, the fingerprint of the `dictionary`, and `statistics` and `stamps` by split."""
+        versions, the fingerprint of the `dictionary`, `statistics` by split and the digest of the
+        others."""
         try:
             meta = json.loads((self.folder / "meta.json").read_bytes())
-            return {"stamps": {}, **meta, "fingerprints": dict(meta["fingerprints"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            found = meta.pop("digest", None)
+            if found not in (None, _digest_of_meta(meta)):
+                raise ValueError("not what was written")
+            return {**meta, "fingerprints": dict(meta["fingerprints"])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise self._damage("meta.json") from None
 
     @cached_property
@@ -133,13 +146,14 @@ class BinarizedCorpus:
         """
         self._refuse_unknown(split)
         if split not in self._streams:
+            self.fingerprint(split)  # a damaged meta.json is said before all else
             folder = self.folder / split
             try:
                 stream = TokenStream.open(folder)
             except (OSError, ValueError, EOFError):
                 raise self._damage(split) from None
-            if stamps_of(folder) != self.meta["stamps"].get(split):
-                self.verify(split, stream)
+            stamps = self.folder / STAMPS
+            compare_once(stamps, arrays_of(folder), lambda _: self.verify(split, stream))
             self._streams[split] = stream
         return self._streams[split]
 
@@ -213,21 +227,20 @@ class BinarizedCorpus:
             counts = count_symbols(files.train, "id" if files.ids else settings.level, workers)
             dictionary = Dictionary.from_counts(counts, settings.threshold, level=self._level)
         dictionary.save(making / "dict.txt")
-        fingerprints, statistics, stamps = {}, {}, {}
+        fingerprints, statistics = {}, {}
         for split in files.splits:
             (making / split).mkdir()
             binarize(files.split(split), dictionary, making / split, workers, files.ids)
             stream = TokenStream.open(making / split)
             fingerprints[split] = fingerprint_of_tokens(stream)
             statistics[split] = statistics_of(stream)
-            stamps[split] = stamps_of(making / split)
         meta = {
             "fingerprints": fingerprints,
             "dictionary": dictionary.fingerprint,
             "level": dictionary.level,
             "statistics": statistics,
-            "stamps": stamps,
         }
+        meta["digest"] = _digest_of_meta(meta)
         (making / "meta.json").write_text(json.dumps(meta))
         print("\n".join(self._report(len(dictionary), statistics)), flush=True)
 
@@ -282,8 +295,10 @@ def statistics_of(stream: AnyTokenStream) -> dict[str, int]:
     }
 
 
-def stamps_of(folder: Path) -> list[list[int]]:
-    """Size, time and inode of each array of a split, which identify unchanged files without reading
-    them."""
-    stats = [(folder / name).stat() for name in ARRAYS]
-    return [[stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in stats]
+def arrays_of(folder: Path) -> list[Path]:
+    """The files of a split's arrays."""
+    return [folder / name for name in ARRAYS]
+
+
+def _digest_of_meta(meta: dict[str, Any]) -> str:
+    return digest_of(json.dumps(meta, sort_keys=True))
