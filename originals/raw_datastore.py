@@ -7,15 +7,32 @@ them makes either a `Datastore`.
 
 import json
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neighborlm.common.digests import SHOWN_BYTES, keep_stamps, path_from, stamps_of
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
+from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.store.arrays import Layout, header_bytes, map_raw, save_array
-from neighborlm.retrieval.store.datastore import BLOCK_BYTES, DTYPES, Datastore, artifact_of
+from neighborlm.retrieval.store.artifact import Artifact
+from neighborlm.retrieval.store.checksums import (
+    checksums,
+    describe_checksums,
+    layout_of_checksums,
+    rows_of_chunk,
+)
+from neighborlm.retrieval.store.datastore import (
+    DTYPES,
+    NAMES,
+    Datastore,
+    all_finite,
+    artifact_of,
+)
 
 INFO_SIZES = ("dstore_size", "hidden_size")
 VALUE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -36,8 +53,8 @@ def import_datastore(
 ) -> Datastore:
     """Writes a manifest for raw maps into `output` and opens it as a datastore.
 
-    Rows of zeros at the end are masked: the original leaves them when it writes fewer keys than it
-    allocated.
+    All is read once. Rows of zeros are masked: the original leaves them where it writes fewer keys
+    than it allocated, and loses others. So are rows that are not finite.
 
     Args:
         source: prefix of `_keys.npy` and `_vals.npy`, or a directory with an info.json.
@@ -49,7 +66,7 @@ def import_datastore(
         vocab_size: of the dictionary, to check the values; None: that of info.json, if any.
 
     Raises:
-        InputError: a file is missing, or its size or a value does not fit.
+        InputError: a file is missing, its size or a value does not fit, or there is no key at all.
     """
     keys_path, values_path = Path(f"{source}_keys.npy"), Path(f"{source}_vals.npy")
     if (source / "info.json").is_file():
@@ -72,7 +89,6 @@ def import_datastore(
     keys, offset = map_raw(keys_path, Layout(DTYPES[dtype], (size, dim)))
     values, value_offset = map_raw(values_path, Layout(_value_type(values_path, size), (size,)))
     _check_values(values, values_path, vocab_size)
-    zeros = _trailing_zero_rows(keys)
     output.mkdir(parents=True, exist_ok=True)
     fields = {
         "version": 1,
@@ -81,19 +97,57 @@ def import_datastore(
         "dtype": dtype,
         "value_dtype": values.dtype.name,
         "vocab_size": vocab_size,
-        "masked": zeros,
         "made_from": {"content": _sampled_content(keys, values)},
         "raw": {
-            "keys": {"path": os.path.relpath(keys_path, output), "offset": offset},
-            "values": {"path": os.path.relpath(values_path, output), "offset": value_offset},
+            "keys": {"path": path_from(output, keys_path), "offset": offset},
+            "values": {"path": path_from(output, values_path), "offset": value_offset},
         },
     }
     artifact = artifact_of(output)
-    if not artifact.says({**fields, "complete": True}):
+    if not _is_imported(artifact, fields):
+        raw = [output / fields["raw"][name]["path"] for name in NAMES]
+        stamps = stamps_of(raw)
+        masked, sums, chunk_rows = _read(keys_path, keys, values)
+        arrays = {output / "masked.npy": masked, output / "checksums.npy": sums}
+        fields["masked"] = len(masked)
+        fields["checksums"] = describe_checksums(chunk_rows, masked)
         with artifact.lock():
-            save_array(output / "masked.npy", np.arange(size - zeros, size))
-            artifact.write(fields, complete=True)
+            for path, array in arrays.items():
+                save_array(path, array)
+            artifact.write(fields, complete=True, files=arrays)
+        keep_stamps(artifact.stamps, stamps)
     return Datastore.open(output)
+
+
+def _is_imported(artifact: Artifact, fields: Mapping[str, Any]) -> bool:
+    """Whether a manifest of these maps is there; one of an earlier version, which masked zeros at
+    the end alone, is written anew where that can be done."""
+    if not artifact.says({**fields, "complete": True}):
+        return False
+    return "checksums" in artifact.read() or not os.access(artifact.manifest.parent, os.W_OK)
+
+
+def _read(path: Path, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Reads all keys `[N, d]` and values `[N]`: the rows that hold no key, the checksums of both
+    uint64 `[chunks, 2]`, and the rows that have one checksum."""
+    chunk_rows = rows_of_chunk(keys.shape[1] * keys.itemsize)
+    layout = layout_of_checksums(len(keys), chunk_rows)
+    sums = np.zeros(layout.shape, layout.dtype)
+    empty = np.zeros(len(keys), dtype=bool)
+    bars = nullcontext(lambda *_: None)
+    if keys.nbytes >= SHOWN_BYTES:
+        bars = progress_bars(str(path), transient=True)
+    with bars as report:
+        for chunk, found in checksums((keys, values), chunk_rows, range(len(sums))):
+            sums[chunk] = found
+            part = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
+            empty[part] = ~np.asarray(keys[part]).any(axis=1)
+            if not all_finite(keys[part]):
+                empty[part] |= ~np.isfinite(keys[part]).all(axis=1)
+            report("reading", min(part.stop, len(keys)), len(keys))
+    if empty.all():
+        raise InputError(f"{path}: holds nothing but zeros and what is not finite; expected keys")
+    return np.flatnonzero(empty), sums, chunk_rows
 
 
 def _read_info(path: Path) -> dict[str, Any]:
@@ -142,16 +196,3 @@ def _sampled_content(keys: np.ndarray, values: np.ndarray) -> str:
     """A hash of 256 rows spread over the store, which tells raw stores apart."""
     rows = np.unique(np.linspace(0, len(keys) - 1, 256).astype(np.int64))
     return digest_of(keys[rows].tobytes(), values[rows].tobytes())
-
-
-def _trailing_zero_rows(keys: np.ndarray) -> int:
-    """How many rows of zeros `keys` `[N, d]` ends with."""
-    step = max(BLOCK_BYTES // (keys.shape[1] * keys.dtype.itemsize), 1)
-    zeros = 0
-    while zeros < len(keys):
-        block = keys[max(len(keys) - zeros - step, 0) : len(keys) - zeros]
-        filled = np.flatnonzero(block.any(axis=1))
-        if len(filled):
-            return zeros + len(block) - 1 - int(filled[-1])
-        zeros += len(block)
-    return zeros

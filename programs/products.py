@@ -223,7 +223,7 @@ class Products:
         )
         if len(datastore.masked):
             self.run.remark(
-                f"{source}: {len(datastore.masked)} rows of zeros at its end are masked"
+                f"{source}: {len(datastore.masked)} rows that are zeros or not finite are masked"
             )
         return self.check_raw(datastore)
 

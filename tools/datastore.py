@@ -212,7 +212,7 @@ def take_over(
     datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
     print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
     if len(datastore.masked):
-        print(f"{len(datastore.masked)} rows of zeros at its end are masked")
+        print(f"{len(datastore.masked)} rows that are zeros or not finite are masked")
 
 
 def merge_entries(

@@ -28,6 +28,7 @@ from neighborlm.common.progress import Report
 from neighborlm.retrieval.search.factory import check_lists, warn_of_lists
 from neighborlm.retrieval.search.index import (
     FORMAT,
+    LARGEST_HALF,
     NUMBERED_RIGHTLY,
     artifact_of,
     check_numbers,
@@ -320,10 +321,24 @@ class IndexBuilding:
 
     def _add_block(self, index: faiss.Index, keys: np.ndarray, first: int) -> None:
         """Adds keys fp32 `[n, d]`, of which `first` is the number of the first."""
+        self._refuse_too_large(index, keys)
         if self.n_in_parts:  # faiss would count them from the beginning of this part
             index.add_with_ids(keys, np.arange(first, first + len(keys)))
         else:
             index.add(keys)
+
+    def _refuse_too_large(self, index: faiss.Index, keys: np.ndarray) -> None:
+        """Half precision would make infinities of larger numbers, which nobody finds."""
+        if self.datastore.manifest["dtype"] == "fp16" or "SQfp16" not in self.factory:
+            return
+        rotated = isinstance(index, faiss.IndexPreTransform)
+        largest = (np.linalg.norm(keys, axis=1) if rotated else np.abs(keys)).max()
+        if largest > LARGEST_HALF:
+            raise InputError(
+                f"--knn.index {self.factory}: {self.datastore.path} has keys up to {largest:.4g}, "
+                f"but SQfp16 holds at most {LARGEST_HALF:.0f}; expected "
+                f"{self.factory.replace('SQfp16', 'Flat')} or {self.factory.replace('fp16', '8')}"
+            )
 
     def _put_aside(self, index: faiss.Index) -> None:
         """Writes the keys added since the last part as a new part, and empties the index."""

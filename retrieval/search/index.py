@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
 import torch
 
 from neighborlm.common.contracts import Metric, NProbe, Retriever
@@ -33,6 +34,11 @@ FORMAT = Format("index", 2, libraries=("faiss", "numpy"))
 NUMBERED_RIGHTLY = 2
 """The first version that merges parts correctly: faiss's `merge_ondisk` shifts the ids of a part by
 a number that is right only where all parts are equally large."""
+
+
+LARGEST_HALF = float(np.finfo(np.float16).max)
+SAMPLE_OF_RANGE = 1024
+"""Keys that `auto` looks at."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,9 @@ EXHAUSTIVE = ("flat", "torch")
 # -- names ---------------------------------------------------------------------------------------
 
 
-def auto_factory(n_keys: int, dim: int, memory_bytes: int | None = None) -> str:
+def auto_factory(
+    n_keys: int, dim: int, memory_bytes: int | None = None, fit_halves: bool = True
+) -> str:
     """The index that `auto` stands for.
 
     Exact search while reading every key is cheap; then inverted lists, about 2 sqrt(n) of them, of
@@ -74,14 +82,17 @@ def auto_factory(n_keys: int, dim: int, memory_bytes: int | None = None) -> str:
 
     Args:
         memory_bytes: largest size of the index; by default a quarter of the machine's memory.
+        fit_halves: whether the keys are small enough for half precision; otherwise lists keep them
+            as they are.
     """
     if memory_bytes is None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     if n_keys * dim <= 1 << 22:
         return "flat"
     lists = 2 ** round(math.log2(2 * math.sqrt(n_keys)))
-    if n_keys * dim * 2 <= memory_bytes:
-        return f"IVF{lists},SQfp16"
+    size, quantizer = (2, "SQfp16") if fit_halves else (4, "Flat")
+    if n_keys * dim * size <= memory_bytes:
+        return f"IVF{lists},{quantizer}"
     if n_keys * dim <= memory_bytes:
         return f"IVF{lists},SQ8"
     return f"RR{dim},IVF{lists},RaBitQfs"
@@ -95,7 +106,14 @@ def artifact_of(path: Path) -> Artifact:
 def resolve(datastore: Datastore, index: str) -> str:
     """Replaces `auto` by the index that it stands for, that of the whole where the datastore is a
     shard; returns any other name as it is."""
-    return auto_factory(datastore.n_keys_of_whole, datastore.dim) if index == "auto" else index
+    if index != "auto":
+        return index
+    fit_halves = True
+    if datastore.manifest["dtype"] == "fp32" and datastore.part is None:
+        # Of a shard all is not at hand: keys that do not fit are refused when they are added.
+        _, sample = datastore.sample(SAMPLE_OF_RANGE, seed=1)
+        fit_halves = bool(np.abs(sample).max() < LARGEST_HALF)
+    return auto_factory(datastore.n_keys_of_whole, datastore.dim, fit_halves=fit_halves)
 
 
 def is_path(index: str) -> bool:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from neighborlm.common.errors import InputError
+from neighborlm.originals import raw_datastore
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.retrieval.search.retriever import FlatRetriever
+from neighborlm.retrieval.search.torch_retriever import TorchRetriever
 from neighborlm.retrieval.store.datastore import Datastore
 
 
@@ -32,6 +34,34 @@ def test_in_place_with_zero_rows_masked(raw, tmp_path):
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) < 2000  # nothing copied
     _, rows, _ = FlatRetriever(store, "l2").search(np.zeros((1, 8), np.float32), 40)
     assert sorted(rows[0]) == [-1, -1, -1, *range(37)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_that_hold_no_key_are_masked_wherever_they_are(tmp_path, dtype):
+    """Zeros in front, in the middle and at the end, and what is not finite."""
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(40, 8)).astype(dtype)
+    keys[[0, 1, 20, 39]] = 0
+    keys[5, 3], keys[30, 0] = np.nan, -np.inf
+    keys.tofile(tmp_path / "s_keys.npy")
+    rng.integers(4, 300, 40).tofile(tmp_path / "s_vals.npy")
+    store = import_datastore(tmp_path / "s", tmp_path / "out", 40, 8)
+    assert store.masked.tolist() == [0, 1, 5, 20, 30, 39]
+    for retriever in (FlatRetriever(store, "l2"), TorchRetriever(store, "l2", "cpu")):
+        found = retriever.search(np.zeros((1, 8), np.float32), 40)
+        kept = np.setdiff1d(np.arange(40), store.masked)
+        distances = np.square(keys[kept].astype(np.float64)).sum(axis=1)
+        np.testing.assert_array_equal(found.rows[0, :34], kept[np.argsort(distances)])
+        assert (found.rows[0, 34:] == -1).all()
+    np.zeros((40, 8), dtype).tofile(tmp_path / "s_keys.npy")
+    with pytest.raises(InputError, match=r"s_keys.npy: holds nothing but zeros"):
+        import_datastore(tmp_path / "s", tmp_path / "new", 40, 8)
+
+
+def test_maps_are_read_once(raw, tmp_path, monkeypatch):
+    import_datastore(raw[0], tmp_path / "out", 40, 8)
+    monkeypatch.setattr(raw_datastore, "_read", lambda *_: pytest.fail("read again"))
+    import_datastore(raw[0], tmp_path / "out", 40, 8)
 
 
 def test_half_precision_and_info_json(tmp_path):

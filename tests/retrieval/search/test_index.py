@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from functools import partial
 from itertools import combinations
 
 import faiss
@@ -16,8 +17,15 @@ from neighborlm.common.errors import InputError
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.search import building as building_module
+from neighborlm.retrieval.search import index as index_module
 from neighborlm.retrieval.search.building import IndexBuilding
-from neighborlm.retrieval.search.index import auto_factory, is_path, make_index, open_retriever
+from neighborlm.retrieval.search.index import (
+    auto_factory,
+    is_path,
+    make_index,
+    open_retriever,
+    resolve,
+)
 from neighborlm.retrieval.search.rescoring import exact_distances
 from neighborlm.retrieval.search.retriever import FlatRetriever, normalized
 from neighborlm.retrieval.store import datastore as datastore_module
@@ -191,6 +199,28 @@ def test_auto_goes_by_size_and_memory():
     assert auto_factory(217_000, 128, gib) == "IVF1024,SQfp16"
     assert auto_factory(5_000_000, 128, gib) == "IVF4096,SQ8"
     assert auto_factory(103_000_000, 1024, 64 * gib) == "RR1024,IVF16384,RaBitQfs"
+
+
+def test_keys_beyond_half_precision(new_builder, tmp_path, monkeypatch):
+    """`auto` sees them in its sample; those that it misses are refused when they are added."""
+    many = partial(auto_factory, 1 << 20, 8, 1 << 40)  # keys, so that it stands for lists
+    monkeypatch.setattr(index_module, "auto_factory", lambda _, __, **fit: many(**fit))
+    stores = {}
+    for name, large in (("small", []), ("large", range(300)), ("one", [7])):
+        keys = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+        keys[large, 2] = 70_000
+        builder = new_builder(tmp_path / name)
+        builder.write(np.arange(300), keys, np.zeros(300, np.int64))
+        builder.sync()
+        stores[name] = builder.finish()
+    assert resolve(stores["small"], "auto") == "IVF2048,SQfp16"
+    assert resolve(stores["large"], "auto") == "IVF2048,Flat"
+    IndexBuilding(stores["large"], "IVF7,Flat", "l2").run()
+    for factory in ("IVF7,SQfp16", "RR8,IVF7,SQfp16"):
+        IndexBuilding(stores["small"], factory, "l2").run()
+        said = "has keys up to 7e.04, but SQfp16 holds at most 65504; expected .*IVF7,Flat or .*SQ8"
+        with pytest.raises(InputError, match=said):
+            IndexBuilding(stores["one"], factory, "l2").run()
 
 
 def contents(path):
