@@ -80,16 +80,7 @@ class Base:
     @cached_property
     def checkpoint(self) -> Path:
         """The LM, trained unless it was."""
-        run = Path("runs") / self.part().name
-        schedule = {"max_steps": self.updates, "val_check_interval": max(self.updates // 2, 1)}
-        flags = [*self.flags("lm.yaml"), "--trainer.default_root_dir", str(run)]
-        flags += [f"--trainer.{name}={value}" for name, value in schedule.items()]
-        warmup = min(100, self.updates // 4)
-        flags += [f"--model.warmup_updates={warmup}"]
-        flags += [f"--model.lr_period_updates={max(self.updates - warmup, 1)}"]
-        if not (run / "training.json").is_file():
-            train.main(flags)
-        return run / "checkpoints" / "best.ckpt"
+        return trained(self.flags("lm.yaml"), Path("runs") / self.part().name, self.updates)
 
     @cached_property
     def subject(self) -> Subject:
@@ -97,11 +88,34 @@ class Base:
         flags = [*self.flags("lm.yaml"), "--ckpt_path", str(self.checkpoint)]
         return subject_of(EvaluateCLI(flags))
 
+    def on_network(self, updates: int) -> Subject:
+        """A GNN-LM on the LM, trained unless it was."""
+        flags = self.flags("gnn_lm.yaml")
+        run = Path("runs") / f"{self.part().name}-gnn_lm-{updates}"
+        of_lm = ["--model.lm_checkpoint", str(self.checkpoint)]
+        checkpoint = trained([*flags, *of_lm], run, updates)
+        return subject_of(EvaluateCLI([*flags, "--ckpt_path", str(checkpoint)]))
+
     def texts(self, split: str) -> "Text":
         """A split, in order, with keys and log-probabilities."""
         scores = evaluate(self.subject, split, keep_scores=True).scores
         datastore = self.subject.products(KNNSettings()).ensure_datastore(split)
         return Text.of(datastore, scores)
+
+
+def trained(flags: list[str], run: Path, updates: int) -> Path:
+    """The best checkpoint of a run, trained unless it was, with a schedule for so many updates."""
+    warmup = min(100, updates // 4)
+    schedule = {
+        "trainer.max_steps": updates,
+        "trainer.val_check_interval": max(updates // 2, 1),
+        "model.warmup_updates": warmup,
+        "model.lr_period_updates": max(updates - warmup, 1),
+        "trainer.default_root_dir": run,
+    }
+    if not (run / "training.json").is_file():
+        train.main([*flags, *(f"--{name}={value}" for name, value in schedule.items())])
+    return run / "checkpoints" / "best.ckpt"
 
 
 @dataclass(frozen=True)
