@@ -1,4 +1,5 @@
-"""The whole way on the documentation of the running Python: train, dump, index, mix; one table.
+"""The whole way on the documentation of the running Python: train, dump, index, mix with neighbours
+and with all memories, train a GNN-LM; one table.
 
 `make demo`, or `python -m benchmarks.demo`: the commands it prints are the ones to run by hand.
 """
@@ -14,11 +15,16 @@ from rich.table import Table
 CONFIGS = Path("configs/python_docs")
 RUN, GNN_RUN = Path("runs/python_docs"), Path("runs/python_docs-gnn_lm")
 LM = f"{RUN}/checkpoints/best.ckpt"
+MEMORIES = RUN / "memories.json"
 STAGES = {
     "LM": ["train.py", "--config", f"{CONFIGS}/lm.yaml"],
     "datastore, index, kNN-LM": [
         *("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", LM),
         "--knnlm",
+    ],
+    "all memories": [
+        *("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", LM),
+        *("--memories", "knn,ngram,recent,automaton", "--output", str(MEMORIES)),
     ],
     "neighbour tables, GNN-LM": [
         *("train.py", "--config", f"{CONFIGS}/gnn_lm.yaml", "--model.lm_checkpoint", LM)
@@ -39,7 +45,8 @@ def main() -> None:
         done = subprocess.run([sys.executable, *command])
         if done.returncode:
             sys.exit(done.returncode)
-    summary = summarize(*(read(run) for run in (RUN, GNN_RUN)))
+    mixtures = json.loads(MEMORIES.read_text())["table"]
+    summary = summarize(*(read(run) for run in (RUN, GNN_RUN)), mixtures)
     (RUN / "demo.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(as_table(summary))
     console.print(f"TensorBoard: tensorboard --logdir {RUN.parent}")
@@ -51,9 +58,15 @@ def read(run: Path) -> dict:
     return {name: json.loads((run / f"{name}.json").read_text()) for name in names}
 
 
-def summarize(lm: dict, gnn: dict) -> dict:
+def summarize(lm: dict, gnn: dict, mixtures: list[dict]) -> dict:
     """Perplexities, tokens a second of each stage (None where its product was there already), and
-    the size of the datastore."""
+    the size of the datastore.
+
+    Args:
+        lm: what `read` gives of the LM's run.
+        gnn: the same of the GNN-LM's.
+        mixtures: of the LM and its memories: the LM, each memory with it, and all together.
+    """
     results, mixed = lm["results"], gnn["results"]
     knn, seconds = results["knn"], results["stage_seconds"]
     rows = knn["datastore_rows"]
@@ -68,6 +81,7 @@ def summarize(lm: dict, gnn: dict) -> dict:
         "perplexity": {
             "LM": results["ppl"],
             "kNN-LM": knn["ppl"],
+            **{row["name"]: row["ppl"] for row in mixtures if row["memories"] not in ([], ["knn"])},
             "GNN-LM": mixed["gnn"]["ppl"],
             "GNN-LM + kNN": mixed["knn"]["ppl"],
         },
@@ -81,6 +95,7 @@ def summarize(lm: dict, gnn: dict) -> dict:
             f"index ({knn['index']})": rows / sum(building) if building else None,
             "LM evaluation": results["tokens_per_second"],
             "kNN-LM evaluation": knn["tokens_per_second"],
+            "evaluation with all memories": mixtures[-1]["tokens_per_second"],
             "neighbour table": rows / searching if searching else None,
             "GNN-LM training": gnn["training"]["tokens_per_second"],
             "GNN-LM evaluation": mixed["gnn"]["tokens_per_second"],
