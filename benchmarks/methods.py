@@ -182,7 +182,7 @@ def first_table(methods: Sequence[Method], block: int) -> tuple[list[dict[str, A
                 f"{ppl.value:.2f} ({ppl.low:.1f} to {ppl.high:.1f})",
                 f"{relative.value:.3f} ({relative.low:.3f} to {relative.high:.3f})",
                 f"{method.tokens_per_second:,.0f}",
-                f"{method.bytes_on_disk / 1e6:,.0f}",
+                f"{method.bytes_on_disk / 1e6:,.1f}",
                 f"{method.searches:,}",
             ]
         )
@@ -202,6 +202,8 @@ def second_table(
         for found in gains(losses, slices):
             of_methods = {name: gain._asdict() for name, gain in found.gains.items()}
             rows.append({"by": slices.name, **found._asdict(), "gains": of_methods})
+            if found.share == 0:
+                continue
             lines.append(
                 [
                     found.label,
