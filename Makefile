@@ -30,7 +30,7 @@ $(error HF is '$(HF)', but it must be 0 or 1)
 endif
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test test-hosts lint clean distclean
+.PHONY: help setup demo test test-gpu test-hosts lint clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ demo: $(STAMP)$(FAISS) ## Train a small model, give it a memory and compare the 
 # Two pytest workers with one thread each do not fight over the cores.
 test: setup ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-gpu: setup ## Run the tests that need a CUDA device
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m gpu
 
 test-hosts: setup ## Run the test of two hosts, as root on Linux
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m hosts

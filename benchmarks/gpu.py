@@ -141,7 +141,7 @@ def measure(s: Settings, folder: Path, report: Callable[[str], None]) -> list[di
     for stage in stages(s):
         start = time.monotonic()
         if start - began + longest > s.seconds:
-            report(f"{stage.title}: left out, as {s.seconds:.0f} seconds do not suffice")
+            report(f"{stage.title}: left out, as {s.seconds:g} seconds do not suffice")
             rows.append({"title": stage.title})
             continue
         report(stage.title)

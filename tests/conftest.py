@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from accelerators import ACCELERATORS, STANDIN, skip_without
 from running import Programs
 from small import ROOT, SMALL, write_corpus
 
@@ -23,21 +23,6 @@ from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 # Processes that tests start take this checkout, even where another one is installed.
 os.environ["PYTHONPATH"] = str(ROOT)
-
-STANDIN = ROOT.parent / "shared" / "standin"
-"""An accelerator of host memory that refuses CPU tensors, where it lies beside the checkout."""
-ACCELERATORS = ["standin", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def skip_without(accelerator: str) -> None:
-    """Skips the test where a device is not to be had."""
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    if accelerator == "standin":
-        if not STANDIN.is_dir():
-            pytest.skip("the stand-in accelerator does not lie beside the checkout")
-        sys.path.append(str(STANDIN))
-        pytest.importorskip("standin")
 
 
 @pytest.fixture(params=["cpu", *ACCELERATORS], scope="session")

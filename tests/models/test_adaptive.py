@@ -13,7 +13,7 @@ VOCAB, WIDTH, CUTOFFS, FACTOR = 23, 8, (5, 12, 19), 2
 
 
 def double(parameter: torch.Tensor) -> np.ndarray:
-    return parameter.detach().double().numpy()
+    return parameter.detach().cpu().double().numpy()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -45,9 +45,9 @@ def make_softmax(kind: str) -> AdaptiveSoftmax | PlainSoftmax:
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "projections tied"])
-def test_log_prob_is_the_formula(kind):
-    softmax = make_softmax(kind)
-    hidden = torch.randn(6, WIDTH)
+def test_log_prob_is_the_formula(kind, device):
+    softmax = make_softmax(kind).to(device)
+    hidden = torch.randn(6, WIDTH).to(device)
     found = softmax.log_prob(hidden)
     assert found.shape == (6, VOCAB)
     expected = np.stack([naive_log_prob(softmax, h) for h in double(hidden)])

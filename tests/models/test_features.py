@@ -15,15 +15,15 @@ PARITY = Path(__file__).parents[3] / "shared/parity/gnnlm"
 @pytest.mark.parametrize(
     "factory", ["PQ4", "OPQ4,PQ4", "OPQ2_4,PQ2", "PCA4,PQ2", "SQ8", "PCA4,SQ8"]
 )
-def test_decodes_as_faiss_does(factory):
+def test_decodes_as_faiss_does(factory, device):
     vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32) + 3
     codec = FeatureCodec.train(factory, vectors)
     codes = codec.encode(vectors)
-    decoder = CodeDecoder(codec.decoder_arrays())
-    decoded = decoder(torch.from_numpy(codes))
+    decoder = CodeDecoder(codec.decoder_arrays()).to(device)
+    decoded = decoder(torch.from_numpy(codes).to(device))
     assert decoded.dtype == torch.float32
-    np.testing.assert_allclose(decoded.numpy(), codec.decode(codes), atol=5e-6)
-    assert decoder(torch.from_numpy(codes[:0])).shape == (0, 8)
+    np.testing.assert_allclose(decoded.cpu().numpy(), codec.decode(codes), atol=5e-6)
+    assert decoder(torch.from_numpy(codes[:0]).to(device)).shape == (0, 8)
     assert not decoder.state_dict()
     assert not list(decoder.parameters())
 

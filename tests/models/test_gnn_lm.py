@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -94,10 +95,10 @@ def test_sums_to_one_over_the_vocabulary(lm):
 
 
 @pytest.mark.parametrize("settings", [{}, {"lm_ratio": 0.3}, {"output_bias": True}])
-def test_entropy_and_the_most_probable_tokens(settings):
+def test_entropy_and_the_most_probable_tokens(settings, device):
     """They are those of the mixture, where there is one."""
-    model = make_model(**settings).eval()
-    batch = make_batch(torch.randint(VOCAB, (2, LENGTH + 1)))
+    model = make_model(**settings).eval().to(device)
+    batch = move_data_to_device(make_batch(torch.randint(VOCAB, (2, LENGTH + 1))), device)
     with torch.inference_mode():
         hidden, out, _ = model(batch)
         scored = model.score(batch, Want(log_probs=False, entropy=True, top=3))
@@ -107,6 +108,7 @@ def test_entropy_and_the_most_probable_tokens(settings):
         )
         ratio = model.hparams.lm_ratio
         p = ratio * beside + (1 - ratio) * p
+    scored, p = scored.on_cpu(), p.cpu()
     torch.testing.assert_close(scored.entropy, torch.special.entr(p).sum(1).float())
     best = p.sort(dim=1, descending=True)
     assert torch.equal(scored.top_ids, best.indices[:, :3])

@@ -1,11 +1,13 @@
 """The fast computation of the graph network equals message passing over the explicit graph, which
 equals the formulas, evaluated node by node."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 from torch.nn import functional as F
 
 from neighborlm.datamodules.graphs import (
@@ -41,8 +43,8 @@ def test_fast_equals_message_passing(layers, left, right):
 
 @pytest.mark.parametrize("intra_context", [0, 1, 3])
 @pytest.mark.parametrize("width", [WIDTH, 12])
-def test_fast_equals_message_passing_for_every_option(intra_context, width):
-    check_equal(3, 2, 2, intra_context, width)
+def test_fast_equals_message_passing_for_every_option(intra_context, width, device):
+    check_equal(3, 2, 2, intra_context, width, device)
 
 
 def test_gathering_in_parts_changes_nothing(monkeypatch):
@@ -51,7 +53,8 @@ def test_gathering_in_parts_changes_nothing(monkeypatch):
     check_equal(3, 2, 2, None, WIDTH)
 
 
-def check_equal(layers, left, right, intra_context, width):
+def check_equal(layers, left, right, intra_context, width, device="cpu"):
+    """Messages are passed on the CPU, what is fast is computed on a device."""
     torch.manual_seed(layers)
     network = HGT(WIDTH, width, layers, heads=2).double()
     for parameter in network.parameters():  # priors other than one, norms other than the identity
@@ -73,12 +76,17 @@ def check_equal(layers, left, right, intra_context, width):
     parameters = [p for p in network.parameters() if p.requires_grad]
     wanted = torch.autograd.grad((weights * expected).sum(), parameters, allow_unused=True)
 
-    found = network.fast(tokens, hood.features, hood, intra_context)
-    torch.testing.assert_close(found, expected)
+    there = copy.deepcopy(network).to(device)
+    tokens, hood, weights = move_data_to_device((tokens, hood, weights), device)
+    found = there.fast(tokens, hood.features, hood, intra_context)
+    torch.testing.assert_close(found.cpu(), expected)
+    if device == "standin":  # autograd has threads for the devices of before its first use alone
+        return
+    parameters = [p for p in there.parameters() if p.requires_grad]
     gradients = torch.autograd.grad((weights * found).sum(), parameters, allow_unused=True)
     for one, other in zip(gradients, wanted, strict=True):
         zero = torch.zeros(())
-        one, other = (zero if g is None else g for g in (one, other))
+        one, other = (zero if g is None else g.cpu() for g in (one, other))
         torch.testing.assert_close(one, other.expand_as(one) if other.ndim == 0 else other)
 
 

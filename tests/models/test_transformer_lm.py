@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -71,8 +72,9 @@ def cells(batch: LMBatch):
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_scores_are_those_of_each_scored_token(batch, settings):
-    model = make(**settings).eval()
+def test_scores_are_those_of_each_scored_token(batch, settings, device):
+    model = make(**settings).eval().to(device)
+    batch = move_data_to_device(batch, device)
     hidden, features = model.hidden(batch.tokens, ["layer:0:output"])
     scores = model.score(batch, Want(("layer:0:output",)))
     assert len(scores.log_probs) == len(cells(batch)) == 10
@@ -81,9 +83,10 @@ def test_scores_are_those_of_each_scored_token(batch, settings):
         assert scores.targets[i] == batch.targets[b, t]
         expected = model.softmax.log_prob(hidden[b, t][None])[0]
         assert expected.shape == (VOCAB,)
-        torch.testing.assert_close(expected.exp().sum(), torch.tensor(1.0))
+        assert expected.exp().sum().item() == pytest.approx(1)
         torch.testing.assert_close(scores.log_probs[i], expected[batch.targets[b, t]])
-        assert torch.equal(scores.keys["layer:0:output"][i], features["layer:0:output"][b, t])
+        key, feature = scores.keys["layer:0:output"][i], features["layer:0:output"][b, t]
+        assert torch.equal(key.cpu(), feature.cpu())
     # Padding and what else is in the batch change nothing.
     alone = LMBatch(*(tensor[2:, :2] for tensor in batch[:4]))
     torch.testing.assert_close(model.score(alone, Want()).log_probs, scores.log_probs[-1:])

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerators import ACCELERATORS, skip_without
 from small import without_digests
 
 from neighborlm.callbacks.index_builder import IndexBuilder
@@ -32,11 +33,10 @@ def by_topk(queries: torch.Tensor, k: int, at_once: int) -> DeviceNearest:
     return DeviceNearest(queries, k)
 
 
-@pytest.fixture(params=["cpu", "cpu by topk", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "cpu by topk", *ACCELERATORS])
 def searching(request, monkeypatch) -> Callable[..., TorchRetriever]:
     """Makes a retriever of some device."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    skip_without(request.param)
     if request.param == "cpu by topk":
         monkeypatch.setattr(torch_retriever, "CPUNearest", by_topk)
     return partial(TorchRetriever, device=request.param.split()[0], sizes=SMALL)
