@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 SMALL = (
     *("--made_up.train_tokens", 9000, "--made_up.test_tokens", 1500, "--made_up.words", 800),
@@ -12,6 +13,7 @@ SMALL = (
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_stage(tmp_path, run_program):
     run_program(tmp_path, "benchmarks.gpu", "--output", "gpu.json", *SMALL)
     rows = {row["title"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
