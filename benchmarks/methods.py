@@ -2,12 +2,14 @@
 each gains and costs, and where it helps and hurts.
 
     python -m benchmarks.methods --base.corpus FOLDER --output methods.json
+    python -m benchmarks.methods --base.corpus FOLDER --turns 5
 
 A small LM and a GNN-LM on it are trained on the first words of a corpus where they are missing, and
 so is everything that memories are made of. All weights are fitted on the validation text; every way
 of predicting then gets a pass over the test text of its own. The first table has perplexities with
 paired bootstrap intervals, rates, bytes and searches; the second one splits the same tokens by what
-they are.
+they are. With `--turns`, passes with neighbours alone and with all that stands in `TOGETHER` are
+timed by turns instead.
 """
 
 import json
@@ -20,7 +22,7 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from benchmarks.measuring import environment
-from benchmarks.texts import Base
+from benchmarks.texts import Base, read_clocks
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.common.contracts import Mixer, Want
 from neighborlm.programs.evaluation import evaluate
@@ -134,6 +136,23 @@ class Comparison:
         made = score(self.subject, "test", mixing.want.and_also(want), [mixing])
         return mixing, made.seconds
 
+    def turns(self, count: int) -> dict[str, float]:
+        """What a pass with all that stands in `TOGETHER` takes for every second of one with
+        neighbours alone, by the `clock` and in time of all `cores`: medians of some pairs."""
+        mixers = {("knn",): ConstantMixer(), TOGETHER: ConstantMixer()}
+        for names, mixer in mixers.items():
+            mixer.fit(self.heard.sources(*names))
+            self._pass(names, mixer)  # warms up
+        ratios = []
+        for _ in range(count):
+            spent = []
+            for names, mixer in mixers.items():
+                clocks = read_clocks()
+                self._pass(names, mixer)
+                spent.append(read_clocks() - clocks)
+            ratios.append(spent[1] / spent[0])
+        return dict(zip(("clock", "cores"), np.median(ratios, axis=0).tolist(), strict=True))
+
     def slices(self, quantiles: int = 4) -> list[Slices]:
         """Classes of the test text's tokens."""
         names = ("ngram", "knn")
@@ -227,6 +246,7 @@ def run(
     gnn_updates: int = 200,
     k: int = 1024,
     block: int = BLOCK,
+    turns: int = 0,
     output: Path | None = None,
 ) -> None:
     """Prints both tables, and writes them.
@@ -236,10 +256,16 @@ def run(
         gnn_updates: of the graph network; 0 leaves it out.
         k: neighbours of a search.
         block: tokens of a block that the bootstrap draws.
+        turns: pairs of passes that are timed by turns, in place of the tables.
         output: JSON file for the figures.
     """
     settings = MemorySettings(KNNSettings(k=k))
     of_lm = Comparison(base.subject, "LM", settings)
+    if turns:
+        found = of_lm.turns(turns)
+        print(f"{' + '.join(TOGETHER)} over knn: {found['clock']:.2f} by the clock, ", end="")
+        print(f"{found['cores']:.2f} in time of all cores")
+        return
     methods = [*of_lm.alone(), *(of_lm.mixed(names) for names in OF_LM)]
     methods += [of_lm.mixed(TOGETHER, kind) for kind in MIXED_BY]
     in_slices = [m for m in methods if m.name in {"LM", *(f"LM + {name}" for name in ALONE)}]
@@ -253,7 +279,7 @@ def run(
     split, second = second_table(in_slices, of_lm.slices())
     print(f"\n{first}\n\n{second}\n")
     if output is not None:
-        said = {"base": {**asdict(base), "corpus": base.corpus.name}, "methods": rows}
+        said = {"base": {**asdict(base), "corpus": base.part().name}, "methods": rows}
         said |= {"slices": split, "environment": environment(0)}
         output.write_text(json.dumps(said, indent=1, default=str) + "\n")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.measuring import CONFIGS
 from neighborlm.common.contracts import Memory, Opinion, Scored
-from neighborlm.common.errors import InputError
 from neighborlm.common.files import publishing
+from neighborlm.datamodules.corpora import resolve_corpus
 from neighborlm.programs import train
 from neighborlm.programs.evaluate import EvaluateCLI, subject_of
 from neighborlm.programs.evaluation import evaluate
@@ -37,14 +37,14 @@ class Base:
     is taken as it is.
 
     Args:
-        corpus: folder with train.txt, valid.txt and test.txt.
+        corpus: see --data.corpus.
         train_words: of the training text that are read, up to the end of a line.
         other_words: of either other text.
         updates: of the LM.
         folder: where the part of the corpus is written.
     """
 
-    corpus: Path
+    corpus: str
     train_words: int = 500_000
     other_words: int = 40_000
     updates: int = 400
@@ -54,19 +54,18 @@ class Base:
         """The folder of the first words; its name names run and datastores.
 
         Raises:
-            InputError: the corpus lacks a text.
+            InputError: there is no such corpus, or it lacks a text.
         """
-        name = f"{self.corpus.name}-{self.train_words}-{self.other_words}-{self.updates}"
+        files = resolve_corpus(self.corpus, Path(".cache"))
+        name = f"{files.name}-{self.train_words}-{self.other_words}-{self.updates}"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / name).is_dir():
             with publishing(self.folder / name) as folder:
                 folder.mkdir()
-                for split in ("train", "valid", "test"):
+                for split in files.splits:
                     words = self.train_words if split == "train" else self.other_words
-                    source = self.corpus / f"{split}.txt"
-                    if not source.is_file():
-                        raise InputError(f"{source}: no such file; expected a text of a corpus")
-                    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+                    text = files.split(split).read_text(encoding="utf-8")
+                    lines = text.splitlines(keepends=True)
                     counts = accumulate(len(line.split()) + 1 for line in lines)
                     kept = sum(count <= words for count in counts)
                     text = "".join(lines[: max(kept, 1)])
