@@ -32,7 +32,7 @@ from benchmarks import fidelity_gnn
 from neighborlm.common.contracts import Retriever, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.models.scorer import Scorer
-from neighborlm.originals.fairseq import SAFE_GLOBALS
+from neighborlm.originals.fairseq_files import SAFE_GLOBALS
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.cli import quiet

@@ -1,4 +1,4 @@
-"""Converts checkpoints of fairseq 0.9 and of the original GNN-LM, a fork of it, to models of this
+"""Converts checkpoints of fairseq and of the original GNN-LM, a fork of it, to models of this
 project, and language models back to fairseq.
 
     neighborlm convert from_fairseq checkpoint_best.pt lm.ckpt
@@ -18,15 +18,13 @@ from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.originals.fairseq import (
     BIAS,
-    LIGHTNING_KEY,
-    READ_ERRORS,
     export_args,
     export_state_dict,
     hyper_parameters,
     modern_names,
-    read_checkpoint,
     transformer_lm,
 )
+from neighborlm.originals.fairseq_files import LIGHTNING_KEY, READ_ERRORS, read_checkpoint
 from neighborlm.originals.fairseq_gnn import gnn_lm
 
 
@@ -52,7 +50,7 @@ def convert(checkpoint: Path, output: Path) -> None:
     """Makes a Lightning checkpoint from a fairseq checkpoint.
 
     Args:
-        checkpoint: a checkpoint of fairseq 0.9 or older, or of the original GNN-LM, such as
+        checkpoint: a checkpoint of fairseq, up to 0.12, or of the original GNN-LM, such as
             checkpoint_best.pt.
         output: the Lightning checkpoint to write.
     """

@@ -1,18 +1,13 @@
-"""Converts checkpoints of fairseq 0.9's `transformer_lm` to a `TransformerLM` and back.
+"""Converts what checkpoints of fairseq's `transformer_lm` hold to a `TransformerLM`, and back to
+what those of fairseq 0.9 hold.
 
-Hyper-parameters come from the checkpoint. `pieces` pairs fairseq's tensors with ours; reading,
-checking and writing all follow it. Files are read without running code that they may hold.
-`fairseq_gnn` builds on this for checkpoints of the original GNN-LM, and `conversion` tells the two
-kinds apart.
+`pieces` pairs fairseq's tensors with ours; reading, checking and writing all follow it.
+`fairseq_files` reads the files, `fairseq_gnn` builds on this for checkpoints of the original
+GNN-LM, and `conversion` tells the two kinds apart.
 """
 
 import ast
-import io
-import pickle
-import pickletools
 import re
-import struct
-import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,13 +23,6 @@ from neighborlm.models.decoder import POSITION_OFFSET
 from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
 
-LIGHTNING_KEY = "pytorch-lightning_version"
-LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # of files of torch before 1.6
-LEGACY_PICKLES = 4  # magic number, protocol version, system information, the saved object
-READ_ERRORS = (
-    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
-    *(ValueError, TypeError, LookupError, AttributeError, struct.error),  # of damaged files
-)
 BIAS = "decoder.xl_bias"  # on the logits of a plain softmax, in the original GNN-LM's fairseq
 IGNORED = re.compile(r"(.*\.)?(_float_tensor|version)|decoder\.embed_positions\.weights")
 
@@ -89,84 +77,6 @@ UNSUPPORTED = {
     "layernorm_embedding": "a layer norm on the embedding",
     "no_token_positional_embeddings": "a model without position embeddings",
 }
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-class _Meter:
-    """Stands in for fairseq's progress meters, whose values are not needed."""
-
-
-SAFE_GLOBALS = [
-    Namespace,
-    *((_Meter, f"fairseq.meters.{name}Meter") for name in ("Average", "Time", "Stopwatch")),
-]
-
-
-def is_fairseq_checkpoint(path: Path | str) -> bool:
-    """Whether a file looks like a fairseq checkpoint: torch wrote it, and it contains the strings
-    `args` and `model` but no version of Lightning. Nothing is loaded."""
-    try:
-        strings = _pickled_strings(Path(path))
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return False
-    return {"args", "model"} <= strings and LIGHTNING_KEY not in strings
-
-
-def _pickled_strings(path: Path) -> set[str]:
-    """All strings in the pickle of a file that torch.save wrote; none for any other file."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"]
-            return _strings(io.BytesIO(archive.read(names[0])), 1) if names else set()
-    with open(path, "rb") as file:
-        if file.read(len(LEGACY_START)) != LEGACY_START:
-            return set()
-        return _strings(file, LEGACY_PICKLES - 1)
-
-
-def _strings(file: io.BufferedIOBase, pickles: int) -> set[str]:
-    return {
-        argument
-        for _ in range(pickles)
-        for _, argument, _ in pickletools.genops(file)
-        if isinstance(argument, str)
-    }
-
-
-def read_checkpoint(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
-    """The arguments and the tensors of a fairseq checkpoint.
-
-    Raises:
-        InputError: the file cannot be read, or holds objects that are not allowed.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a fairseq checkpoint")
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            # With a memory map the state of the optimiser is never read.
-            mapped = zipfile.is_zipfile(path)
-            checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
-    except READ_ERRORS as error:
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden is None:
-            raise InputError(
-                f"{path}: torch cannot read it; expected a fairseq checkpoint"
-            ) from error
-        allowed = ", ".join(g[1] if isinstance(g, tuple) else "Namespace" for g in SAFE_GLOBALS)
-        raise InputError(
-            f"{path}: refused, it holds a {forbidden[1]}; expected tensors, plain Python values "
-            f"and no other objects than {allowed}"
-        ) from None
-    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else []
-    args, model = (checkpoint[k] if k in found else None for k in ("args", "model"))
-    if not isinstance(args, Namespace) or not isinstance(model, Mapping):
-        raise InputError(
-            f"{path}: has the keys {found}; expected args (a Namespace) and model (its tensors) "
-            "among them, as fairseq 0.9 writes them"
-        )
-    return args, {name: value for name, value in model.items() if torch.is_tensor(value)}
 
 
 # -- hyper-parameters ----------------------------------------------------------------------------

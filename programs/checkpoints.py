@@ -14,7 +14,7 @@ from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.models.weights import not_finite
 from neighborlm.originals.conversion import load_fairseq_checkpoint
-from neighborlm.originals.fairseq import is_fairseq_checkpoint
+from neighborlm.originals.fairseq_files import is_fairseq_checkpoint
 
 Model = TypeVar("Model", bound=TrainableLM)
 
