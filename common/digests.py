@@ -9,8 +9,8 @@ can write there, in the user's cache.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,17 @@ def set_verification(verify: Verify) -> None:
     global _verify
     _verify = verify
     _compared.clear()
+
+
+@contextmanager
+def verification(verify: Verify) -> Iterator[None]:
+    """`set_verification` while the body runs."""
+    before = _verify
+    set_verification(verify)
+    try:
+        yield
+    finally:
+        set_verification(before)
 
 
 # -- digests -------------------------------------------------------------------------------------

@@ -116,21 +116,14 @@ class BinarizedCorpus:
         """The contents of meta.json: `fingerprints` by split and, except in corpora of older
         versions, the fingerprint of the `dictionary`, `statistics` by split and the digest of the
         others."""
-        try:
-            meta = json.loads((self.folder / "meta.json").read_bytes())
-            found = meta.pop("digest", None)
-            if found not in (None, _digest_of_meta(meta)):
-                raise ValueError("not what was written")
-            return {**meta, "fingerprints": dict(meta["fingerprints"])}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise self._damage("meta.json") from None
+        return read_meta(self.folder)
 
     @cached_property
     def dictionary(self) -> Dictionary:
         """The vocabulary."""
         dictionary = Dictionary.load(self.folder / "dict.txt")
         if self.meta.get("dictionary", dictionary.fingerprint) != dictionary.fingerprint:
-            raise self._damage("dict.txt")
+            raise damage_in(self.folder, "dict.txt")
         dictionary.level = self._level  # older versions did not record it
         return dictionary
 
@@ -151,7 +144,7 @@ class BinarizedCorpus:
             try:
                 stream = TokenStream.open(folder)
             except (OSError, ValueError, EOFError):
-                raise self._damage(split) from None
+                raise damage_in(self.folder, split) from None
             stamps = self.folder / STAMPS
             compare_once(stamps, arrays_of(folder), lambda _: self.verify(split, stream))
             self._streams[split] = stream
@@ -180,17 +173,11 @@ class BinarizedCorpus:
             InputError: the split is damaged.
         """
         if fingerprint_of_tokens(stream or self.stream(split)) != self.fingerprint(split):
-            raise self._damage(split)
+            raise damage_in(self.folder, split)
 
     def _refuse_unknown(self, split: str) -> None:
         if not self.has(split):
             raise InputError(f"--split is {split}; expected one of {', '.join(self.files.splits)}")
-
-    def _damage(self, name: str) -> InputError:
-        return InputError(
-            f"{self.folder / name}: is damaged, it is not what was written there; remove "
-            f"{self.folder}, and the same command makes it again"
-        )
 
     # -- making it -------------------------------------------------------------------------------
 
@@ -274,6 +261,48 @@ class BinarizedCorpus:
             f"punctuation (neighborlm prepare FILES --output FOLDER --tokenize), {rare}"
             "take --data.level char"
         )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """See `BinarizedCorpus.meta`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if meta.pop("digest", None) not in (None, _digest_of_meta(meta)):
+            raise ValueError("not what was written")
+        return {**meta, "fingerprints": dict(meta["fingerprints"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise damage_in(folder, "meta.json") from None
+
+
+def verify_folder(folder: Path) -> None:
+    """Reads a binarised corpus and compares it with its fingerprints.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    meta = read_meta(folder)
+    found = Dictionary.load(folder / "dict.txt").fingerprint
+    if meta.get("dictionary", found) != found:
+        raise damage_in(folder, "dict.txt")
+    for split, expected in meta["fingerprints"].items():
+        try:
+            found = fingerprint_of_tokens(TokenStream.open(folder / split))
+        except (OSError, ValueError, EOFError):
+            found = None
+        if found != expected:
+            raise damage_in(folder, split)
+
+
+def damage_in(folder: Path, name: str) -> InputError:
+    """What is said of a file or folder in a binarised corpus that is not what was written."""
+    return InputError(
+        f"{folder / name}: is damaged, it is not what was written there; remove {folder}, and the "
+        "same command makes it again"
+    )
 
 
 def fingerprint_of_tokens(stream: AnyTokenStream) -> str:

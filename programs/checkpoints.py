@@ -1,7 +1,6 @@
 """Reading trained models: checkpoints of train.py and of fairseq."""
 
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,11 +71,16 @@ def refuse_damaged(path: Path) -> None:
         InputError: it is not what was written.
     """
     if zipfile.is_zipfile(path):
-        compare_once(path.with_name(f".{path.name}.stamps"), [path], _compare_tensors)
+        stamps = path.with_name(f".{path.name}.stamps")
+        compare_once(stamps, [path], lambda _: verify_checkpoint(path))
 
 
-def _compare_tensors(paths: Sequence[Path]) -> None:
-    (path,) = paths
+def verify_checkpoint(path: Path) -> None:
+    """See `refuse_damaged`; reads all of it.
+
+    Raises:
+        InputError: it is not what was written.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

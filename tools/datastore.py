@@ -17,6 +17,7 @@ from neighborlm.common.progress import progress_bars
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.verification import products_at, verify_product
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search import Search
 from neighborlm.retrieval.store.artifact import refuse_mismatch
@@ -32,10 +33,16 @@ from neighborlm.retrieval.store.maintenance import (
     deal_again,
     put_together,
     record_checksums,
-    verify_datastore,
 )
 from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind
 from neighborlm.retrieval.store.thinning import merged, random_rows, write_thinned
+
+STATES = {
+    "whole": "is as it was written",
+    "unfinished": "is unfinished",
+    "unknown": "has no checksums, as it was made by an earlier version",
+}
+"""What is said of a product that is not damaged."""
 
 # -- looking -------------------------------------------------------------------------------------
 
@@ -123,20 +130,29 @@ def show(path: Path) -> None:
 
 
 def verify(path: Path, record: bool = False) -> None:
-    """Compares a datastore with its checksums, and names the first damaged rows.
+    """Compares products with the checksums that they were written with, and names what is damaged.
 
     Args:
-        path: its directory, with a manifest.json.
+        path: a datastore with all that is made of it; a file of an index, a neighbour table or
+            codes; a cache, a run with its checkpoints; or any folder of such.
         record: give checksums to a datastore or shard that has none, instead of refusing it; for
-            datastores of the original programs, which have none.
+            those of earlier versions.
     """
-    datastore = Datastore.open(path)
-    with progress_bars(str(path), transient=True) as report:
-        if record:
-            record_checksums(datastore, partial(report, "recording"))
-            datastore = Datastore.open(path)
-        verify_datastore(datastore, partial(report, "verifying"))
-    print(f"{path}: {len(datastore)} rows are as they were written")
+    if record:
+        with progress_bars(str(path), transient=True) as report:
+            record_checksums(Datastore.open(path), partial(report, "recording"))
+    products, damages = products_at(path), []
+    for product in products:
+        try:
+            with progress_bars(str(product.name), transient=True) as report:
+                state = verify_product(product, report)
+            print(f"{product.name}: {STATES[state]}")
+        except InputError as damage:
+            damages.append(damage)
+    for damage in damages[1:]:
+        print(damage)
+    if damages:
+        raise damages[0]
 
 
 def split(

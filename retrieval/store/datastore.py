@@ -146,6 +146,8 @@ class Datastore:
         if described is None:
             raise InputError(f"{self.path}: has no checksums; verify --record true makes them")
         refuse_mismatch(self.path, described, {"algorithm": ALGORITHM})
+        if "files" in self.manifest:
+            artifact_of(self.path).verify()
         if checksum(np.asarray(self.masked)) != described["masked"]:
             raise InputError(f"{self.path / 'masked.npy'}: is damaged")
         layout = layout_of_checksums(len(self), described["rows"])

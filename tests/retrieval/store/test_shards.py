@@ -419,7 +419,7 @@ def test_list(tmp_path, whole, sharded, capsys):
 
 def test_verify_names_the_damaged_shard(sharded, capsys):
     main(["verify", "--path", str(sharded.path)])
-    assert "300 rows are as they were written" in capsys.readouterr().out
+    assert f"{sharded.path}: is as it was written" in capsys.readouterr().out
     _, whole, damaged, *_ = (shard.path for shard in sharded.shards())
     keys = np.load(damaged / "keys.npy", mmap_mode="r+")
     keys[11, 3] += 1
