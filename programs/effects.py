@@ -34,11 +34,13 @@ def check_effects(
         "knn": makes_products or bool(set(memories) - NEVER_SEARCH),
         "recent": "recent" in memories,
         "automaton": "automaton" in memories,
+        "adaptive": "adaptive" in memories,
     }
     readers = {
         "knn": "--knnlm, --memories knn, --save_datastore or --build_index",
         "recent": "--memories recent",
         "automaton": "--memories automaton",
+        "adaptive": "--memories adaptive",
     }
     for section, is_read in reads.items():
         changed = () if is_read else changed_of(getattr(settings, section))

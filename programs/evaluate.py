@@ -27,6 +27,7 @@ from neighborlm.programs.run import Run, run_of
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import Evaluated, Subject
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
+from neighborlm.retrieval.memories.adaptive import AdaptiveSettings
 from neighborlm.retrieval.memories.automaton import AutomatonSettings
 from neighborlm.retrieval.memories.recent import RecentSettings
 from neighborlm.retrieval.search.index import resolve
@@ -123,6 +124,7 @@ missing of datastore and index is made.
         parser.add_class_arguments(KNNSettings, "knn")
         parser.add_class_arguments(RecentSettings, "recent")
         parser.add_class_arguments(AutomatonSettings, "automaton")
+        parser.add_class_arguments(AdaptiveSettings, "adaptive")
 
     @property
     def memories(self) -> list[str]:
@@ -181,6 +183,7 @@ missing of datastore and index is made.
             KNNSettings(**self.config.knn.as_dict()),
             RecentSettings(**self.config.recent.as_dict()),
             AutomatonSettings(**self.config.automaton.as_dict()),
+            AdaptiveSettings(**self.config.adaptive.as_dict()),
         )
         self.settings.check()
         makes_products = self.config.save_datastore or self.config.build_index

@@ -11,7 +11,12 @@ from pathlib import Path
 from neighborlm.callbacks.token_scores import LMScores
 from neighborlm.common.errors import InputError
 from neighborlm.programs.hearing import check_cache, identities
-from neighborlm.programs.knn_lm import evaluate_knn, is_knn_lm, tuned_temperature
+from neighborlm.programs.knn_lm import (
+    evaluate_adaptive,
+    evaluate_knn,
+    is_knn_lm,
+    tuned_temperature,
+)
 from neighborlm.programs.mixture import (
     Mixing,
     check_mixing,
@@ -113,6 +118,10 @@ def evaluate_with_memories(
     resources = MadeOnDemand(subject, settings)
     if is_knn_lm(memories, mixer):
         return evaluate_knn(subject, split, resources, keep_scores)
+    if "adaptive" in memories:
+        if split == "valid":
+            raise InputError("--split valid: is what the gate is trained on; expected another")
+        return evaluate_adaptive(subject, split, resources, keep_scores)
     keep = None
     if mixer in MIXERS:
         weighing = MIXERS[mixer]()
@@ -130,5 +139,5 @@ def evaluate_with_memories(
     return evaluate_mixture(subject, split, mixing, resources, keep_scores, keep)
 
 
-SEARCHING = {"knn", "automaton"}
+SEARCHING = {"knn", "automaton", "adaptive"}
 """Memories that search the datastore."""

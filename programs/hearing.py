@@ -266,6 +266,7 @@ def identities(subject: Subject, names: Sequence[str], settings: MemorySettings)
     knn = {name: value for name, value in asdict(settings.knn).items() if name not in PLACES}
     sections = {"knn": [knn], "automaton": [knn, asdict(settings.automaton)]}
     sections["recent"] = [asdict(settings.recent)]
+    sections["adaptive"] = [knn, asdict(settings.adaptive)]
     remembered = subject.data.fingerprint("train")
     return {name: digest_of(json.dumps([remembered, sections.get(name)])) for name in names}
 

@@ -1,4 +1,5 @@
-"""kNN-LM: one weight for all tokens, given or tuned with the temperature, as `--knnlm` means it."""
+"""kNN-LM: one weight for all tokens, given or tuned with the temperature, as `--knnlm` means it; or
+a gate that decides before each search."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from neighborlm.programs.mixture import Mixing, evaluate_mixture
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.subject import Evaluated, Subject
 from neighborlm.retrieval.memories import ConstantMixer, KNNMemory
+from neighborlm.retrieval.memories.adaptive import ForetoldMixer, WhereSearchedMixer
 from neighborlm.retrieval.search.index import resolve
 
 REPORTED = {
@@ -63,6 +65,29 @@ def evaluate_knn(
     named = {"name": "GNN-LM + kNN" if "gnn" in results else "kNN-LM"}
     results["table"] = [*results["table"][:-1], results["table"][-1] | named]
     return replace(evaluated, results=results | {"knn": found | described})
+
+
+class WithGate(Mixing):
+    """The weights that the gate foretells, and beside them one weight wherever it has searched."""
+
+    def fit(self, heard: Heard) -> None:
+        """See `Mixing.fit`."""
+        self.alone["adaptive"].fit(heard.sources())
+
+
+def evaluate_adaptive(
+    subject: Subject, split: str, resources: MadeOnDemand, keep_scores: bool
+) -> Evaluated:
+    """kNN-LM with a gate before the search: what skipping alone gives, by one weight wherever a
+    search was made, and what the foretold weights give beyond that."""
+    mixing = WithGate.of(["adaptive"], ForetoldMixer(), None, resources)
+    mixing.alone["adaptive"] = constant = WhereSearchedMixer()
+    evaluated = evaluate_mixture(subject, split, mixing, resources, keep_scores)
+    found, table = dict(evaluated.results["mixture"]), list(evaluated.results["table"])
+    found |= {"skip": resources.settings.adaptive.skip, "lmbda": constant.shares[1].item()}
+    for place, what in ((-2, "one lmbda"), (-1, "its lmbda")):
+        table[place] = table[place] | {"name": f"{table[place]['name']}, {what}"}
+    return replace(evaluated, results=evaluated.results | {"mixture": found, "table": table})
 
 
 def tuned_temperature(subject: Subject, resources: MadeOnDemand) -> float:

@@ -136,9 +136,9 @@ def evaluate_mixture(
         made = Pass(heard.made.results, time.perf_counter() - start, heard.made.trainer)
         seconds, described["cached_k"] = dict(heard.seconds), heard.cached_k
     described["mixer"] = type(mixing.mixer).__name__
-    if {"knn", "automaton"} & set(names):
-        searching = memories.get("knn") or memories["automaton"]
-        described["knn_temperature"] = searching.temperature
+    for name in ("knn", "automaton", "adaptive"):
+        if name in memories:
+            described["knn_temperature"] = memories[name].temperature
     results = made.results | {
         "mixture": described | mixed_figures(tally, made) | seconds_in(memories, seconds),
         "table": table_of(made, tally, mixing, resources, seconds),
@@ -248,6 +248,11 @@ def check_names(memories: Sequence[str], mixer: str) -> None:
 
 def check_mixing(memories: Sequence[str], mixer: str, knn: KNNSettings) -> None:
     """Refuses weights and temperatures that something else decides on."""
+    if "adaptive" in memories and (len(memories) > 1 or mixer != "constant"):
+        raise InputError(
+            f"--memories {','.join(memories)} --mixer {mixer}: adaptive decides before each search "
+            "what the neighbours weigh; expected it alone, and no --mixer"
+        )
     alone = tuple(memories) == ("knn",) and mixer == "constant"
     if alone and knn.lmbda == "auto" and knn.temperature != "auto":
         raise InputError(

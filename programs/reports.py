@@ -14,6 +14,9 @@ from neighborlm.common.contracts import TextSize
 from neighborlm.common.units import size_of
 from neighborlm.retrieval.memories.tuning import Tuning
 
+WIDTH = 110
+"""Columns of a table in a file or pipe."""
+
 
 def figures(loss: float, tokens: int, seconds: float) -> dict[str, float]:
     """The figures that every way of predicting is reported by.
@@ -74,7 +77,10 @@ def show(results: dict[str, Any]) -> None:
     Args:
         results: see `programs.subject.Evaluated`.
     """
-    Console().print(as_table(results))
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(as_table(results))
     for remark in remarks(results):
         print(remark)
 
@@ -103,7 +109,7 @@ def as_table(results: dict[str, Any]) -> Table:
     knn = results.get("knn")
     caption = f"kNN: lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g}" if knn else None
     table = Table(box=SIMPLE, pad_edge=False, title=title, caption=caption)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for name in names:
         table.add_column(name.replace(" / ", "\n/ "), justify="right", no_wrap=True)
     for r in rows:

@@ -10,6 +10,7 @@ import torch
 
 from neighborlm.common.contracts import NProbe
 from neighborlm.common.errors import InputError
+from neighborlm.retrieval.memories.adaptive import AdaptiveSettings
 from neighborlm.retrieval.memories.automaton import AutomatonSettings
 from neighborlm.retrieval.memories.recent import RecentSettings
 from neighborlm.retrieval.search import Search
@@ -233,15 +234,17 @@ class MemorySettings:
         knn: of the memory `knn`, and of every other that searches the datastore.
         recent: of the memory `recent`.
         automaton: of the memory `automaton`.
+        adaptive: of the memory `adaptive`.
     """
 
     knn: KNNSettings = field(default_factory=KNNSettings)
     recent: RecentSettings = field(default_factory=RecentSettings)
     automaton: AutomatonSettings = field(default_factory=AutomatonSettings)
+    adaptive: AdaptiveSettings = field(default_factory=AdaptiveSettings)
 
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""
-        for section in (self.knn, self.recent, self.automaton):
+        for section in (self.knn, self.recent, self.automaton, self.adaptive):
             section.check()
 
 

@@ -9,6 +9,7 @@ each. A new one is a file, here or anywhere, and one line there; `contracts.Memo
 from collections.abc import Callable
 
 from neighborlm.common.contracts import Memory, Mixer, Resources
+from neighborlm.retrieval.memories.adaptive import AdaptiveMemory
 from neighborlm.retrieval.memories.automaton import AutomatonMemory
 from neighborlm.retrieval.memories.buckets import BucketMixer
 from neighborlm.retrieval.memories.closed_forms import DrozdovMixer, NestMixer
@@ -26,6 +27,7 @@ MEMORIES: dict[str, Callable[[Resources], Memory]] = {
     "ngram": NGramMemory.of,
     "recent": RecentMemory.of,
     "automaton": AutomatonMemory.of,
+    "adaptive": AdaptiveMemory.of,
 }
 """By the names of `--memories`: makes the memory from what it is made of."""
 MIXERS: dict[str, Callable[[], Mixer]] = {

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -118,18 +118,23 @@ class KNNMemory(Memory):
     @classmethod
     def of(cls, resources: Resources) -> "KNNMemory":
         """Makes the memory that the section `knn` of the settings describes."""
+        return cls(**cls.arguments_of(resources))
+
+    @classmethod
+    def arguments_of(cls, resources: Resources) -> dict[str, Any]:
+        """What it is made with."""
         knn = resources.settings.knn
-        return cls(
-            resources.datastore(),
-            resources.retriever(),
-            knn.k,
-            None if knn.temperature == "auto" else knn.temperature,
-            key_type=knn.key_type,
-            distances=knn.distances,
-            similarity=knn.similarity,
-            missing=knn.missing,
-            rescoring=resources.rescoring_datastore(),
-        )
+        return {
+            "datastore": resources.datastore(),
+            "retriever": resources.retriever(),
+            "k": knn.k,
+            "temperature": None if knn.temperature == "auto" else knn.temperature,
+            "key_type": knn.key_type,
+            "distances": knn.distances,
+            "similarity": knn.similarity,
+            "missing": knn.missing,
+            "rescoring": resources.rescoring_datastore(),
+        }
 
     @property
     def needs_tuning(self) -> bool:
@@ -161,7 +166,7 @@ class KNNMemory(Memory):
         Raises:
             InputError: it needs tuning, but nothing stores what is retrieved.
         """
-        if self.needs_tuning and self.cache is None:
+        if self.temperature is None and self.cache is None:
             self._refuse_untuned()
         targets = asked.targets.numpy()
         if not self.neighbors_are_needed:
@@ -173,7 +178,7 @@ class KNNMemory(Memory):
         neighbors = self.neighbors(asked)
         if self.cache is not None:
             self._write(asked, neighbors)
-        if self.needs_tuning:
+        if self.temperature is None:
             return Opinion(torch.full((len(targets),), -torch.inf))
         if self.by_k:
             return opinion_by_k(self._block(asked, neighbors), self.temperature, self.similarity)
@@ -278,7 +283,7 @@ class KNNMemory(Memory):
         Raises:
             InputError: it needs tuning.
         """
-        if self.needs_tuning:
+        if self.temperature is None:
             self._refuse_untuned()
         found = self.neighbors(asked)
         scores = neighbor_scores(found.distances, found.rows, self.similarity)

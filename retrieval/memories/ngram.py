@@ -91,10 +91,8 @@ class NGramMemory(Memory):
     def frequencies(self, asked: Scored, most: int = 4) -> tuple[Tensor, Tensor]:
         """How often the last 1 to `most` tokens of each context occur in the training text,
         followed by a token, and how many different tokens follow them; each int64 `[n, most]`."""
-        lasts = self.suffix_array.last(self.text, asked.positions.numpy(), most)
-        counts = [matches.counts for matches in lasts]
-        distinct = [self.suffix_array.summary(matches).distinct for matches in lasts]
-        return tuple(torch.from_numpy(np.stack(columns, axis=1)) for columns in (counts, distinct))
+        found = self.suffix_array.frequencies(self.text, asked.positions.numpy(), most)
+        return tuple(map(torch.from_numpy, found))
 
     def _matches(self, asked: Scored) -> Matches:
         return self.suffix_array.longest(self.text, asked.positions.numpy())

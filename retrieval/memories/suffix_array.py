@@ -220,6 +220,16 @@ class SuffixArray:
         """Summaries of single tokens and, last, of the empty phrase: int64 `[2, V + 1]`."""
         return np.full((2, self.vocab_size + 1), UNKNOWN)
 
+    def frequencies(
+        self, text: np.ndarray, positions: np.ndarray, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How often the last 1 to `most` tokens before each position occur here, followed by a
+        token, and how many different tokens follow them; each int64 `[n, most]`. See `last`."""
+        lasts = self.last(text, positions, most)
+        counts = [matches.counts for matches in lasts]
+        distinct = [self.summary(matches).distinct for matches in lasts]
+        return np.stack(counts, axis=1), np.stack(distinct, axis=1)
+
     def continuations(self, matches: Matches) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that follow each phrase: ids int64 `[n, m]`, ascending, and counts int64
         `[n, m]`, 0 where there are fewer than m, the largest number of different tokens."""

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from small import SMALL, scalars
 
+from neighborlm.common.errors import InputError
 from neighborlm.programs import evaluate, hearing, mixture
+from neighborlm.programs.settings import KNNSettings
 
 KNN = ("--knn.k", "16")
 NAMES = ("knn", "ngram", "recent")
@@ -72,9 +74,31 @@ def test_one_table_from_one_pass_over_each_split(run, tmp_path, workplace):
 def test_the_weight_of_one_memory_alone_is_the_best(run, tmp_path):
     """On the validation split, as if the others had not been there."""
     alone = run("--memories", "ngram")[0]
-    row = run(*ALL)[0]["table"][2]
+    table = run(*ALL)[0]["table"]
+    row = table[2]
     assert row["ppl"] == pytest.approx(alone["mixture"]["ppl"], rel=1e-9)
     assert row["weights"]["ngram"] == pytest.approx(alone["mixture"]["weight.ngram"], rel=1e-9)
+    # A gate that skips nothing is the plain kNN-LM, where it foretells no weight.
+    gate = run("--memories", "adaptive", *KNN, "--adaptive.skip", "0")[0]["table"]
+    assert gate[1]["ppl"] == pytest.approx(table[1]["ppl"], rel=1e-9)
+
+
+def test_a_gate_before_the_search(run):
+    """Skipping and the foretold weight are reported apart; nothing else is searched for."""
+    results, passes, _ = run("--memories", "adaptive", *KNN, "--adaptive.skip", "0.6")
+    assert passes == ["valid", "test"]
+    one, own = results["table"][1:]
+    assert [row["name"] for row in (one, own)] == [
+        "LM + adaptive, one lmbda",
+        "LM + adaptive, its lmbda",
+    ]
+    searched = results["mixture"]["adaptive.searched"]
+    assert one["searches"] == own["searches"] == round(searched * results["tokens"])
+    assert 0.1 < searched < 0.7
+    lmbda = results["mixture"]["lmbda"]
+    assert one["weights"]["adaptive"] == pytest.approx(lmbda * searched, rel=1e-6)
+    assert one["ppl"] < results["ppl"]
+    assert own["ppl"] == results["mixture"]["ppl"] < results["ppl"]
 
 
 def test_what_is_kept_is_mixed_again_without_model_and_search(run, tmp_path):
@@ -97,3 +121,31 @@ def test_what_is_kept_is_mixed_again_without_model_and_search(run, tmp_path):
     assert passes == ["valid", "test"]
     assert [row["searches"] for row in results["table"]] == [0] * 5
     assert run(*ALL, *more, *kept)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "mixer", "knn", "sentence"),
+    [
+        ("adaptive,knn", "constant", {}, "adaptive decides before each search"),
+        ("adaptive", "gate", {}, "expected it alone, and no --mixer"),
+        ("ngram", "constant", {"cache": "c"}, "--knn.cache c: keeps what the memory knn retrieves"),
+        ("knn,ngram", "constant", {"lmbda": 0.2}, "--knn.lmbda 0.2: has no effect with --memories"),
+        ("knn", "constant", {"temperature": 3.0}, "--knn.temperature 3.0: has no effect"),
+    ],
+)
+def test_what_something_else_decides_on_is_refused(names, mixer, knn, sentence):
+    with pytest.raises(InputError, match=sentence):
+        mixture.check_mixing(names.split(","), mixer, KNNSettings(**knn))
+
+
+@pytest.mark.parametrize(
+    ("names", "mixer", "sentence"),
+    [
+        (["knn", "cloud"], "constant", "cloud is no memory; expected some of knn, ngram"),
+        (["knn", "ngram", "knn"], "constant", "--memories are knn,ngram,knn; expected each once"),
+        (["knn"], "median", "--mixer is median; expected one of constant, buckets"),
+    ],
+)
+def test_names_that_cannot_be(names, mixer, sentence):
+    with pytest.raises(InputError, match=sentence):
+        mixture.check_names(names, mixer)
