@@ -168,7 +168,7 @@ missing of datastore and index is made.
             self.arch,
             self.memories,
             yaml.safe_load(settings),
-            self.config.mixer,
+            Path(self.config.mixer).stem,
         )
 
     def make_run(self) -> Run:

@@ -58,8 +58,9 @@ class KNNSettings:
             hosts send each other less.
         shard: make and use this one of the shards alone, numbered from 0; for hosts that share no
             file system, each of which makes its own.
-        cache: directory that keeps what is retrieved of each split; another lmbda, temperature or
-            smaller k then needs neither the model nor a search. None by default.
+        cache: directory that keeps what is retrieved of each split, and what other memories say of
+            it; another lmbda, temperature, mixer or smaller k then needs neither the model nor a
+            search. None by default.
     """
 
     datastore: str | None = None

@@ -193,8 +193,9 @@ class Evaluated:
         results: JSON-able: `split`, which `part` of it where that is not all, its `unit` (`word`,
             `char`, `byte` or `subword`), the `window` that rows are read in, `tokens` and, where
             they are known, `words` and `bytes` of the raw text, and the figures of the LM; under
-            `gnn` those of a graph network on top of it, and under `knn` (the one memory) or
-            `mixture` those with memories.
+            `gnn` those of a graph network on top of it, under `knn` (the one memory) or `mixture`
+            those with memories, and under `table` a row for each way of predicting, see
+            `mixture.table_of`.
         seconds: of each stage that was not done before.
         trainer: of the last pass.
         memories: that were asked, by name.

@@ -78,7 +78,10 @@ def evaluated_with_knn(trained, run_program):
         ckpt = ("--ckpt_path", GNN)
         files = ("--output", "mix.json", "--token_scores", "mix.npz")
         run_program(trained, "evaluate.py", *DATA, *ckpt, *knn, *files)
-        return read(trained, "mix.json")["knn"], dict(np.load(trained / "mix.npz"))
+        results = read(trained, "mix.json")
+        names = [row["name"] for row in results["table"]]
+        assert names == ["LM", "GNN-LM", "GNN-LM + kNN"]
+        return results["knn"], dict(np.load(trained / "mix.npz"))
 
     return run
 

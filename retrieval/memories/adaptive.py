@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from neighborlm.common.all_ranks import from_all_ranks
-from neighborlm.common.contracts import Mixer, Opinion, Resources, Scored, Want
+from neighborlm.common.contracts import Distribution, Mixer, Opinion, Resources, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.memories.gate import copied, standardised, standards
@@ -107,7 +107,7 @@ class AdaptiveMemory(KNNMemory):
     def begin_pass(self, text: np.ndarray) -> None:
         """See `Memory.begin_pass`."""
         super().begin_pass(text)
-        self.text, self.heard = text, []
+        self.text, self.heard = text.reshape(-1), []
 
     def features(self, asked: Scored) -> list[Tensor]:
         """What the network reads, fp64 `[n, ...]` each; none looks at the target."""
@@ -132,28 +132,49 @@ class AdaptiveMemory(KNNMemory):
         if self.needs_tuning:
             self.heard.append((asked.positions, asked.log_probs, features))
             return super().say(asked)
-        log_lmbda = self.gate.log_weights(features)[:, 1]
-        searched = log_lmbda >= self.threshold
-        everywhere = {"searched": searched.float(), "lmbda": log_lmbda.exp()}
+        searched, said = self._decided(features)
         log_probs = torch.full(searched.shape, -torch.inf)
-        distances = {name: torch.full(searched.shape, torch.inf) for name in DISTANCES}
         if searched.any():
             found = super().say(asked.some(searched))
             log_probs[searched] = found.log_probs
-            for name, column in distances.items():
-                column[searched] = found.features[name]
-        return Opinion(log_probs, distances | everywhere)
+            self._fill(said, searched, found.features)
+        return Opinion(log_probs, said)
 
-    def distribution(self, asked: Scored) -> tuple[Tensor, Tensor]:
-        """See `Memory.distribution`; all zeros where no search is made."""
+    def distribution(self, asked: Scored) -> Distribution:
+        """See `Memory.distribution`; all zeros where no search is made. Features as in `say`.
+
+        Raises:
+            InputError: it needs tuning, or nobody has asked the model for its entropy.
+        """
         if self.needs_tuning:
             self._refuse_untuned()
-        searched = self.gate.log_weights(self.features(asked))[:, 1] >= self.threshold
-        ids = torch.zeros(len(searched), self.k, dtype=torch.int64)
-        probs = torch.zeros(len(searched), self.k)
+        if asked.entropy is None:
+            raise InputError(
+                "--memories adaptive: decides by the model's entropy, which is not at hand here; "
+                "expected --memories knn"
+            )
+        searched, said = self._decided(self.features(asked))
+        n = len(searched)
+        ids, probs = torch.zeros(n, self.k, dtype=torch.int64), torch.zeros(n, self.k)
+        rows = torch.full_like(ids, -1)
         if searched.any():
-            ids[searched], probs[searched] = super().distribution(asked.some(searched))
-        return ids, probs
+            found = super().distribution(asked.some(searched))
+            ids[searched], probs[searched], rows[searched] = found.ids, found.probs, found.rows
+            self._fill(said, searched, found.features)
+        return Distribution(ids, probs, said, rows)
+
+    def _decided(self, features: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Which tokens are searched for, bool `[n]`, and the features of all, of which the
+        distances are infinite."""
+        log_lmbda = self.gate.log_weights(features)[:, 1]
+        searched = log_lmbda >= self.threshold
+        said = {name: torch.full(searched.shape, torch.inf) for name in DISTANCES}
+        return searched, said | {"searched": searched.float(), "lmbda": log_lmbda.exp()}
+
+    def _fill(self, said: dict[str, Tensor], searched: Tensor, found: Mapping[str, Tensor]) -> None:
+        """Puts the distances of those that were searched for in their places."""
+        for name in DISTANCES:
+            said[name][searched] = found[name]
 
     def tune(self) -> Opinion:
         """Finds the temperature where it is not given, then trains the network.
@@ -172,9 +193,7 @@ class AdaptiveMemory(KNNMemory):
         judged = held_out(len(lm), HELD_OUT, self.seed)
         log_probs = torch.stack([lm, opinion.log_probs.double()], dim=1)
         self.gate, self.threshold = trained(features, log_probs, judged, self.skip, self.seed)
-        log_lmbda = self.gate.log_weights(features)[:, 1]
-        searched = {"searched": (log_lmbda >= self.threshold).float(), "lmbda": log_lmbda.exp()}
-        return opinion._replace(features={**opinion.features, **searched})
+        return opinion._replace(features={**self._decided(features)[1], **opinion.features})
 
 
 # -- the network ---------------------------------------------------------------------------------

@@ -196,8 +196,11 @@ def test_a_distribution_of_every_memory(world, name):
             before = asked.some(slice(first, first + 1))
             memory.say(before)
             memory.observe(before.targets)
-        ids, shares = memory.distribution(asked.some(slice(place, place + 1)))
-        spread = torch.zeros(VOCAB).index_add(0, ids[0], shares[0].float())
+        found = memory.distribution(asked.some(slice(place, place + 1)))
+        spread = torch.zeros(VOCAB).index_add(0, found.ids[0], found.probs[0].float())
+        for feature, column in found.features.items():
+            expected = opinions[0].features[feature][place : place + 1]
+            torch.testing.assert_close(column, expected, equal_nan=True)
         torch.testing.assert_close(spread.double(), probs, atol=1e-5, rtol=1e-4)
         if name in PLAIN:
             np.testing.assert_allclose(probs, PLAIN[name](text, place), atol=1e-5)
