@@ -35,7 +35,12 @@ from neighborlm.retrieval.store.maintenance import (
     record_checksums,
 )
 from neighborlm.retrieval.store.shards import BLOCK_ROWS, Kind
-from neighborlm.retrieval.store.thinning import merged, random_rows, write_thinned
+from neighborlm.retrieval.store.thinning import (
+    merged,
+    open_weights,
+    random_rows,
+    write_thinned,
+)
 
 STATES = {
     "whole": "is as it was written",
@@ -190,6 +195,11 @@ def _copy(source: Path, output: Path, shards: int, kind: Kind, block_rows: int) 
         if value < 1:
             raise InputError(f"--{name} is {value}; expected at least 1")
     opened = Datastore.open(source)
+    if open_weights(opened) is not None:
+        raise InputError(
+            f"{source}: its entries were merged, and their weights are not dealt into shards; "
+            "expected the datastore that it was made from, or another one"
+        )
     with progress_bars(str(output)) as report:
         told = partial(report, "copying")
         made = deal_again(opened, output, shards, kind, block_rows, told)

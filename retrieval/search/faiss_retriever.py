@@ -76,7 +76,7 @@ class FaissRetriever(BaseRetriever):
         if shared is None:
             return super().vote(queries, k, targets, temperature)
         values = ByIds(self, self.datastore.values_of)
-        counts = None if self.counts is None else ByIds(self, self.counts.__getitem__)
+        counts = None if self.merged_counts is None else ByIds(self, self.merged_counts.__getitem__)
         return self.lists.vote(shared, k, values, targets, temperature, counts)
 
     def prepare(self) -> None:

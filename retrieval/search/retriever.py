@@ -52,11 +52,11 @@ class BaseRetriever(Retriever):
     def vote(self, queries: np.ndarray, k: int, targets: np.ndarray, temperature: float) -> Votes:
         """The votes of the k nearest keys of queries fp32 `[Q, d]` for targets int64 `[Q]`."""
         found = with_values(self.search(queries, k, ordered=False), self.datastore)
-        counts = counts_of(found.rows, self.counts)
+        counts = counts_of(found.rows, self.merged_counts)
         return votes_of(found, targets, temperature, self.metric, counts)
 
     @cached_property
-    def counts(self) -> np.ndarray | None:
+    def merged_counts(self) -> np.ndarray | None:
         """For how many entries each row of the datastore stands; None where for itself."""
         return open_weights(self.datastore)
 

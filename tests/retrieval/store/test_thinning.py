@@ -143,6 +143,9 @@ def test_commands(make_store, tmp_path, capsys):
     flags = ["merge-entries", *source, "--k", "9", "--table", *table]
     main([*flags, "--output", str(tmp_path / "again")])
     np.testing.assert_array_equal(rows_of(Datastore.open(tmp_path / "again")), rows_of(small))
+    with pytest.raises(SystemExit):
+        main(["split", "--source", str(small.path), "--output", str(tmp_path / "s"), "--shards=2"])
+    assert "its entries were merged, and their weights are not dealt" in capsys.readouterr().err
     main(["thin", *source, "--output", str(tmp_path / "t"), "--share", ".25"])
     quarter = Datastore.open(tmp_path / "t")
     np.testing.assert_array_equal(quarter.keys, keys[rows_of(quarter)])
