@@ -45,13 +45,11 @@ class Decoding:
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("beams", 1)):
             value = getattr(self, name)
             if value < least:
-                raise InputError(f"--decoding.{name} is {value}; expected at least {least}")
+                raise InputError(f"--{name} is {value}; expected at least {least}")
         if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--decoding.temperature is {self.temperature}; expected at least 0")
+            raise InputError(f"--temperature is {self.temperature}; expected at least 0")
         if not 0 < self.top_p <= 1:
-            raise InputError(
-                f"--decoding.top_p is {self.top_p}; expected more than 0 and at most 1"
-            )
+            raise InputError(f"--top_p is {self.top_p}; expected more than 0 and at most 1")
         drawing = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         if self.beams > 1:
             given = [name for name, default in drawing.items() if getattr(self, name) != default]
@@ -60,7 +58,7 @@ class Decoding:
         if given:
             found = getattr(self, given[0])
             raise InputError(
-                f"--decoding.{given[0]} is {found}, which has no effect with --decoding.beams "
+                f"--{given[0]} is {found}, which has no effect with --beams "
                 f"{self.beams}; expected no such flag, or "
                 + ("1 beam" if self.beams > 1 else "more beams")
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from neighborlm.callbacks.token_scores import LMScores
 from neighborlm.common.errors import InputError
 from neighborlm.programs.hearing import check_cache, identities
+from neighborlm.programs.kept_mixture import keep_mixture
 from neighborlm.programs.knn_lm import (
     evaluate_adaptive,
     evaluate_knn,
@@ -67,6 +68,8 @@ def evaluate(
     check_same_model(subject)
     if memories:
         evaluated = evaluate_with_memories(subject, split, memories, mixer, settings, keep_scores)
+        if evaluated.trainer.is_global_zero:
+            keep_mixture(subject, memories, settings, evaluated)
     else:
         evaluated = evaluate_alone(subject, split, keep_scores)
     tokens, whole = evaluated.results["tokens"], tokens_of(subject.data, split)

@@ -34,6 +34,7 @@ TOOLS = {
     "convert": Tool("tools.convert", "convert checkpoints of fairseq to ours and back"),
     "train": Tool("programs.train", "train a model from a config, as train.py does"),
     "evaluate": Tool("programs.evaluate", "perplexity, plain or with memories, as evaluate.py"),
+    "generate": Tool("programs.generate", "text, plain or with memories, as generate.py"),
 }
 
 

@@ -26,13 +26,27 @@ class Mixed(NamedTuple):
 
     Attributes:
         log_probs: fp32 `[n, V]`, natural-log probability of every token.
-        weights: fp64 `[n, sources]`, of the language model and of each memory.
+        weights: fp64 `[m, sources]`, of the language model and of each memory, in those m of the
+            places where a text has begun.
         said: by memory, what it said; empty where the language model has all the weight.
     """
 
     log_probs: Tensor
     weights: Tensor
     said: Mapping[str, Distribution]
+
+    def nearest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The rows of the datastore with the largest shares of the mixture, int64 `[n, count]`, -1
+        where there are fewer, and these shares, fp64 `[n, count]`."""
+        n = len(self.log_probs)
+        rows = [torch.full((n, count), NOTHING)]
+        shares = [torch.zeros(n, count, dtype=torch.float64)]
+        for weight, found in zip(self.weights.unbind(dim=1)[1:], self.said.values(), strict=False):
+            if found.rows is not None and len(found.rows) == n:
+                rows.append(found.rows)
+                shares.append(weight[:, None] * found.probs)
+        share, places = torch.cat(shares, dim=1).topk(count, dim=1)
+        return torch.cat(rows, dim=1).gather(1, places), share
 
 
 class NextToken:
@@ -79,7 +93,9 @@ class NextToken:
             InputError: the mixer has another number of weights than there are sources.
         """
         if self.is_lm_alone:
-            return Mixed(log_probs, torch.ones(len(log_probs), 1, dtype=torch.float64), {})
+            weights = torch.zeros(len(log_probs), 1 + len(self.memories), dtype=torch.float64)
+            weights[:, 0] = 1
+            return Mixed(log_probs, weights, {})
         there = (tokens >= 0).cpu()
         places = self.lengths[:, None] + there.cumsum(dim=1)  # of the tokens that follow
         self.lengths = places[:, -1].clone()

@@ -145,7 +145,7 @@ def test_beams_are_those_of_transformers(beams, penalty):
         ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
         ({"temperature": -1.0}, "temperature is -1.0; expected at least 0"),
         ({"top_p": 0.0}, "top_p is 0.0; expected more than 0"),
-        ({"beams": 2, "top_k": 5}, "top_k is 5, which has no effect with --decoding.beams 2"),
+        ({"beams": 2, "top_k": 5}, "top_k is 5, which has no effect with --beams 2"),
         ({"length_penalty": 2.0}, "length_penalty is 2.0, which has no effect"),
     ],
     ids=str,
