@@ -14,7 +14,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.dictionary import UNK, Dictionary
 from neighborlm.models.decoding import Decoding
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.generation import ALONE, Generated, generate
+from neighborlm.programs.generation import ALONE, Generated, check_generates, generate
 from neighborlm.programs.kept_mixture import Mixture, make_mixture
 from neighborlm.programs.memory_cli import MemoryCLI
 from neighborlm.programs.places import check_writable, write_all
@@ -166,6 +166,7 @@ def main(args: list[str] | None = None) -> None:
     subject = Subject.of(
         cli.model, cli.datamodule, cli.make_run(), cli.neighbor_settings, cli.ckpt_path
     )
+    check_generates(subject.model)
     say_what_is_unknown(cli, subject)
     prompts, written = cli.prompts, []
     for name, mixture in mixtures_of(cli, subject):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neighborlm.common.contracts import StepwiseModel, Vocabulary
+from neighborlm.common.contracts import LanguageModel, StepwiseModel, Vocabulary
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.dictionary import Dictionary
 from neighborlm.models.decoding import Chosen, Decoding, beam_search, sample
@@ -94,12 +94,8 @@ def generate(
     """
     decoding = decoding or Decoding()
     decoding.check()
-    model, vocabulary = subject.model, subject.data.dictionary
-    if not isinstance(model, StepwiseModel):
-        raise InputError(
-            f"a {type(model).__name__} scores texts and cannot generate any, as it does not read "
-            "token by token; expected a language model without a graph network (--arch lm)"
-        )
+    check_generates(subject.model)
+    vocabulary = subject.data.dictionary
     generated: list[Generated] = []
     with ready(subject, mixture):
         for first in range(0, len(prompts), batch_size):
@@ -112,6 +108,15 @@ def generate(
                 one = Chosen(*(column[place].cpu() for column in chosen))
                 generated.append(finished(subject, prompts[number], one, texts))
     return generated
+
+
+def check_generates(model: LanguageModel) -> None:
+    """Raises InputError for a model that cannot generate."""
+    if not isinstance(model, StepwiseModel):
+        raise InputError(
+            f"a {type(model).__name__} scores texts and cannot generate any, as it does not read "
+            "token by token; expected a language model without a graph network (--arch lm)"
+        )
 
 
 @contextmanager
