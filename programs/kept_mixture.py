@@ -68,11 +68,15 @@ def make_mixture(
     settings.check()
     check_names(names, mixer)
     check_mixing(names, mixer, settings.knn)
-    if "adaptive" in names or mixer == "meta_k":
-        which = "--mixer meta_k" if mixer == "meta_k" else "--memories adaptive"
+    if "adaptive" in names:
         raise InputError(
-            f"{which}: its network is not kept, or weighs more than the next token's distribution; "
-            "expected another one in generation, such as --memories knn --mixer constant"
+            "--memories adaptive: the network that it trains is not kept for generation; expected "
+            "--memories knn"
+        )
+    if mixer == "meta_k":
+        raise InputError(
+            "--mixer meta_k: weighs several distributions of one memory, which generation does "
+            "not; expected another mixer"
         )
     if set(SEARCHING) & set(names):
         check_search(subject, settings.knn, [])
