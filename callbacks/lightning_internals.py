@@ -2,104 +2,26 @@
 and the signals it takes. A new release of Lightning is checked against this file.
 """
 
-import errno
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
-from lightning_fabric.plugins.io import TorchCheckpointIO
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from neighborlm.common.errors import Diverged, InputError, causes, free_at
-from neighborlm.common.files import publishing
-from neighborlm.common.units import size_of
+from neighborlm.common.errors import Diverged, InputError
 from neighborlm.datamodules.lm import ResumableLoader
 from neighborlm.retrieval.cluster.ending import ENDING
 from neighborlm.retrieval.cluster.rank_watch import watch_from_the_start
 
 COUNTS = ("ready", "started", "processed", "completed")
 """Of batches, as Lightning keeps them."""
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that others see whole or not at all. Lightning moves them from `TMPDIR`, which on
-    another disk is copying, and a kill in the middle leaves neither the old nor the new one."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
-    ) -> None:
-        """Writes it beside its place, and brings it to disk before it takes it.
-
-        Raises:
-            InputError: it cannot be written; the one that was there stays.
-        """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with publishing(path) as making:
-                torch.save(checkpoint, making)
-        except (OSError, RuntimeError) as error:
-            free, needed = free_at(path), bytes_of(checkpoint)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            if free < needed:  # torch says where its own file is at
-                reason = os.strerror(errno.ENOSPC)
-            sizes = f"{size_of(free)} free, about {size_of(needed)} needed"
-            raise InputError(
-                f"{path}: cannot be written ({reason}; {sizes}); what was there stays, and the "
-                "same command goes on from it"
-            ) from error
-
-
-class Events(TensorBoardLogger):
-    """What TensorBoard shows. Its files are written by a thread, whose errors come up later and do
-    not say where."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs some figures."""
-        with self._errors_say_where():
-            super().log_metrics(metrics, step)
-
-    def save(self) -> None:
-        """Brings what was logged to disk."""
-        with self._errors_say_where():
-            super().save()
-
-    def finalize(self, status: str) -> None:
-        """Writes the rest."""
-        with self._errors_say_where():
-            super().finalize(status)
-
-    @contextmanager
-    def _errors_say_where(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            for cause in causes(error):
-                if isinstance(cause, OSError):
-                    cause.filename = cause.filename or self.log_dir
-            raise
-
-
-def bytes_of(content: Any) -> int:
-    """About what the tensors in nested dicts and lists take on disk."""
-    if isinstance(content, torch.Tensor):
-        return content.numel() * content.element_size()
-    if isinstance(content, dict):
-        content = content.values()
-    elif not isinstance(content, list | tuple):
-        return 0
-    return sum(map(bytes_of, content))
 
 
 class _OwnCheckpoints(_CheckpointConnector):

@@ -84,7 +84,7 @@ class NeighborTableWriter:
             start = time.perf_counter()
             filling = NeighborSearch(parts[number], memory, retriever(), settings)
             shard = f", shard {number}" if len(parts) > 1 else ""
-            with progress_bars(f"neighbours k={self.k}{shard}") as report:
+            with progress_bars(f"neighbours k={self.k} of {self.queries.name}{shard}") as report:
                 filling.run(report)
             self.seconds += time.perf_counter() - start
 

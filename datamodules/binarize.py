@@ -19,10 +19,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.lib.format import write_array_header_1_0
-from rich.progress import track
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import NO_ROOM, DiskFull
+from neighborlm.common.progress import tracked
 from neighborlm.datamodules.dictionary import (
     BYTE_ORDER_MARK,
     EOS,
@@ -181,7 +181,7 @@ def _over_chunks(
     try:
         with _mapper(work, min(workers, len(chunks) // CHUNKS_PER_WORKER)) as parallel_map:
             results = parallel_map(starts, stops)
-            yield from track(results, description=title, total=len(chunks), transient=True)
+            yield from tracked(results, title, len(chunks))
     except BrokenProcessPool:
         raise InputError(
             f"{path}: a process that was {doing} it has ended, for want of memory or because a "

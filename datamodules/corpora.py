@@ -17,7 +17,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException, HTTPResponse
@@ -26,10 +26,9 @@ from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import rich.progress
-
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import NO_ROOM, publish_folder
+from neighborlm.common.progress import ReadWithBar, tracked
 from neighborlm.datamodules.dictionary import BYTE_ORDER_MARK
 
 SPLITS = ("train", "valid", "test")
@@ -252,9 +251,8 @@ def _documents(stdlib: Path) -> Iterator[tuple[str, list[str]]]:
         topics = next(node.value for node in tree.body if isinstance(node, ast.Assign))
         for topic, text in sorted(ast.literal_eval(topics).items()):
             yield f"Topic: {topic}", [text]
-    reading = rich.progress.track(
-        sources.items(), description="reading the standard library's docstrings", transient=True
-    )
+    title = "reading the standard library's docstrings"
+    reading = tracked(sources.items(), title, len(sources))
     for module, path in reading:
         yield f"Module: {module}", _docstrings(path)
 
@@ -345,8 +343,9 @@ def _unpack_lm1b(archive: Path, folder: Path) -> None:
         name: folder / PurePosixPath(name).name for names in splits.values() for name in names
     }
     with (
-        rich.progress.open(archive, "rb", description="unpacking lm1b", transient=True) as file,
-        tarfile.open(fileobj=file, mode="r|gz") as members,
+        open(archive, "rb") as file,
+        closing(ReadWithBar(file, archive.stat().st_size, "unpacking lm1b")) as read,
+        tarfile.open(fileobj=read, mode="r|gz") as members,
     ):
         for member in members:
             name = "/".join(PurePosixPath(member.name).parts[-2:])
@@ -454,9 +453,7 @@ def _copy_whole(response: HTTPResponse, out: BinaryIO, title: str) -> None:
     http.client does not do when it reads in pieces."""
     before = out.tell()
     expected = int(response.headers.get("Content-Length", 0))
-    with rich.progress.wrap_file(
-        response, expected, description=f"downloading {title}", transient=True
-    ) as source:
+    with closing(ReadWithBar(response, expected, f"downloading {title}")) as source:
         shutil.copyfileobj(source, out, MEBIBYTE)
     got = out.tell() - before
     if got < expected:

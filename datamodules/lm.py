@@ -372,6 +372,7 @@ class LMDataModule(pl.LightningDataModule):
             sampler = DealtBatches(lengths, self.max_tokens, in_text_order=in_text_order)
         if skip is not None:
             sampler.batches = [b for b in sampler.batches if not skip(dataset.rows.scored_by(b))]
+        dataset.split = split  # for whoever says how far a pass over it is
         return self._loader(DataLoader, dataset, sampler)
 
     def train_dataloader(self) -> DataLoader:

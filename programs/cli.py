@@ -276,6 +276,7 @@ def quiet() -> None:
         ".*exists and is not empty.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*LeafSpec.*",
+        ".*is smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*Total length of .* is zero.*",  # processes are joined without batches
         ".*sync_dist=True.*",  # torchmetrics has reduced what is logged of an epoch

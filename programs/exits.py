@@ -28,6 +28,7 @@ from neighborlm.common.interrupts import (
     interrupts_do,
     interrupts_raise,
 )
+from neighborlm.common.log import log
 from neighborlm.retrieval.cluster.ending import ENDING
 
 
@@ -81,6 +82,7 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
                 _end_interrupted()
             if said is None:
                 raise
+            log(f"error: {said}")
             print(f"error: {said}", file=sys.stderr)
             raise Ended(status) from error
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -97,6 +99,7 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
 def _end_interrupted() -> NoReturn:
     interrupts_do(end_silently)
     ENDING.leave("stop")
+    log(SENTENCE)
     print(SENTENCE, file=sys.stderr)
     raise Ended(INTERRUPTED) from None
 

@@ -212,7 +212,7 @@ class NeighborProducts:
         """The keys of the memory, quantised."""
         making, start = not has_codes(memory, self.codec), time.perf_counter()
         how = (memory, self.codec, self.run.seed)
-        with progress_bars(f"codes {self.codec}") as report:
+        with progress_bars(f"codes {self.codec} of {memory.path.name}") as report:
             if self.exchange is not None:
                 files = codec_files(memory, self.codec)
                 share_files(self.exchange.ranks, files, lambda: build_codec(*how, report))

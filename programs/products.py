@@ -313,7 +313,7 @@ class Products:
         files = [path, path.with_name(f"{path.name}.json")]
 
         def train() -> None:
-            with progress_bars(f"index {factory}") as report:
+            with progress_bars(f"index {factory} of {shard.path}") as report:
                 building.train(report)
 
         share_files(self.run.join_ranks(self.model), files, train)

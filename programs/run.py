@@ -10,21 +10,23 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from neighborlm.callbacks.lightning_files import Events, WholeCheckpoints
 from neighborlm.callbacks.lightning_internals import (
-    Events,
     KeepSigterm,
     LeaveRanks,
-    WholeCheckpoints,
     take_named_checkpoints_only,
     watch_ranks,
 )
+from neighborlm.callbacks.stage_progress import StageProgress
 from neighborlm.common.contracts import LanguageModel, Want
 from neighborlm.common.errors import InputError
+from neighborlm.common.log import keep_log
 from neighborlm.models.scorer import Scorer
 from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.retrieval.cluster.distributed import TIMEOUT
@@ -32,6 +34,7 @@ from neighborlm.retrieval.cluster.ranks import Ranks
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # batches are dealt by the data module
+    "enable_model_summary": False,  # `StageProgress` says how many parameters there are
     "accelerator": "auto" if torch.cuda.is_available() else "cpu",
 }
 """Settings of every stage's trainer unless the user gives others."""
@@ -139,7 +142,11 @@ class Run:
         chosen = settings.get("callbacks") or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         own = [LeaveRanks(), KeepSigterm()]
+        if not any(isinstance(callback, ProgressBar) for callback in chosen):
+            own += [StageProgress(shown=settings.get("enable_progress_bar") is not False)]
+            settings["enable_progress_bar"] = False  # Lightning's own
         settings["callbacks"] = [*own, *chosen, *callbacks]
+        keep_log(self.directory / "log.txt")
         try:
             trainer = Trainer(**settings)
             ddp = strategy in ("auto", "ddp") and isinstance(trainer.strategy, DDPStrategy)

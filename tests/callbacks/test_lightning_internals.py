@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from neighborlm.callbacks.lightning_internals import WholeCheckpoints
+from neighborlm.callbacks.lightning_files import WholeCheckpoints
 from neighborlm.common.errors import InputError
 from neighborlm.programs.run import Run
 

@@ -1,0 +1,39 @@
+"""The log of a run, `log.txt` in its directory: what each stage has said of its progress, and how a
+program ended, with the time. It is kept where it can be; nothing depends on it."""
+
+import sys
+import time
+from pathlib import Path
+
+_place: list[Path] = []
+"""Of the run that this process works for."""
+
+
+def keep_log(path: Path) -> None:
+    """Has what is logged from now on appended to a file, which is made with its first line."""
+    _place[:] = [path]
+
+
+def log(line: str) -> None:
+    """Appends a line, if there is a log."""
+    if not _place:
+        return
+    path = _place[0]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begins = not path.exists()
+        with open(path, "a", encoding="utf-8") as file:
+            if begins or path not in _begun:
+                file.write(_stamped(f"command: {' '.join(sys.argv)}"))
+            file.write(_stamped(line))
+        _begun.add(path)
+    except OSError:  # a full disk, or a run that others may only read
+        _place.clear()
+
+
+_begun: set[Path] = set()
+"""Logs to which this process has written."""
+
+
+def _stamped(line: str) -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
