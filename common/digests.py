@@ -33,8 +33,8 @@ Stamp = tuple[int, int, int, int]
 """Size, times of the last change of content and of status, and inode of a file."""
 
 _verify: Verify = "changed"
-_compared: set[tuple[str, str, Stamp]] = set()
-"""Files that this process has compared, and the files of their stamps."""
+_compared: set[tuple[str, str, Stamp, str]] = set()
+"""Files that this process has compared: where their stamps are, which, and with what."""
 
 
 def set_verification(verify: Verify) -> None:
@@ -129,7 +129,8 @@ def check_digests(
                         f"{expected}; {advice}"
                     )
 
-    compare_once(stamps, list(files), compare, all_of_them)
+    expected = {path: said.get(ALGORITHM, "") for path, said in files.items()}
+    compare_once(stamps, expected, compare, all_of_them)
 
 
 def path_from(folder: Path, path: Path) -> str:
@@ -143,7 +144,7 @@ def path_from(folder: Path, path: Path) -> str:
 
 def compare_once(
     stamps: Path,
-    files: Sequence[Path],
+    files: Mapping[Path, str],
     compare: Callable[[Sequence[Path]], None],
     all_of_them: bool = False,
     small_bytes: int = SMALL_BYTES,
@@ -153,7 +154,7 @@ def compare_once(
 
     Args:
         stamps: hidden file that keeps the stamps of the product.
-        files: that exist.
+        files: that exist, and what each is to be compared with, such as a digest.
         compare: gets those that must be read; raises where one is damaged.
         all_of_them: whatever `set_verification` says.
         small_bytes: largest file whose stamp is not kept.
@@ -166,14 +167,15 @@ def compare_once(
     def is_known(path: Path, stamp: Stamp) -> bool:
         if all_of_them:
             return False
-        if (str(stamps), str(path), stamp) in _compared:
+        if (str(stamps), str(path), stamp, files[path]) in _compared:
             return True
-        return stamp[0] > small_bytes and kept.get(path_from(stamps.parent, path)) == list(stamp)
+        last = kept.get(path_from(stamps.parent, path))
+        return stamp[0] > small_bytes and last == [*stamp, files[path]]
 
     changed = [path for path, stamp in found.items() if not is_known(path, stamp)]
     if changed:
         compare(changed)
-        keep_stamps(stamps, {path: found[path] for path in changed}, small_bytes)
+        keep_stamps(stamps, {path: found[path] for path in changed}, files, small_bytes)
 
 
 def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
@@ -182,12 +184,20 @@ def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
     return {p: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats.items()}
 
 
-def keep_stamps(stamps: Path, files: Mapping[Path, Stamp], small_bytes: int = SMALL_BYTES) -> None:
+def keep_stamps(
+    stamps: Path,
+    found: Mapping[Path, Stamp],
+    files: Mapping[Path, str],
+    small_bytes: int = SMALL_BYTES,
+) -> None:
     """Remembers that files with these stamps are what was written; where that cannot be kept, the
     next program that opens them reads them again. See `compare_once`."""
-    _compared.update((str(stamps), str(path), stamp) for path, stamp in files.items())
-    folder = stamps.parent
-    large = {path_from(folder, p): stamp for p, stamp in files.items() if stamp[0] > small_bytes}
+    _compared.update((str(stamps), str(path), stamp, files[path]) for path, stamp in found.items())
+    large = {
+        path_from(stamps.parent, path): [*stamp, files[path]]
+        for path, stamp in found.items()
+        if stamp[0] > small_bytes
+    }
     if not large:
         return
     content = json.dumps({**_read_stamps(stamps), **large})
@@ -200,7 +210,7 @@ def keep_stamps(stamps: Path, files: Mapping[Path, Stamp], small_bytes: int = SM
             return
 
 
-def _read_stamps(stamps: Path) -> dict[str, list[int]]:
+def _read_stamps(stamps: Path) -> dict[str, list[int | str]]:
     found = {}
     for place in (_in_cache(stamps), stamps):
         with suppress(OSError, ValueError, TypeError):

@@ -17,7 +17,7 @@ import numpy as np
 
 from neighborlm.common.contracts import TextSize
 from neighborlm.common.contracts import TokenStream as AnyTokenStream
-from neighborlm.common.digests import compare_once, keep_stamps, stamps_of
+from neighborlm.common.digests import compare_once
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of, publish_folder
 from neighborlm.datamodules.binarize import (
@@ -100,15 +100,9 @@ class BinarizedCorpus:
     def folder(self) -> Path:
         """The folder of the binarised corpus, made if it is missing."""
         folder = self.settings.cache_dir / f"{self.name}-{self._fingerprint_of_input()}"
-        made = []
-
-        def make(making: Path) -> None:
-            self._make(making)
-            made.extend(self.files.splits)
-
-        publish_folder(folder, make, "--data.cache_dir", lambda f: (f / "meta.json").is_file())
-        for split in made:
-            keep_stamps(folder / STAMPS, stamps_of(arrays_of(folder / split)))
+        publish_folder(
+            folder, self._make, "--data.cache_dir", lambda f: (f / "meta.json").is_file()
+        )
         return folder
 
     @cached_property
@@ -139,14 +133,14 @@ class BinarizedCorpus:
         """
         self._refuse_unknown(split)
         if split not in self._streams:
-            self.fingerprint(split)  # a damaged meta.json is said before all else
-            folder = self.folder / split
+            folder, expected = self.folder / split, self.fingerprint(split)
             try:
                 stream = TokenStream.open(folder)
             except (OSError, ValueError, EOFError):
                 raise damage_in(self.folder, split) from None
             stamps = self.folder / STAMPS
-            compare_once(stamps, arrays_of(folder), lambda _: self.verify(split, stream))
+            files = dict.fromkeys(arrays_of(folder), expected)
+            compare_once(stamps, files, lambda _: self.verify(split, stream))
             self._streams[split] = stream
         return self._streams[split]
 

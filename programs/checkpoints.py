@@ -72,7 +72,7 @@ def refuse_damaged(path: Path) -> None:
     """
     if zipfile.is_zipfile(path):
         stamps = path.with_name(f".{path.name}.stamps")
-        compare_once(stamps, [path], lambda _: verify_checkpoint(path))
+        compare_once(stamps, {path: ""}, lambda _: verify_checkpoint(path))
 
 
 def verify_checkpoint(path: Path) -> None:

@@ -4,6 +4,7 @@ indexes, neighbour tables, codes, caches, suffix arrays, clusters, binarised cor
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,8 +67,9 @@ def products_at(path: Path) -> list[Found]:
     shards = set()
     for product in found:
         if product.kind == datastore.FORMAT.kind:
-            manifest = datastore.artifact_of(product.name).read()
-            shards |= {shard.resolve() for shard in shard_paths(product.name, manifest)}
+            with suppress(InputError):  # which is said when it is verified
+                manifest = datastore.artifact_of(product.name).read()
+                shards |= {shard.resolve() for shard in shard_paths(product.name, manifest)}
     found = [product for product in found if product.name.resolve() not in shards]
     return found[:1] if path.is_file() else found
 

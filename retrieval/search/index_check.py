@@ -37,12 +37,14 @@ def check_file(path: Path, kind: str = "faiss index") -> None:
     Raises:
         InputError: it is damaged, or no index or codec.
     """
-    compare_once(_stamps(path), files_of(path), lambda _: _try_out(path, kind), small_bytes=0)
+    files = dict.fromkeys(files_of(path), "")
+    compare_once(_stamps(path), files, lambda _: _try_out(path, kind), small_bytes=0)
 
 
 def is_sound(path: Path) -> None:
     """Remembers that a file was written by this program, see `check_file`."""
-    keep_stamps(_stamps(path), stamps_of(files_of(path)), small_bytes=0)
+    files = files_of(path)
+    keep_stamps(_stamps(path), stamps_of(files), dict.fromkeys(files, ""), small_bytes=0)
 
 
 def _stamps(path: Path) -> Path:

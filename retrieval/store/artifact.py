@@ -23,7 +23,13 @@ import numpy as np
 import xxhash
 from filelock import Timeout
 
-from neighborlm.common.digests import check_digests, digests_of, keep_stamps, stamps_of
+from neighborlm.common.digests import (
+    ALGORITHM,
+    check_digests,
+    digests_of,
+    keep_stamps,
+    stamps_of,
+)
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import Lock, publishing
 from neighborlm.common.names import named, names_in, recall
@@ -119,7 +125,8 @@ class Artifact:
         missing = [field for field in format.required if field not in manifest]
         if missing:
             raise InputError(f"{path}: lacks {', '.join(missing)}; {expected}")
-        if manifest.pop("digest", None) not in (None, _digest_of(manifest)):
+        digest = manifest.pop("digest", None)
+        if digest != _digest_of(manifest) and (digest is not None or "files" in manifest):
             raise InputError(f"{path}: is damaged, it is not what was written; {self.advice}")
         recall(manifest.get("names"))
         return manifest
@@ -195,12 +202,14 @@ class Artifact:
             **fields,
             "complete": complete,
         }
-        if stamps:
-            manifest["files"] = digests_of(self.manifest.parent, stamps)
+        digests = digests_of(self.manifest.parent, stamps)
+        if digests:
+            manifest["files"] = digests
         manifest["digest"] = _digest_of(as_read(manifest))
         with publishing(self.manifest) as making:
             making.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        keep_stamps(self.stamps, stamps)
+        expected = dict(zip(stamps, (said[ALGORITHM] for said in digests.values()), strict=True))
+        keep_stamps(self.stamps, stamps, expected)
 
     def fill(
         self,

@@ -22,9 +22,11 @@ import torch
 from neighborlm.common.digests import (
     ALGORITHM,
     SHOWN_BYTES,
+    Stamp,
     compare_once,
     keep_stamps,
     stamps_of,
+    verification,
 )
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
@@ -123,21 +125,41 @@ class Datastore:
             masked = open_array(path / "masked.npy", _layout_of_masked(manifest["masked"]))
         opened = cls(path, manifest, keys, values, masked)
         if "checksums" in manifest:
-            compare_once(artifact_of(path).stamps, opened.files, opened._compare_rows)
+            compare_once(artifact_of(path).stamps, opened._expected, opened._compare_rows)
         return opened
 
-    def _compare_rows(self, _: Sequence[Path]) -> None:
+    @property
+    def _expected(self) -> dict[Path, str]:
+        """What keys and values are compared with: their checksums, which have a digest."""
+        checksums = self.manifest.get("files", {}).get("checksums.npy", {})
+        return dict.fromkeys(self.files, checksums.get(ALGORITHM, ""))
+
+    def remember(self, stamps: Mapping[Path, Stamp] | None = None) -> None:
+        """Remembers that keys and values are what was written, see `common.digests`.
+
+        Args:
+            stamps: of their files when they were read; by default those of now.
+        """
+        found = stamps_of(self.files) if stamps is None else stamps
+        keep_stamps(artifact_of(self.path).stamps, found, self._expected)
+
+    def _compare_rows(self, files: Sequence[Path]) -> None:
         bars = nullcontext(lambda *_: None)
         if self.keys.nbytes >= SHOWN_BYTES:
             bars = progress_bars(str(self.path), transient=True)
         with bars as report:
-            self.verify(partial(report, "verifying"))
+            self.verify(partial(report, "verifying"), files)
 
-    def verify(self, report: Callable[[int, int], None] = lambda *_: None) -> None:
+    def verify(
+        self,
+        report: Callable[[int, int], None] = lambda *_: None,
+        files: Sequence[Path] | None = None,
+    ) -> None:
         """Reads all of a datastore in one piece and compares it with its checksums.
 
         Args:
             report: called with how many rows are compared, and how many there are.
+            files: of `files`, which to read; by default all.
 
         Raises:
             InputError: it has none, or is damaged; names the first damaged file and its rows.
@@ -151,9 +173,11 @@ class Datastore:
         if checksum(np.asarray(self.masked)) != described["masked"]:
             raise InputError(f"{self.path / 'masked.npy'}: is damaged")
         layout = layout_of_checksums(len(self), described["rows"])
+        sums = open_array(self.path / "checksums.npy", layout)
+        which = [n for n, file in enumerate(self.files) if files is None or file in files]
         compare_chunks(
-            dict(zip(self.files, (self.keys, self.values), strict=True)),
-            open_array(self.path / "checksums.npy", layout),
+            {self.files[n]: (self.keys, self.values)[n] for n in which},
+            sums[:, which],
             described["rows"],
             artifact_of(self.path).advice,
             lambda done: report(done, len(self)),
@@ -560,6 +584,8 @@ class DatastoreBuilder:
         with self.artifact.lock():
             files = list(filter(Path.is_file, small))
             self.artifact.write({**self.fields, **described}, complete=True, files=files)
-        keep_stamps(self.artifact.stamps, stamps_of(self.path / f"{n}.npy" for n in NAMES))
         (self.path / "written.npy").unlink(missing_ok=True)
-        return Datastore.open(self.path)
+        with verification("never"):
+            written = Datastore.open(self.path)
+        written.remember()
+        return written

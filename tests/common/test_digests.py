@@ -3,7 +3,6 @@ changed, were moved or copied; where the stamps lie does not matter."""
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import xxhash
@@ -28,12 +27,12 @@ def opened(tmp_path):
     (tmp_path / "product").mkdir()
     (tmp_path / "product" / "x").write_bytes(b"some" * 1000)
 
-    def open_it(folder: Path | None = None, forget: bool = True, **settings) -> bool:
+    def open_it(folder=None, forget=True, expected="digest", **settings) -> bool:
         folder, read = folder or tmp_path / "product", []
         if forget:
             digests._compared.clear()
         settings = {"small_bytes": 0, **settings}
-        compare_once(folder / ".stamps", [folder / "x"], read.extend, **settings)
+        compare_once(folder / ".stamps", {folder / "x": expected}, read.extend, **settings)
         return bool(read)
 
     return open_it
@@ -72,8 +71,9 @@ def test_a_folder_that_is_moved_or_linked_is_the_same(opened, tmp_path):
 
 def test_what_is_written_here_is_known(opened, tmp_path):
     path = tmp_path / "product" / "x"
-    keep_stamps(tmp_path / "product" / ".stamps", stamps_of([path]), small_bytes=0)
+    keep_stamps(path.with_name(".stamps"), stamps_of([path]), {path: "digest"}, small_bytes=0)
     assert not opened()
+    assert opened(expected="another")
 
 
 def test_when_files_are_read_can_be_said(opened):
