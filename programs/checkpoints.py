@@ -1,5 +1,6 @@
 """Reading trained models: checkpoints of train.py and of fairseq."""
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +41,8 @@ def load_model(path: Path | str) -> TransformerLM | GNNLM:
 def _read(path: Path) -> TransformerLM | GNNLM:
     """What `load_model` gives, whatever its weights are."""
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; train.py makes one (--ckpt_path names it)")
+        found = "is a folder" if path.is_dir() else "no such checkpoint"
+        raise InputError(f"{path}: {found}; expected a file that train.py or fairseq has written")
     refuse_damaged(path)
     if is_fairseq_checkpoint(path):
         return load_fairseq_checkpoint(path)
@@ -52,8 +54,8 @@ def _read(path: Path) -> TransformerLM | GNNLM:
             model.neighbors = checkpoint["neighbors"]
         model.load_state_dict(checkpoint["state_dict"])
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise InputError(f"{path}: cannot be read as a checkpoint of train.py ({reason})") from None
+        reason = why_unreadable(path, error)
+        raise InputError(f"{path}: cannot be read as a checkpoint of train.py: {reason}") from None
     model.dictionary_fingerprint = checkpoint.get("dictionary")
     if isinstance(model, GNNLM):
         model.lm.dictionary_fingerprint = model.dictionary_fingerprint
@@ -61,6 +63,22 @@ def _read(path: Path) -> TransformerLM | GNNLM:
         model.lm.checkpoint = checkpoint.get("lm_checkpoint", given)
     model.updates = checkpoint.get("global_step", 0)
     return model
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """In a few words, why a file is no checkpoint that can be read."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return "it is empty" if path.is_file() else "there is no such file"
+    forbidden = re.search(r"GLOBAL (\S+)", str(error))
+    if forbidden is not None:
+        return f"it holds a {forbidden[1]}, which is no part of one and was not run"
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            cut = file.read(4) == b"PK\x03\x04"
+        return "it is cut short" if cut else "torch has not written it"
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]}"
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def refuse_damaged(path: Path) -> None:

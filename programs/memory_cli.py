@@ -11,6 +11,7 @@ from neighborlm.programs.cli import ProgramCLI
 from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.effects import NEVER_SEARCH, check_effects, check_trainer
 from neighborlm.programs.named_run import with_settings_of_run
+from neighborlm.programs.places import check_folder
 from neighborlm.programs.run import run_of
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
@@ -98,10 +99,15 @@ class MemoryCLI(ProgramCLI):
         return run_of(checkpoint) or named or super().run_dir
 
     def check_flags(self) -> None:
-        """Refuses what nothing reads."""
+        """Refuses what nothing reads, and a file in the place of a folder."""
         check_effects(self.settings, self.memories, self.config.mixer, self.makes_products)
         searches = self.makes_products or bool(set(self.memories) - NEVER_SEARCH)
         check_trainer(self.config.trainer, False, searches or self.architecture.has_neighbors)
+        if self.settings.knn.datastore is not None:
+            check_folder(Path(self.settings.knn.datastore), "--knn.datastore")
+        neighbors = self.neighbor_settings
+        if neighbors is not None and neighbors.datastores is not None:
+            check_folder(Path(neighbors.datastores), "--neighbors.datastores")
 
     def instantiate_classes(self) -> None:
         """Makes the settings, then the data module; the model comes from the checkpoint."""

@@ -74,6 +74,21 @@ def own_folder(directory: Path, prefix: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_folder(path: Path, flag: str) -> None:
+    """Refuses a place that can be no folder, whether it is there already or not.
+
+    Args:
+        path: of the folder.
+        flag: that names it.
+
+    Raises:
+        InputError: it, or what it would lie in, is something else.
+    """
+    existing = next((place for place in (path, *path.parents) if place.exists()), path)
+    if not existing.is_dir():
+        raise InputError(f"{flag} {path}: {existing} is no folder; expected a folder")
+
+
 def write_all(contents: Mapping[Path, bytes]) -> None:
     """Writes files, each whole or not at all.
 

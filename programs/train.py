@@ -16,6 +16,7 @@ from neighborlm.programs.belonging import is_same_text
 from neighborlm.programs.cli import ProgramCLI
 from neighborlm.programs.effects import check_trainer
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import check_folder, check_writable
 from neighborlm.programs.training import read_checkpoint, train
 
 FREE_TO_CHANGE = ("cache_dir", "num_workers", "compile", "activation_checkpointing", "shard")
@@ -70,6 +71,9 @@ a flag and a line in YAML. A training that was interrupted goes on when its comm
     def instantiate_classes(self) -> None:
         """Makes the data module and a new model."""
         check_trainer(self.config.trainer, trains=True, makes_products=False)
+        check_writable(self.run_dir, "--trainer.default_root_dir", "folder")
+        if self.architecture.has_neighbors and self.config.neighbors.datastores is not None:
+            check_folder(Path(self.config.neighbors.datastores), "--neighbors.datastores")
         if self.arch == "lm":  # known before the corpus is read
             longest = self.config.model.max_target_positions
             check_row_length(self.config.data.tokens_per_sample, longest)
@@ -86,7 +90,10 @@ def checkpoint_to_continue(cli: TrainCLI) -> str | None:
     """
     if cli.config.ckpt_path is not None:
         if not Path(cli.config.ckpt_path).is_file():
-            raise InputError(f"--ckpt_path {cli.config.ckpt_path}: no such file")
+            found = "is a folder" if Path(cli.config.ckpt_path).is_dir() else "no such file"
+            raise InputError(
+                f"--ckpt_path {cli.config.ckpt_path}: {found}; expected a checkpoint of train.py"
+            )
         return cli.config.ckpt_path
     last = cli.run_dir / "checkpoints" / "last.ckpt"
     if not last.is_file():

@@ -31,7 +31,7 @@ from neighborlm.programs.belonging import (
     join,
     remark_on_end,
 )
-from neighborlm.programs.checkpoints import refuse_damaged
+from neighborlm.programs.checkpoints import refuse_damaged, why_unreadable
 from neighborlm.programs.neighbor_products import NeighborProducts
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import NeighborSettings
@@ -218,9 +218,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         for part in ("state_dict", "hyper_parameters", "optimizer_states", "loops"):
             checkpoint[part]
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        reason = why_unreadable(path, error)
         raise InputError(
-            f"{path}: cannot be read as a checkpoint of train.py ({reason}); expected a whole one "
+            f"{path}: cannot be read as a checkpoint of train.py: {reason}; expected a whole one "
             "to go on from"
         ) from None
     return checkpoint

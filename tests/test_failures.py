@@ -104,6 +104,61 @@ def test_places_that_cannot_be_written(refused, workplace, flag, place, words):
     assert not (workplace / "never").exists()
 
 
+class Harmful:
+    """Writes a file when it is unpickled without restrictions."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.fixture(scope="module")
+def broken(workplace):
+    """Puts checkpoints that cannot be used into the workplace."""
+    last = workplace / "runs/words/checkpoints/last.ckpt"
+    (workplace / "empty.ckpt").touch()
+    (workplace / "cut.ckpt").write_bytes(last.read_bytes()[:9000])
+    content = torch.load(last, weights_only=True) | {"more": Harmful(workplace / "harm")}
+    torch.save(content, workplace / "evil.ckpt")
+    (workplace / "evil/checkpoints").mkdir(parents=True, exist_ok=True)
+    shutil.copy(workplace / "evil.ckpt", workplace / "evil/checkpoints/last.ckpt")
+    shutil.copy(workplace / "runs/words/config.yaml", workplace / "evil")
+    return workplace
+
+
+FILE = ("--knn.datastore", "words/train.txt")
+GNN = ("--config", ROOT / "configs/text/gnn_lm.yaml", "--data.corpus", "words")
+OF_TRAIN_PY = "cannot be read as a checkpoint of train.py: "
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "words"),
+    [
+        (evaluate, (*HERE, "--ckpt_path", "words"), "words: is a folder; expected a file"),
+        (evaluate, (*HERE, "--ckpt_path", "empty.ckpt"), OF_TRAIN_PY + "it is empty"),
+        (evaluate, (*HERE, "--ckpt_path", "cut.ckpt"), OF_TRAIN_PY + "it is cut short"),
+        (evaluate, (*HERE, "--ckpt_path", "evil.ckpt"), OF_TRAIN_PY + "it holds a "),
+        (train, (*HERE, "--ckpt_path", "evil.ckpt"), OF_TRAIN_PY + "it holds a "),
+        (train, (*HERE, "--trainer.default_root_dir", "evil"), OF_TRAIN_PY + "it holds a "),
+        (train, (*HERE, "--ckpt_path", "words"), "--ckpt_path words: is a folder"),
+        (train, (*HERE, "--trainer.default_root_dir", "words/train.txt"), "is no folder"),
+        (train, (*GNN, "--model.lm_checkpoint", "words"), "words: is a folder; expected a file"),
+        (
+            train,
+            (*GNN, "--neighbors.datastores", "words/train.txt/x"),
+            "words/train.txt is no fold",
+        ),
+        (evaluate, (*HERE, *CKPT, "--save_datastore", *FILE), "words/train.txt is no folder"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_and_the_reverse(refused, broken, program, flags, words):
+    sentence = refused(program, *flags)
+    assert words in sentence
+    assert not (broken / "harm").exists()
+
+
 def test_the_table_comes_before_a_disk_that_is_full(workplace, monkeypatch, capsys, tmp_path):
     """And what can be written is written."""
 
