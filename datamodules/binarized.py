@@ -26,7 +26,7 @@ from neighborlm.datamodules.binarize import (
     count_symbols,
     default_workers,
 )
-from neighborlm.datamodules.corpora import CorpusFiles, resolve_corpus
+from neighborlm.datamodules.corpora import SPLITS, CorpusFiles, resolve_corpus
 from neighborlm.datamodules.dictionary import BYTE_ORDER_MARK, UNK, Dictionary, Level
 
 Protocol = Literal["neighborlm", "knn-transformers"]
@@ -170,8 +170,15 @@ class BinarizedCorpus:
             raise damage_in(self.folder, split)
 
     def _refuse_unknown(self, split: str) -> None:
-        if not self.has(split):
-            raise InputError(f"--split is {split}; expected one of {', '.join(self.files.splits)}")
+        if self.has(split):
+            return
+        splits = ", ".join(self.files.splits)
+        if split in SPLITS:
+            raise InputError(
+                f"--data.corpus {self.settings.corpus}: has no {split} split, which this command "
+                f"needs; expected its file beside those of {splits}"
+            )
+        raise InputError(f"--split is {split}; expected one of {splits}")
 
     # -- making it -------------------------------------------------------------------------------
 
@@ -191,6 +198,8 @@ class BinarizedCorpus:
         digest.update(json.dumps([CACHE_VERSION, unit, self.settings.threshold]).encode())
         if self._given_dictionary is not None:
             digest.update(self._given_dictionary.fingerprint.encode())
+        if not self.files.ids and self.files.splits != SPLITS:
+            digest.update(",".join(self.files.splits).encode())
         for split in self.files.splits:
             with open(self.files.split(split), "rb") as file:
                 marked = file.read(3) == BYTE_ORDER_MARK.encode()
@@ -205,6 +214,12 @@ class BinarizedCorpus:
         files, settings, workers = self.files, self.settings, default_workers()
         dictionary = self._given_dictionary
         if dictionary is None:
+            if files.train is None:
+                raise InputError(
+                    f"--data.corpus {settings.corpus}: has no train split, of whose symbols the "
+                    "dictionary is made; expected its file, or the model's dict.txt as "
+                    "--data.dictionary"
+                )
             counts = count_symbols(files.train, "id" if files.ids else settings.level, workers)
             dictionary = Dictionary.from_counts(counts, settings.threshold, level=self._level)
         dictionary.save(making / "dict.txt")

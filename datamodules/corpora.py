@@ -46,25 +46,25 @@ class CorpusFiles:
 
     Attributes:
         name: of the folder or of the known corpus, for `runs/<name>` and `datastores/<name>`.
-        train: for training and for datastores.
+        train: for training and for datastores; None, as the others, where there is none.
         valid: for the choice of checkpoints and settings.
-        test: for the perplexity that is reported; None where token files come without one.
+        test: for the perplexity that is reported.
         ids: whether the files hold uint16 ids, and not UTF-8 text.
     """
 
     name: str
-    train: Path
-    valid: Path
+    train: Path | None
+    valid: Path | None
     test: Path | None
     ids: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that the corpus has."""
-        return SPLITS if self.test is not None else SPLITS[:2]
+        return tuple(split for split in SPLITS if self.split(split) is not None)
 
-    def split(self, name: str) -> Path:
-        """The file of one of `splits`."""
+    def split(self, name: str) -> Path | None:
+        """The file of a split; None where there is none."""
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
 
 
@@ -75,14 +75,13 @@ def resolve_corpus(corpus: str, cache_dir: Path) -> CorpusFiles:
     known corpus of the same name.
 
     Args:
-        corpus: a folder with train.txt, valid.txt (or val.txt) and test.txt, or with
-            wiki.{train,valid,test}.tokens (or .raw), or with nanoGPT's train.bin and val.bin;
+        corpus: a folder with train.txt, valid.txt (or val.txt) and test.txt, or some of them, or
+            with wiki.{train,valid,test}.tokens (or .raw), or with nanoGPT's train.bin and val.bin;
             or one of `KNOWN_CORPORA`.
         cache_dir: folder of known corpora, made if it is missing.
 
     Raises:
-        InputError: there is no such corpus, a file is missing, empty or unreadable, or a download
-            failed.
+        InputError: there is no such corpus, a file is empty or unreadable, or a download failed.
     """
     folder = Path(corpus).expanduser()
     found = "neither a folder nor a known corpus"
@@ -111,7 +110,7 @@ def _files_in(folder: Path, name: str) -> CorpusFiles:
     """The files of a folder, by the pattern of names that most of them have."""
     candidates = [_by_pattern(folder, pattern) for pattern in TEXT_PATTERNS]
     paths = max(candidates, key=lambda paths: sum(path.is_file() for path in paths))
-    missing = [path.name for path in paths if not path.is_file()]
+    missing = [path for path in paths if not path.is_file()]
     ids = _by_pattern(folder, ID_PATTERN)
     if missing and all(path.is_file() for path in ids[:2]):
         return _id_files(name, ids)
@@ -119,18 +118,15 @@ def _files_in(folder: Path, name: str) -> CorpusFiles:
         held = sorted(path.name for path in folder.iterdir())
         holds = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
         raise InputError(f"{folder} holds {holds or 'nothing'}; expected {ACCEPTED_FILES}")
-    if missing:
-        folders = [path.name for path in paths if path.is_dir()]
-        found = f" ({', '.join(folders)} is a folder)" if folders else ""
-        raise InputError(
-            f"{folder} has no file {' and no file '.join(missing)}{found}; "
-            f"expected {', '.join(path.name for path in paths)}"
-        )
-    for path in paths:
+    for path in missing:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; expected a text file")
+    existing = [None if path in missing else path for path in paths]
+    for path in filter(None, existing):
         start = _start_of(path).removeprefix(BYTE_ORDER_MARK.encode())
         if not start.strip():
             raise InputError(f"{path} is empty; expected text with at least one word")
-    return CorpusFiles(name, *paths)
+    return CorpusFiles(name, *existing)
 
 
 def _by_pattern(folder: Path, pattern: str) -> list[Path]:

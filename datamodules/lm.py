@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from neighborlm.common.all_ranks import rank_and_ranks
 from neighborlm.common.contracts import Corpus, NeighborReader, TextSize, TokenStream, Vocabulary
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.binarized import BinarizedCorpus, CorpusSettings, Protocol
@@ -240,6 +241,7 @@ class LMDataModule(pl.LightningDataModule):
         """Longest row that the model reads, see `read_by`; longer lines are cut."""
         self.memories: dict[str, NeighborReader] = {}
         """Gives the tokens of a split their neighbours, for models that read them; by split."""
+        self._told: set[str] = set()  # splits of whose long lines has been told
         if tokens_per_sample is not None:
             self.read_by(self.max_target_positions)
 
@@ -339,7 +341,28 @@ class LMDataModule(pl.LightningDataModule):
                 f"shortest of {np.diff(line_starts).min()}; expected shorter lines, or "
                 "--data.drop_long_lines false, which cuts them"
             )
+        self._tell_of_long_lines(split, np.diff(line_starts), context_window)
         return rows
+
+    def _tell_of_long_lines(self, split: str, lengths: np.ndarray, context_window: int) -> None:
+        """Says, once for each split, how many lines are longer than the model reads, and what
+        becomes of them.
+
+        Args:
+            lengths: int64 `[lines]`, tokens of each.
+        """
+        longest = max(self.max_target_positions, self.tokens_per_sample - context_window)
+        long = lengths[lengths > longest]
+        if self.break_mode == "none" or split in self._told or len(long) == 0:
+            return
+        self._told.add(split)
+        fate = "left out by --data.drop_long_lines" if self.drop_long_lines else "cut into pieces"
+        if rank_and_ranks()[0] == 0:
+            print(
+                f"{self.name}, {split}: {len(long):,} of {len(lengths):,} lines, which have "
+                f"{long.sum():,} of {lengths.sum():,} tokens, are longer than the {longest:,} that "
+                f"the model reads, and are {fate}"
+            )
 
     def evaluation_dataloader(
         self,

@@ -114,6 +114,8 @@ def evaluate_with_memories(
     check_names(memories, mixer)
     check_mixing(memories, mixer, settings.knn)
     given = is_knn_lm(memories, mixer) and settings.knn.lmbda != "auto"
+    if not given and mixer in MIXERS:
+        subject.data.stream("valid")  # what the mixture is tuned on
     if SEARCHING & set(memories):
         splits = [split] if given else sorted({split, "valid"})
         check_search(subject, settings.knn, splits)

@@ -190,7 +190,10 @@ def check_settings(settings: Mapping[str, Any], checkpoint_every: int) -> None:
 
 
 def check_validation_interval(trainer: Trainer, data: LMDataModule) -> None:
-    """Raises InputError where an epoch ends before its first validation."""
+    """Raises InputError where there is no text for validations, or an epoch ends before the first
+    of them."""
+    if trainer.limit_val_batches:
+        data.stream("valid")
     interval = trainer.val_check_interval
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
         return

@@ -221,6 +221,23 @@ def test_texts_are_the_same_corpus_under_other_names(own, tmp_path):
         check_streams(corpus)
 
 
+def test_a_folder_with_some_of_the_splits(own, tmp_path):
+    """Serves whatever needs no others; the dictionary is that of the training text or given."""
+    dictionary, whole = tmp_path / "dict.txt", own()
+    whole.dictionary.save(dictionary)
+    tokens = {split: whole.stream(split).tokens.tolist() for split in SPLITS}
+    (tmp_path / "words" / "valid.txt").unlink()
+    (tmp_path / "words" / "test.txt").rename(tmp_path / "words" / "kept.txt")
+    assert own().stream("train").tokens.tolist() == tokens["train"]
+    sentence = refusal(own(), "valid")
+    assert f"--data.corpus {tmp_path / 'words'}: has no valid split" in sentence
+    (tmp_path / "words" / "kept.txt").rename(tmp_path / "words" / "test.txt")
+    (tmp_path / "words" / "train.txt").unlink()
+    assert "has no train split, of whose symbols the dictionary is made" in refusal(own(), "test")
+    given = own(dictionary=str(dictionary))
+    assert given.stream("test").tokens.tolist() == tokens["test"]
+
+
 @pytest.fixture
 def token_files(tmp_path) -> dict[str, np.ndarray]:
     """What nanoGPT prepares, with a pickle that would write a file if it were opened."""
@@ -254,7 +271,8 @@ def test_token_files_of_nanogpt(own, token_files, tmp_path, monkeypatch, chunk_b
         assert stream.line_starts.tolist() == [0, len(ids)]
         shown = corpus.dictionary.decode(stream.tokens[:99])
         assert shown.split() == [str(i) if str(i) in counts else "<unk>" for i in ids[:99]]
-    assert "expected one of train, valid" in refusal(corpus, "test")
+    assert "has no test split, which this command needs" in refusal(corpus, "test")
+    assert "--split is val; expected one of train, valid" in refusal(corpus, "val")
     assert not (tmp_path / "opened").exists()
 
 

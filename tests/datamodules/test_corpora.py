@@ -93,18 +93,19 @@ def test_a_folder_without_text_says_what_it_holds(tmp_path):
     assert "holds 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 2 more;" in refusal(folder, tmp_path)
 
 
-def test_a_missing_split_is_named(tmp_path):
+def test_some_splits_are_enough(tmp_path):
     folder = fill(tmp_path / "corpus", "wiki.{}.tokens")
     (folder / "wiki.valid.tokens").unlink()
-    message = refusal(folder, tmp_path)
-    assert message.startswith(f"{folder} has no file wiki.valid.tokens; expected wiki.train.tokens")
+    assert resolve_corpus(str(folder), tmp_path).splits == ("train", "test")
+    (folder / "wiki.train.tokens").unlink()
+    assert resolve_corpus(str(folder), tmp_path).splits == ("test",)
 
 
 def test_a_folder_in_the_place_of_a_text_is_named(tmp_path):
     folder = fill(tmp_path / "corpus")
     (folder / "valid.txt").unlink()
     (folder / "valid.txt").mkdir()
-    assert "has no file valid.txt (valid.txt is a folder); expected" in refusal(folder, tmp_path)
+    assert "valid.txt is a folder; expected a text file" in refusal(folder, tmp_path)
 
 
 def test_the_validation_split_may_be_called_val(tmp_path):

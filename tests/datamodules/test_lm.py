@@ -122,7 +122,7 @@ def test_validation_is_the_evaluation_of_valid(make):
         assert all(torch.equal(a, b) for a, b in zip(x[:4], y[:4], strict=True))
 
 
-def test_dropped_lines_are_neither_scored_nor_context(make):
+def test_dropped_lines_are_neither_scored_nor_context(make, capsys):
     module = make(
         break_mode="eos",
         tokens_per_sample=12,
@@ -138,6 +138,10 @@ def test_dropped_lines_are_neither_scored_nor_context(make):
             line = []
     assert 0 < len(kept) < len(stream)
     batches = module.evaluation_dataloader("valid")
+    module.evaluation_dataloader("valid")  # says nothing any more
+    said = capsys.readouterr().out.splitlines()[-1:]
+    dropped = f"have {len(stream) - len(kept):,} of {len(stream):,} tokens"
+    assert len([line for line in said if dropped in line and "left out by" in line]) == 1
     scored = [[p for p, _ in check_batch(batch, stream, 50, kept)] for batch in batches]
     assert sorted(sum(scored[1:], scored[0])) == kept
     done = set(scored[1])
