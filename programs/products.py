@@ -27,6 +27,7 @@ from neighborlm.programs.made_with import (
     refuse_differences,
     remark_on,
 )
+from neighborlm.programs.plausibility import check_keys
 from neighborlm.programs.run import Run, run_of
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
 from neighborlm.retrieval.cluster.exchange import share_files
@@ -228,9 +229,12 @@ class Products:
         return self.check_raw(datastore)
 
     def check_raw(self, datastore: Datastore) -> Datastore:
-        """All that can be checked of a datastore that does not say what made it: its width."""
+        """All that can be checked of a datastore that does not say what made it: its width, and
+        whether its keys are what the model computes."""
         width = self.model.key_width(self.knn.key_type)
         refuse_mismatch(datastore.path, {"dim": datastore.dim}, {"dim": width})
+        if "thinned" not in datastore.manifest["made_from"]:  # values follow one another
+            check_keys(self.model, self.knn.key_type, datastore, self.data, self.run)
         return datastore
 
     def ensure_datastore(self, split: str, *after: Callback) -> Datastore:

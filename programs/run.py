@@ -80,7 +80,7 @@ class Run:
         self.device = torch.device("cpu")
         self.ranks: Ranks | None = None
         self.evaluation = ""
-        self._remarks: set[str] = set()
+        self._done: set[tuple[Any, ...]] = set()
 
     @property
     def precision(self) -> str:
@@ -95,11 +95,16 @@ class Run:
         is_limited = limit is not None and (is_count or limit < 1.0)
         return is_limited or bool(self.settings.get("fast_dev_run"))
 
+    def is_first_time(self, *what: Any) -> bool:
+        """Whether this is asked for the first time."""
+        is_first = what not in self._done
+        self._done.add(what)
+        return is_first
+
     def remark(self, sentence: str) -> None:
         """Prints something that the user should know, once, by one process for all."""
-        if sentence not in self._remarks and rank_zero_only.rank == 0:
+        if self.is_first_time("remark", sentence) and rank_zero_only.rank == 0:
             print(sentence, flush=True)
-        self._remarks.add(sentence)
 
     @property
     def hosts(self) -> int:

@@ -17,6 +17,7 @@ from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.scorer import Scorer
 from neighborlm.programs.belonging import join
 from neighborlm.programs.neighbor_products import NeighborProducts
+from neighborlm.programs.plausibility import check_ids
 from neighborlm.programs.products import Products
 from neighborlm.programs.reports import figures
 from neighborlm.programs.run import Run
@@ -45,6 +46,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         join(self.model, self.data)
+        check_ids(self.model, self.data, self.run)
 
     @classmethod
     def of(

@@ -33,6 +33,7 @@ from neighborlm.programs.belonging import (
 )
 from neighborlm.programs.checkpoints import refuse_damaged, why_unreadable
 from neighborlm.programs.neighbor_products import NeighborProducts
+from neighborlm.programs.plausibility import check_ids
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import NeighborSettings
 
@@ -98,6 +99,7 @@ def train(
     check_settings(run.settings, checkpoint_every)
     if isinstance(model, GNNLM):
         check_dictionary(model.lm, data)
+        check_ids(model, data, run)
     join(model, data)
     trainer = run.trainer(stage="train")  # refuses what it cannot do before any work
     if ckpt_path is not None:
