@@ -8,6 +8,7 @@ written, by their fingerprint, unless they have not changed since (see `common.d
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -236,8 +237,7 @@ class BinarizedCorpus:
             "level": dictionary.level,
             "statistics": statistics,
         }
-        meta["digest"] = _digest_of_meta(meta)
-        (making / "meta.json").write_text(json.dumps(meta))
+        write_meta(making, meta)
         print("\n".join(self._report(len(dictionary), statistics)), flush=True)
 
     def _report(self, vocab_size: int, statistics: dict[str, dict[str, int]]) -> list[str]:
@@ -272,6 +272,11 @@ class BinarizedCorpus:
         )
 
 
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Writes meta.json with a digest of the rest of it."""
+    (folder / "meta.json").write_text(json.dumps({**meta, "digest": _digest_of_meta(dict(meta))}))
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """See `BinarizedCorpus.meta`.
 
@@ -294,9 +299,10 @@ def verify_folder(folder: Path) -> None:
         InputError: it is damaged.
     """
     meta = read_meta(folder)
-    found = Dictionary.load(folder / "dict.txt").fingerprint
-    if meta.get("dictionary", found) != found:
-        raise damage_in(folder, "dict.txt")
+    if "tokenizer" not in meta:
+        found = Dictionary.load(folder / "dict.txt").fingerprint
+        if meta.get("dictionary", found) != found:
+            raise damage_in(folder, "dict.txt")
     for split, expected in meta["fingerprints"].items():
         try:
             found = fingerprint_of_tokens(TokenStream.open(folder / split))

@@ -26,7 +26,7 @@ from neighborlm.common.contracts import TextSize
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
 from neighborlm.datamodules.binarize import NpyWriter, TokenStream, smallest_unsigned
-from neighborlm.datamodules.binarized import BinarizedCorpus, fingerprint_of_tokens, stamps_of
+from neighborlm.datamodules.binarized import BinarizedCorpus, fingerprint_of_tokens, write_meta
 from neighborlm.datamodules.documents import Documents, Piece
 from neighborlm.datamodules.hf_tokenizer import HuggingFaceVocabulary
 
@@ -100,8 +100,8 @@ class TokenizedCorpus(BinarizedCorpus):
 
     def _make(self, making: Path) -> None:
         """Fills the folder of the binarised corpus and prints a report."""
-        meta = {"fingerprints": {}, "statistics": {}, "stamps": {}, "sizes": {}}
-        meta["dictionary"] = self.dictionary.fingerprint
+        meta = {"fingerprints": {}, "statistics": {}, "sizes": {}}
+        meta |= {"tokenizer": self.settings.tokenizer, "dictionary": self.dictionary.fingerprint}
         changed = 0
         for split in self.files.splits:
             folder = making / split
@@ -109,11 +109,10 @@ class TokenizedCorpus(BinarizedCorpus):
             meta["sizes"][split], changed_here = self._write(split, folder)
             stream = TokenStream.open(folder)
             meta["fingerprints"][split] = fingerprint_of_tokens(stream)
-            meta["stamps"][split] = stamps_of(folder)
             counts = {"tokens": len(stream.tokens), "lines": len(stream.line_starts) - 1}
             meta["statistics"][split] = counts
             changed += changed_here
-        (making / "meta.json").write_text(json.dumps(meta))
+        write_meta(making, meta)
         print("\n".join(self._described(meta, changed)), flush=True)
 
     def _described(self, meta: dict, changed: int) -> list[str]:

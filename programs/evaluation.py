@@ -37,7 +37,7 @@ from neighborlm.programs.subject import (
     text_size_of,
     tokens_of,
 )
-from neighborlm.retrieval.memories import MIXERS
+from neighborlm.retrieval.memories import MIXERS, ConstantMixer
 from neighborlm.retrieval.memories.fitted import load_mixer
 
 
@@ -129,7 +129,9 @@ def evaluate_with_memories(
         return evaluate_adaptive(subject, split, resources, keep_scores)
     keep = None
     if mixer in MIXERS:
-        weighing = MIXERS[mixer]()
+        weighing, lmbda = MIXERS[mixer](), settings.knn.lmbda
+        if lmbda != "auto":  # of one memory
+            weighing = ConstantMixer((1 - lmbda, lmbda))
         if weighing.needs_fitting and split == "valid":
             raise InputError("--split valid: is what the mixer is fitted on; expected another")
         keep = keep_mixer(subject, memories, mixer, settings)
@@ -137,7 +139,8 @@ def evaluate_with_memories(
         text, model = subject.data.fingerprint(split), subject.model.fingerprint
         remembered = identities(subject, memories, settings)
         weighing, _ = load_mixer(Path(mixer), MIXERS, text, model, remembered)
-    if settings.knn.temperature == "auto" and "automaton" in memories:
+    open_temperature = settings.knn.temperature == "auto" and settings.knn.lmbda == "auto"
+    if open_temperature and "automaton" in memories:
         resources.mix_by(temperature=tuned_temperature(subject, resources))
     kind = mixer if mixer in MIXERS else None
     mixing = Mixing.of(memories, weighing, kind, resources)

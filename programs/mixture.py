@@ -264,7 +264,8 @@ def check_mixing(memories: Sequence[str], mixer: str, knn: KNNSettings) -> None:
             f"--knn.cache {knn.cache}: keeps what the memory knn retrieves; expected knn among "
             f"--memories {','.join(memories)}, or no such flag"
         )
-    if not alone and knn.lmbda != "auto":
+    one = len(memories) == 1 and memories[0] in ("knn", "automaton") and mixer == "constant"
+    if not one and knn.lmbda != "auto":
         raise InputError(
             f"--knn.lmbda {knn.lmbda}: has no effect with --memories {','.join(memories)} and "
             f"--mixer {mixer}, which weighs them; expected no such flag"

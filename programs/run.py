@@ -92,7 +92,7 @@ class Run:
         """Whether Lightning is told to leave out batches of what it evaluates."""
         limit = self.settings.get("limit_test_batches")
         is_count = isinstance(limit, int)  # 1 is a batch, and 1.0 all of them
-        is_limited = limit is not None and (is_count or limit < 1.0)
+        is_limited = limit is not None and (is_count or limit != 1.0)  # Lightning counts 2.0 too
         return is_limited or bool(self.settings.get("fast_dev_run"))
 
     def is_first_time(self, *what: Any) -> bool:
