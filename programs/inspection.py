@@ -3,15 +3,16 @@ stored contexts that are nearest to its own.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
 
-from neighborlm.common.contracts import Scored, Want
+from neighborlm.common.contracts import Memory, Opinion, Scored, Want
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.subject import PLAIN, Evaluated, Subject
 from neighborlm.retrieval.memories import KNNMemory
-from neighborlm.retrieval.memories.mixers import features_of, mixture
+from neighborlm.retrieval.memories.mixers import LM, lm_opinion, weighed
 
 
 @dataclass(frozen=True)
@@ -69,39 +70,62 @@ def inspect_token(
         neighbors: how many to give.
         context: tokens before the token and before each neighbour to give as text.
     """
-    memories = evaluated.memories
-    want = PLAIN
-    for memory in memories.values():
-        want = want.and_also(memory.want)
-    asked = score_one(subject, split, position, want)
-    opinions = {name: memory.say(asked) for name, memory in memories.items()}
-    log_probs = {"lm": asked.log_probs.double()}
-    log_probs |= {name: opinion.log_probs.double() for name, opinion in opinions.items()}
-    weights = evaluated.mixer.weights(features_of(opinions), 1).unbind(dim=1)
-    log_probs["mixture"] = mixture(list(log_probs.values()), weights)
+    memories, text = evaluated.memories, subject.data.stream(split).tokens
+    want = reduce(Want.and_also, (x.want for x in (*memories.values(), evaluated.mixer)), PLAIN)
+    read = max((tokens_before(memory, position) for memory in memories.values()), default=0)
+    scored = score_some(subject, split, position - read, position, want)
+    asked = scored.some(slice(-1, None))
+    opinions = {name: opinion_on_last(memory, scored, text) for name, memory in memories.items()}
+    mixed, _ = weighed({LM: lm_opinion(asked), **opinions}, evaluated.mixer)
+    log_probs = {LM: asked.log_probs}
+    # Of several distributions the last is that of all that the memory has found.
+    log_probs |= {name: opinion.log_probs[..., -1:] for name, opinion in opinions.items()}
+    log_probs["mixture"] = mixed
     knn = memories.get("knn")
     return InspectedToken(
         text_before(subject.data, split, position, context),
         text_of(subject.data, split, position),
-        {name: log_prob.exp().item() for name, log_prob in log_probs.items()},
+        {name: log_prob.double().exp().item() for name, log_prob in log_probs.items()},
         stored_contexts(subject.data, knn, asked, neighbors, context) if knn else [],
     )
 
 
-def score_one(subject: Subject, split: str, position: int, want: Want) -> Scored:
-    """What a model says of one token of a split."""
-    wanted = np.arange(len(subject.data.stream(split).tokens)) == position
+def tokens_before(memory: Memory, position: int) -> int:
+    """How many tokens of the text a memory must have read before one."""
+    if not memory.in_order:
+        return 0
+    return position if memory.warm_up is None else min(memory.warm_up, position)
+
+
+def opinion_on_last(memory: Memory, scored: Scored, text: np.ndarray) -> Opinion:
+    """A memory's opinion on the last of some tokens; those before it are read where it remembers
+    them."""
+    memory.begin_pass(text)
+    if memory.in_order and len(scored.positions) > 1:
+        before = scored.some(slice(None, -1))
+        memory.say(before)
+        memory.observe(before.targets)
+    return memory.say(scored.some(slice(-1, None)))
+
+
+def score_some(subject: Subject, split: str, first: int, last: int, want: Want) -> Scored:
+    """What a model says of the tokens of a split from one to another, in the order of the text."""
+    positions = np.arange(len(subject.data.stream(split).tokens))
     subject.give_neighbors(split)
-    (batch,) = subject.data.evaluation_dataloader(split, wanted=wanted)
-    scored = batch.scored & (batch.positions == position)
-    return subject.model.score(batch._replace(scored=scored), want).on_cpu()
+    wanted = (first <= positions) & (positions <= last)
+    parts = []
+    for batch in subject.data.evaluation_dataloader(split, wanted=wanted):
+        own = batch.scored & (batch.positions >= first) & (batch.positions <= last)
+        parts.append(subject.model.score(batch._replace(scored=own), want).on_cpu())
+    scored = Scored.joined(parts)
+    return scored.some(scored.positions.argsort())
 
 
 def stored_contexts(
     data: LMDataModule, memory: KNNMemory, asked: Scored, count: int, context: int
 ) -> list[StoredContext]:
     """The nearest neighbours of one token."""
-    found, weights = memory.neighbors(asked), memory.distribution(asked)[1]
+    found, weights = memory.neighbors(asked), memory.distribution(asked).probs
     order = torch.argsort(weights[0], descending=True, stable=True)[:count].tolist()
     return [
         StoredContext(

@@ -157,6 +157,9 @@ def figures_of_text(results: dict[str, Any]) -> str:
 
 def _reason_of_worse(mixture: dict[str, Any]) -> str:
     """And the flag to try."""
+    if "skip" in mixture:
+        skipped = f"{1 - mixture['adaptive.searched']:.0%}"
+        return f"the gate skips {skipped} of the searches; a smaller --adaptive.skip makes more"
     if "mixer" in mixture:
         return f"so {mixture['mixer']} weighs the memories; --mixer names others"
     chosen = f"lmbda {mixture['lmbda']:g} and temperature {mixture['temperature']:g}"

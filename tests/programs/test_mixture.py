@@ -8,8 +8,13 @@ import pytest
 from small import SMALL, scalars
 
 from neighborlm.common.errors import InputError
-from neighborlm.programs import evaluate, hearing, mixture
-from neighborlm.programs.settings import KNNSettings
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.programs import evaluate, evaluation, hearing, mixture
+from neighborlm.programs.checkpoints import load_model
+from neighborlm.programs.inspection import inspect_token
+from neighborlm.programs.run import Run
+from neighborlm.programs.settings import KNNSettings, MemorySettings
+from neighborlm.programs.subject import Subject
 
 KNN = ("--knn.k", "16")
 NAMES = ("knn", "ngram", "recent")
@@ -105,22 +110,41 @@ def test_what_is_kept_is_mixed_again_without_model_and_search(run, tmp_path):
     """By any mixer, with the figures of a command that keeps nothing."""
     kept = ("--knn.cache", str(tmp_path / "kept"))
     assert run(*ALL, *kept)[1] == ["valid", "test"]
-    for mixer in ("buckets", "meta_k"):
-        flags = (*ALL, "--mixer", mixer)
-        again, passes, _ = run(*flags, *kept)
-        assert passes == []
-        assert again["table"][-1]["searches"] == 0
-        expected = run(*flags)[0]
-        assert again["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        for row, other in zip(again["table"], expected["table"], strict=True):
-            assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    flags = (*ALL, "--mixer", "meta_k")  # which reads most of what is kept
+    again, passes, _ = run(*flags, *kept)
+    assert passes == []
+    assert again["table"][-1]["searches"] == 0
+    expected = run(*flags)[0]
+    assert again["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for row, other in zip(again["table"], expected["table"], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
     # One memory more is heard alone; fewer, and a smaller k, need nothing.
     assert run("--memories", "knn,recent", "--knn.k", "8", *kept)[1] == []
     more = ("--recent.size", "50")
     results, passes, _ = run(*ALL, *more, *kept)
     assert passes == ["valid", "test"]
     assert [row["searches"] for row in results["table"]] == [0] * 5
-    assert run(*ALL, *more, *kept)[1] == []
+
+
+def test_a_token_is_looked_at_as_it_was_evaluated(workplace, tmp_path, monkeypatch):
+    """Also by memories that must have read the text before it, and by several distributions."""
+    monkeypatch.chdir(workplace)
+    rows = {"tokens_per_sample": 24, "context_window": 12, "max_tokens": 96, "threshold": 0}
+    data, run = LMDataModule("words", **rows), Run(tmp_path, {"enable_progress_bar": False})
+    model = load_model(workplace / "runs/words/checkpoints/best.ckpt")
+    subject, settings = Subject.of(model, data, run), MemorySettings(KNNSettings(k=16))
+    names = ["knn", "ngram", "recent", "automaton"]
+    evaluated = evaluation.evaluate(subject, "test", names, "meta_k", settings, keep_scores=True)
+    scores = evaluated.scores
+    for position in (0, 1, 71):
+        token = inspect_token(subject, evaluated, "test", position)
+        found = token.probabilities
+        assert found["lm"] == pytest.approx(np.exp(scores["lm_log_prob"][position]), rel=1e-4)
+        assert found["mixture"] == pytest.approx(np.exp(scores["log_prob"][position]), rel=1e-3)
+        for name in names:
+            of_all = scores[f"{name}_log_prob"][position].reshape(-1)[-1]
+            assert found[name] == pytest.approx(np.exp(of_all), rel=1e-3, abs=1e-6)
+        assert len(token.neighbors) == 5
 
 
 @pytest.mark.parametrize(

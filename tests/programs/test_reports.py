@@ -22,6 +22,9 @@ def test_a_mixture_worse_than_the_lm_is_said_with_the_reason_and_the_flag():
     assert "best of the validation split, but not of this one" in said
     (said,) = remarks(LM | {"mixture": {"ppl": 120.0, "mixer": "GateMixer"}})
     assert "GateMixer weighs the memories; --mixer" in said
+    gate = {"ppl": 120.0, "mixer": "ForetoldMixer", "skip": 0.5, "adaptive.searched": 0.4}
+    (said,) = remarks(LM | {"mixture": gate})
+    assert "the gate skips 60% of the searches; a smaller --adaptive.skip makes more" in said
 
 
 def test_a_better_one_needs_no_word():
