@@ -2,10 +2,14 @@
 
 import re
 import shutil
+from pathlib import Path
 
+import pytest
 from small import ROOT
 
 PYTHON = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_python_part(workplace, tmp_path, monkeypatch, capsys):
@@ -27,3 +31,28 @@ def test_the_python_part(workplace, tmp_path, monkeypatch, capsys):
     assert weights == sorted(weights, reverse=True)
     shown = capsys.readouterr().out.splitlines()
     assert any(f"-> {token.target}" in line for line in shown)
+
+
+def blocks_of_commands(page: Path) -> list[str]:
+    """The lines of a page that are to be typed into a shell, continued ones joined."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
+    lines = (
+        "".join(text for language, text in blocks if not language).replace("\\\n", " ").splitlines()
+    )
+    return [line for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_can_be_typed_into_bash_and_zsh(page):
+    """Where zsh is asked directly it knows no comments, splits no variables into words, and takes
+    brackets for patterns."""
+    for line in blocks_of_commands(page):
+        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "Q", line)
+        assert not re.search(r"[#\[\]*?]", unquoted), line
+        assert not re.search(r"(^|\s)\$\w+(\s|$)", unquoted), line
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in readme

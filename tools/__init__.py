@@ -32,6 +32,7 @@ TOOLS = {
     "codec": Tool("tools.codec", "compare or take over quantised features of a GNN-LM"),
     "neighbors": Tool("tools.neighbors", "take over neighbour tables of the original GNN-LM"),
     "convert": Tool("tools.convert", "convert checkpoints of fairseq to ours and back"),
+    "completion": Tool("tools.completion", "what completes tools and flags in bash and zsh"),
     "train": Tool("programs.train", "train a model from a config, as train.py does"),
     "evaluate": Tool("programs.evaluate", "perplexity, plain or with memories, as evaluate.py"),
     "generate": Tool("programs.generate", "text, plain or with memories, as generate.py"),
