@@ -276,7 +276,7 @@ def run(
             found = opened.compare(name, case)
             saved = (f"{found[column]:.6%}" for column in ("saved", "expected"))
             table.add_row(name, f"{found['nats']:.1e}", *saved)
-        Console().print(table)
+        Console(markup=False).print(table)
         return
     given = {"memory": memory, "valid": valid, "valid_scores": valid_scores}
     given |= {"test": test, "test_scores": test_scores}
@@ -292,7 +292,9 @@ def run(
     settings = automaton or AutomatonSettings()
     rows = curve(opened, retriever, *texts, k, temperature, min_pointers, settings)
     tokens = len(texts[1])
-    Console().print(as_table(rows, tokens, f"{tokens:,} tokens, {opened.n_keys:,} keys"))
+    Console(markup=False).print(
+        as_table(rows, tokens, f"{tokens:,} tokens, {opened.n_keys:,} keys")
+    )
     if output is not None:
         output.write_text(json.dumps({"tokens": tokens, "rows": rows}, indent=1) + "\n")
 

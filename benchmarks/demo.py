@@ -38,7 +38,7 @@ STAGES = {
 
 def main() -> None:
     """Runs the stages and prints their figures; writes them to runs/python_docs/demo.json."""
-    console = Console()
+    console = Console(markup=False)
     for name, command in STAGES.items():
         console.rule(name)
         console.print("python " + " ".join(command), style="bold", soft_wrap=True)

@@ -181,7 +181,7 @@ def show(rows: list[dict], title: str) -> None:
             f"{np.mean(row['bytes_sent'] or [0]) / 1e6:.2f}",
             f"{row['bytes_expected'] / 1e6:.2f}",
         )
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @exit_with_one_sentence

@@ -193,7 +193,7 @@ def run(fixture: Path, cases: str = "", output: Path | None = None) -> None:
         differences = (f"{c.nats:.1e}", f"{c.probability:.1e}")
         figures = (f"{c.ppl:.2f}", f"{c.expected_ppl:.2f}")
         table.add_row(name, *differences, *figures, *saved, "yes" if c.fits else "NO")
-    Console().print(table)
+    Console(markup=False).print(table)
     if output is not None:
         output.write_text(json.dumps({n: asdict(c) for n, c in found.items()}, indent=1) + "\n")
     if not found or not all(c.fits for c in found.values()):

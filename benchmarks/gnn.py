@@ -183,7 +183,7 @@ def run(
                     f"{found['peak_bytes'] / 1e9:.1f}",
                 )
     output.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 if __name__ == "__main__":

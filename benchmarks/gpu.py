@@ -172,7 +172,7 @@ def main() -> None:
     parser = ArgumentParser(description="What an accelerator does with every stage.")
     parser.add_class_arguments(Settings)
     settings = Settings(**parser.instantiate(parser.parse_args()))
-    output, console = settings.output.absolute(), Console()
+    output, console = settings.output.absolute(), Console(markup=False)
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         rows = measure(settings, Path(folder), console.print)
     device = torch.cuda.get_device_name() if settings.accelerator == "gpu" else settings.accelerator

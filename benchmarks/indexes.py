@@ -334,7 +334,7 @@ def run(
     whole = Datastore.open(memory)
     questions = Questions.read(Datastore.open(queries), scores, limit, seed)
     rows: list[dict] = []
-    console = Console(width=max(Console().width, 120))  # a file has 80
+    console = Console(width=max(Console(markup=False).width, 120), markup=False)  # a file has 80
     with TemporaryDirectory(dir=work_dir) as folder, progress_bars("indexes") as report:
         for size in sizes:
             if size > whole.n_keys:

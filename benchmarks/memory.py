@@ -107,7 +107,7 @@ def run(output: Path, rows: int = 100_000, width: int = 512, work_dir: Path | No
     for result in results:
         amounts = (f"{result[name] / 1e6:,.0f}" for name in ("resident", "allocated"))
         table.add_row(result["stage"], f"{result['rows']:,}", *amounts)
-    Console().print(table)
+    Console(markup=False).print(table)
     about = environment(os.cpu_count() or 1)
     output.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 

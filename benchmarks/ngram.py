@@ -192,7 +192,7 @@ def run(
             f"{row['mean_suffix_length']:.2f}",
             f"{row['has_target']:.2f}",
         )
-    Console(width=max(Console().width, 110)).print(table)  # a file has 80
+    Console(width=max(Console(markup=False).width, 110), markup=False).print(table)  # a file has 80
     output.write_text(json.dumps({**environment(threads), "rows": rows}, indent=1) + "\n")
     if plot_to is not None:
         plot(rows, plot_to)

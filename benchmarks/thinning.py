@@ -155,7 +155,7 @@ def run(
             f"{len(test) / row['seconds']:,.0f}",
             f"{1000 * row['processor_seconds'] / len(test):.2f}",
         )
-    Console().print(table)
+    Console(markup=False).print(table)
     if output is not None:
         said = {"tokens": len(test), "rows": rows, "environment": environment(0)}
         output.write_text(json.dumps(said, indent=1) + "\n")

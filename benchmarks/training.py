@@ -177,7 +177,7 @@ def parsed() -> Settings:
 def main() -> None:
     """Measures what the command line says."""
     settings = parsed()
-    console = Console()
+    console = Console(markup=False)
     with ExitStack() as stack:
         folder = settings.work_dir
         if folder is None:

@@ -20,7 +20,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from neighborlm.callbacks.background import Background
 from neighborlm.callbacks.core_sharing import CoreSharing
 from neighborlm.callbacks.tally import Tally
-from neighborlm.common.contracts import Memory, Mixer, Opinion, Scored, Want
+from neighborlm.common.contracts import LanguageModel, Memory, Mixer, Opinion, Scored, Want
+from neighborlm.common.errors import InputError
+from neighborlm.common.names import named
 
 FIRST_TOKENS, TOKENS_AT_ONCE = 2048, 10240
 """Tokens that memories are asked about the first time, few so that they begin soon, and at most,
@@ -79,7 +81,13 @@ class Interpolation(Callback):
         return reduce(Want.and_also, (each.want for each in asking), Want())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The thread loads what the first question would wait for."""
+        """The thread loads what the first question would wait for.
+
+        Raises:
+            InputError: a memory searches another model's keys.
+        """
+        for name, memory in self.memories.items():
+            refuse_other_keys(name, memory, getattr(pl_module, "model", pl_module))
         self.sharing = CoreSharing(trainer.strategy.root_device.type == "cpu")
         self.background = Background(threads=self.sharing.share)
         for memory in self.memories.values():
@@ -182,3 +190,18 @@ class Interpolation(Callback):
             self.tally.add(asked, opinions)
         else:
             self.tally.mix(asked, opinions, self.mixer, self.alone)
+
+
+def refuse_other_keys(name: str, memory: Memory, model: LanguageModel) -> None:
+    """Raises InputError where a memory searches keys of another model than is asked for queries.
+    Keys may be those of the language model on which a graph network stands."""
+    if memory.made_by is None or not hasattr(model, "fingerprint"):
+        return
+    own = [model.fingerprint]
+    if hasattr(model, "lm"):
+        own += [model.lm.fingerprint, getattr(model, "lm_fingerprint", None)]
+    if memory.made_by not in own:
+        raise InputError(
+            f"the memory {name}: searches keys of the model {named(memory.made_by)}, but the "
+            f"queries are those of {named(own[0])}; expected a datastore of this one"
+        )

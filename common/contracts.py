@@ -460,6 +460,8 @@ class Memory(Protocol):
         needs_tuning: whether it lacks a setting that `tune` finds; until then it gives every target
             probability 0.
         searches: queries that it has searched for since `begin_pass`.
+        made_by: fingerprint of the model whose keys it searches; None where it searches none, or
+            nobody knows.
     """
 
     want: Want
@@ -467,6 +469,7 @@ class Memory(Protocol):
     warm_up: int | None = None
     needs_tuning: bool = False
     searches: int = 0
+    made_by: str | None = None
 
     def prepare(self) -> None:
         """Loads what the first question would otherwise wait for."""

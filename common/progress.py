@@ -60,11 +60,11 @@ class Bars:
         self.stages: dict[str, _Stage] = {}
         # What is asked for on standard output may be a table for another program.
         self.file = sys.stderr if transient else sys.stdout
-        console = Console(file=self.file)
+        console = Console(file=self.file, markup=False)
         self.screen: Progress | None = None
         if shown and console.is_terminal:
             # What comes last is cut off on a narrow screen.
-            told = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            told = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
             bar = BarColumn(bar_width=12)
             self.screen = Progress(bar, told, console=console, transient=transient)
             self.screen.start()

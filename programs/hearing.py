@@ -18,6 +18,7 @@ from neighborlm.common.all_ranks import rank_and_ranks
 from neighborlm.common.contracts import LanguageModel, Memory, Mixer, Opinion, Scored, Want
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
+from neighborlm.programs.made_with import comparable
 from neighborlm.programs.places import check_writable, own_folder
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.run import Run
@@ -202,6 +203,7 @@ def fitting_cache(
     if not RetrievalCache.is_complete(path):
         return None
     cache, made_from = RetrievalCache.open(path), retrieved_from(subject, split, resources)
+    made_from = comparable(made_from, cache.manifest["made_from"])
     cache.fits({**made_from, **sizes_of(subject, split), "k": resources.knn.k})
     return cache
 

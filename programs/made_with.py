@@ -21,6 +21,15 @@ FLAGS = {
 """Of the settings that decide what context each key has read, and how exactly it is computed."""
 
 
+UNSAID = ("lm",)
+"""What manifests of version 0.1 do not say of that from which their products were made."""
+
+
+def comparable(expected: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is expected of a product, but for what its manifest is too old to say."""
+    return {name: v for name, v in expected.items() if name in found or name not in UNSAID}
+
+
 class Difference(NamedTuple):
     """A setting that a datastore was made with, and that is another one now."""
 

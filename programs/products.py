@@ -22,6 +22,7 @@ from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.scorer import Scorer
 from neighborlm.originals.raw_datastore import import_datastore, is_raw
 from neighborlm.programs.made_with import (
+    comparable,
     differences,
     differences_in_shards,
     refuse_differences,
@@ -115,7 +116,7 @@ class Products:
         expected = self.expected_of_datastore() | {"corpus": self.corpus(split)}
         with suppress(InputError):
             made_from = earlier.read()["made_from"] if earlier.exists() else {}
-            if as_read(expected).items() <= made_from.items():
+            if as_read(comparable(expected, made_from)).items() <= made_from.items():
                 return earlier.name
         return place
 
@@ -130,7 +131,7 @@ class Products:
             shown = {**asdict(self.shown), **self.model.neighbors}
             for place in ("datastores", "shards", "placement", "shard"):
                 del shown[place]
-            expected["neighbors"] = shown
+            expected |= {"neighbors": shown, "lm": self.model.lm.fingerprint}
         return expected
 
     def corpus(self, split: str) -> str:
@@ -180,18 +181,18 @@ class Products:
         expected = self.expected_of_datastore()
         if self.knn.datastore is None:
             expected |= {"corpus": self.corpus(split)}
-        self._refuse_mismatch(path, made_from, expected)
-        self._refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
+        self.refuse_mismatch(path, made_from, expected)
+        self.refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
         if found := differences(made_from, self.made_from(split)):
             self.run.remark(remark_on(path, found, self.place_flag))
         return datastore
 
-    def _refuse_mismatch(
+    def refuse_mismatch(
         self, path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]
     ) -> None:
-        """See `refuse_mismatch`."""
+        """As `retrieval.store.artifact.refuse_mismatch`, naming the flag of another place."""
         advice = f"use a matching one, or another place ({self.place_flag})"
-        refuse_mismatch(path, found, as_read(expected), advice)
+        refuse_mismatch(path, found, as_read(comparable(expected, found)), advice)
 
     def refuse_other(self, split: str) -> None:
         """Refuses to take what is there for the datastore that this command is to make.
@@ -207,7 +208,7 @@ class Products:
         if "model" not in made_from:  # the original program's
             return
         names = (*self.expected_of_datastore(), "corpus", "split")
-        self._refuse_mismatch(path, made_from, {name: now[name] for name in names})
+        self.refuse_mismatch(path, made_from, {name: now[name] for name in names})
         found = differences(made_from, now) + differences_in_shards(manifest, self.knn)
         refuse_differences(path, found, self.place_flag)
 

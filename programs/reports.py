@@ -77,7 +77,7 @@ def show(results: dict[str, Any]) -> None:
     Args:
         results: see `programs.subject.Evaluated`.
     """
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
         console.width = WIDTH
     console.print(as_table(results))

@@ -136,3 +136,16 @@ def test_no_room_is_imported_by_its_bare_name(folder):
         if name.partition(".")[0] in rooms
     }
     assert found == set()
+
+
+def test_what_is_printed_keeps_its_brackets():
+    """A path may hold some, which a console would take for markup."""
+    found = {
+        (module, node.lineno)
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", None) in ("Console", "TextColumn")
+        and not any(keyword.arg == "markup" for keyword in node.keywords)
+    }
+    assert found == set()

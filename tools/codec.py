@@ -41,7 +41,7 @@ def main(args: list[str] | None = None) -> None:
         for name, quality in results.items():
             figures = f"{quality.relative_error:.4g}", f"{quality.train_seconds:.1f}"
             table.add_row(name, str(quality.code_size), *figures)
-        Console().print(table)
+        Console(markup=False).print(table)
         if output is not None:
             found = {name: asdict(quality) for name, quality in results.items()}
             output.write_text(json.dumps(found, indent=1) + "\n")

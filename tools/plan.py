@@ -341,7 +341,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_class_arguments(Wanted)
     w = Wanted(**parser.parse_args(args).as_dict())
-    show(w, Console(highlight=False))
+    show(w, Console(highlight=False, markup=False))
     if w.output:
         figures = {
             "wanted": asdict(w),

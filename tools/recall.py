@@ -461,7 +461,7 @@ def main(args: list[str] | None = None) -> None:
                 report,
             )
     for _, of_pair in groupby(results, key=lambda result: (result.memory, result.queries)):
-        Console().print(as_table(list(of_pair)))
+        Console(markup=False).print(as_table(list(of_pair)))
     for path in filter(None, (options.output, options.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if options.output is not None:

@@ -142,7 +142,7 @@ def main(args: list[str] | None = None) -> None:
     }
     alone, best = results["lm"]["ppl"], results["best"]["ppl"]
     print(f"{cache.path}: perplexity {alone:.2f} of {cache.n_scored} tokens, {best:.2f} at best")
-    Console().print(as_table(results))
+    Console(markup=False).print(as_table(results))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -193,6 +193,7 @@ class AutomatonMemory(Memory):
     ) -> None:
         check_rows(datastore)
         self.datastore = datastore
+        self.made_by = datastore.manifest["made_from"].get("model")
         self.retriever = retriever
         self.k = k
         self.temperature = temperature

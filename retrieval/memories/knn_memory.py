@@ -87,6 +87,7 @@ class KNNMemory(Memory):
         cache: RetrievalCacheBuilder | None = None,
     ) -> None:
         self.datastore = datastore
+        self.made_by = datastore.manifest["made_from"].get("model")
         self.retriever = retriever
         self.k = k
         self.temperature = temperature

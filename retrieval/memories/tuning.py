@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories.cache import Retrieved
 from neighborlm.retrieval.memories.knn import PART, knn_log_probs, weighted_scores
 from neighborlm.retrieval.memories.mixers import mixture
@@ -36,6 +37,9 @@ def sweep(
 
     Returns:
         float64 `[ks, temperatures, lmbdas]`, nats per token.
+
+    Raises:
+        InputError: there is no token.
     """
     weights = torch.as_tensor(lmbdas, dtype=torch.float64)
     total = torch.zeros(len(ks), len(temperatures), len(weights), dtype=torch.float64)
@@ -49,6 +53,7 @@ def sweep(
             for i in range(len(temperatures)):
                 mixed = mixture([lm, of_knn[:, :, i, None]], [1 - weights, weights])
                 total[:, i] -= mixed.sum(0, dtype=torch.float64)
+    check_count(count)
     return (total / count).numpy()
 
 
@@ -114,8 +119,12 @@ def tune(blocks: Iterable[Retrieved]) -> Tuning:
     Args:
         blocks: such as a `RetrievalCache` or a list, gone through three times; neighbours may come
             in any order.
+
+    Raises:
+        InputError: there is no token.
     """
     total, count = spread(blocks)
+    check_count(count)
     octave = octave_of(total.item() / count)
     k = next(iter(blocks)).scores.shape[1]
     lmbdas = np.arange(100) / 100
@@ -134,6 +143,15 @@ def tune(blocks: Iterable[Retrieved]) -> Tuning:
     row, column = np.unravel_index(table.argmin(), table.shape)
     found = (lmbdas[column], temperatures[row], table[row, column])
     return Tuning(*map(float, found), lmbdas, temperatures, table)
+
+
+def check_count(tokens: int) -> None:
+    """Raises InputError where there are none."""
+    if tokens == 0:
+        raise InputError(
+            "lmbda and temperature cannot be tuned on no tokens; expected a split of which some "
+            "are retrieved"
+        )
 
 
 def octave_of(spread: float) -> int:

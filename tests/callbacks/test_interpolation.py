@@ -13,6 +13,7 @@ from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.tally import Tally
 from neighborlm.callbacks.token_scores import ScoreTable
 from neighborlm.common.contracts import Neighbors, Scored
+from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories import ConstantMixer, KNNMemory
 from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
@@ -51,6 +52,29 @@ class FakeTrainer:
     """All that it wants of a trainer."""
 
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model", "other"),
+    [
+        ({"fingerprint": "m"}, None),
+        ({"fingerprint": "n"}, "n"),
+        ({"fingerprint": "n", "lm": SimpleNamespace(fingerprint="m")}, None),
+        ({"fingerprint": "n", "lm": SimpleNamespace(fingerprint="o"), "lm_fingerprint": "m"}, None),
+        ({"fingerprint": "n", "lm": SimpleNamespace(fingerprint="o"), "lm_fingerprint": "o"}, "n"),
+        ({}, None),  # a model that has none
+    ],
+)
+def test_queries_of_another_model_are_refused(make_store, model, other):
+    """The datastore's model is `m`."""
+    store, *_ = make_store()
+    mixing = knn_interpolation(store, FlatRetriever(store, "l2"), 4, 0.5)
+    module = SimpleNamespace(model=SimpleNamespace(**model))
+    if other is None:
+        mixing.setup(FakeTrainer, module, "test")
+        return
+    with pytest.raises(InputError, match=f"keys of the model m, .* queries are those of {other};"):
+        mixing.setup(FakeTrainer, module, "test")
 
 
 @pytest.fixture

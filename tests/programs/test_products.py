@@ -10,13 +10,15 @@ import torch
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.models.gnn_lm import GNNLM
+from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.evaluation import evaluate
 from neighborlm.programs.places import own_folder
 from neighborlm.programs.products import Products
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.run import Run
-from neighborlm.programs.settings import KNNSettings, MemorySettings
+from neighborlm.programs.settings import KNNSettings, MemorySettings, NeighborSettings
 from neighborlm.programs.subject import Subject
 
 ROWS = {"tokens_per_sample": 24, "context_window": 12, "max_tokens": 96}
@@ -167,3 +169,24 @@ def test_a_datastore_that_lies_with_the_corpus_is_found(place, monkeypatch):
         assert of_corpus.datastore_path("train") == Path("datastores/words/train")
     finally:
         moved.rename(place / "datastores/first")
+
+
+def test_networks_that_differ_in_the_settings_of_their_lm(tmp_path):
+    """Their weights are the same; version 0.1 did not tell their keys apart."""
+    lm = load_model("runs/first/checkpoints/best.ckpt")
+    others = TransformerLM(**{**lm.hparams, "heads": 4, "compile": False}).eval()
+    others.load_state_dict(lm.state_dict())
+    data, found = LMDataModule("words", **ROWS), []
+    for part in (lm, others):
+        torch.manual_seed(0)
+        model = GNNLM(part, heads=2, layers=1).eval()
+        model.neighbors = {}
+        knn, shown = KNNSettings(key_type="gnn"), NeighborSettings()
+        found.append(Products(Run(tmp_path), data, model, knn, shown=shown))
+    made_from = found[0].expected_of_datastore()
+    assert made_from["model"] == found[1].expected_of_datastore()["model"]
+    assert made_from["lm"] == lm.fingerprint
+    with pytest.raises(InputError, match=r"its lm is .* is expected here"):
+        found[0].refuse_mismatch(Path("x"), made_from, found[1].expected_of_datastore())
+    del made_from["lm"]
+    found[0].refuse_mismatch(Path("x"), made_from, found[1].expected_of_datastore())

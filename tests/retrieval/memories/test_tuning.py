@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from neighborlm.common.errors import InputError
 from neighborlm.retrieval.memories import tuning as tuning_module
 from neighborlm.retrieval.memories.cache import Retrieved
 from neighborlm.retrieval.memories.knn import knn_log_prob
@@ -17,6 +18,15 @@ def blocks_of(lm, scores, hits, size=1000):
     nothing = torch.zeros(len(lm), dtype=torch.int64)
     columns = (nothing, nothing, lm, scores, hits)
     return [Retrieved(*parts) for parts in zip(*(c.split(size) for c in columns), strict=True)]
+
+
+def test_nothing_to_tune_on():
+    nothing = blocks_of(torch.zeros(0), torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool))
+    for blocks in ([], nothing):
+        with pytest.raises(InputError, match="cannot be tuned on no tokens"):
+            tune(blocks)
+        with pytest.raises(InputError, match="cannot be tuned on no tokens"):
+            sweep(blocks, [1], [1.0], [0.5])
 
 
 def test_sweep_equals_every_point_on_its_own(monkeypatch):
