@@ -166,7 +166,7 @@ class LMDataModule(pl.LightningDataModule):
             an existing model; required for a data-bin without one.
         drop_long_lines: leave out blocks longer than the model reads, as fairseq does, instead of
             cutting them into pieces.
-        tokenizer: of transformers, a directory or a name on the Hugging Face hub, which reads the
+        tokenizer: tokenizer of transformers, a directory or a name on the hub, which reads the
             text as it is; level, threshold and dictionary are without effect then. By default that
             of --model.pretrained, if there is one.
         tokenizer_revision: branch, tag or commit of a tokenizer on the hub.
@@ -179,7 +179,7 @@ class LMDataModule(pl.LightningDataModule):
         cache_dir: folder of downloads and binarised corpora.
         num_workers: processes that make batches; with 0 the main process makes them. Raise it if
             the GPU waits for batches.
-        seed: of the order of the training batches.
+        seed: seed of the order of the training batches.
 
     Attributes:
         open_corpus: makes the corpus from its settings; replace it to read other files.

@@ -44,8 +44,8 @@ class GNNLM(TrainableLM):
         lm: the trained LM, which becomes part of this model. Only a `TransformerLM` can have parts
             trained or a bias added to its softmax.
         layers: number of layers of the graph network; by default 3.
-        width: of the network's states; by default the LM's, with which training begins near the LM
-            itself; smaller is faster.
+        width: width of the network's states; by default the LM's, with which training begins near
+            the LM itself; smaller is faster.
         heads: attention heads per layer; by default 8. It must divide width.
         intra_context: how many tokens of its own block a token attends to, itself included; by
             default itself and all before it. With 0 the network learns from neighbours alone.
@@ -58,8 +58,8 @@ class GNNLM(TrainableLM):
             default 0.
         output_bias: train a bias on the logits of a plain softmax, starting from the LM's if it has
             one; by default false.
-        dropout: on the messages of each layer; raise it if the network overfits.
-        attention_dropout: on the attention weights.
+        dropout: dropout on the messages of each layer; raise it if the network overfits.
+        attention_dropout: dropout on the attention weights.
         lm_path_probability: share of training batches that bypass the graph network, to train the
             unfrozen parts of the LM on their own.
         unfreeze: parts of the LM that are trained too: adaptive_softmax (the output softmax, always

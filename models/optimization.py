@@ -31,9 +31,10 @@ class Optimization:
             the warm-up, so that the training ends at min_lr.
         t_mult: length of each further period of the cosine relative to the one before it.
         lr_shrink: factor of lr and min_lr at each further period of the cosine.
-        momentum: of `nag`.
+        momentum: momentum of `nag`.
         adam_betas: decay rates of the averages of gradients and of their squares in `adam`.
-        weight_decay: decoupled in `adam`, an L2 penalty in `nag`; raise it if the model overfits.
+        weight_decay: weight decay, decoupled in `adam`, an L2 penalty in `nag`; raise it if the
+            model overfits.
 
     Raises:
         InputError: a value is out of range.

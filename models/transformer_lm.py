@@ -31,19 +31,21 @@ class TransformerLM(TrainableLM):
 
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
-        width: of the hidden vectors, and so of the keys of a datastore.
-        ffn_width: of the feed-forward blocks; usually four times the width.
+        width: width of the hidden vectors, and so of the keys of a datastore.
+        ffn_width: width of the feed-forward blocks; usually four times the width.
         layers: number of layers.
         heads: attention heads per layer; it must divide width.
         adaptive_input_cutoffs: first id of each band of rarer words in the input embedding; by
             default none, a plain embedding. Set them for vocabularies of tens of thousands of
             words; cutoffs beyond the vocabulary are ignored.
-        adaptive_input_factor: ratio of the widths of one band and the next.
-        adaptive_softmax_cutoffs: as adaptive_input_cutoffs, for the output softmax.
-        adaptive_softmax_factor: as adaptive_input_factor, for the output softmax.
+        adaptive_input_factor: ratio of the widths of one band of the input and the next.
+        adaptive_softmax_cutoffs: first id of each band of rarer words in the output softmax; by
+            default none, a plain softmax. See adaptive_input_cutoffs.
+        adaptive_softmax_factor: ratio of the widths of one band of the softmax and the next.
         tie_weights: share word vectors between input and output, which must then have the same
             bands.
-        tie_projections: share the projections of the bands too, where both are adaptive.
+        tie_projections: share the projections of the bands between input and output too, where both
+            are adaptive.
         output_bias: add a bias to the logits of a plain softmax.
         max_target_positions: longest row that the model reads, in tokens; raise it if
             --data.tokens_per_sample is larger.
@@ -51,12 +53,12 @@ class TransformerLM(TrainableLM):
         pre_norm: put layer norms in front of the blocks, not behind them.
         final_norm: add a layer norm after the last layer.
         scale_embedding: multiply embeddings by sqrt(width).
-        activation: of the feed-forward blocks.
-        dropout: on embeddings and on the output of each block; raise it if the model overfits, set
-            it to 0 if the model is too small for its text.
-        attention_dropout: on attention weights.
-        activation_dropout: after the activation of the feed-forward blocks.
-        softmax_dropout: on the inputs of an adaptive softmax.
+        activation: activation function of the feed-forward blocks.
+        dropout: dropout on embeddings and on the output of each block; raise it if the model
+            overfits, set it to 0 if the model is too small for its text.
+        attention_dropout: dropout on attention weights.
+        activation_dropout: dropout after the activation of the feed-forward blocks.
+        softmax_dropout: dropout on the inputs of an adaptive softmax.
         activation_checkpointing: recompute each layer in the backward pass, which saves memory and
             takes longer.
         compile: compile the decoder by torch.compile; worth it on a GPU and for many updates.

@@ -33,7 +33,7 @@ HELP = {
     "model": "YAML file of this section alone",
     **{
         name: "YAML file of this section alone"
-        for name in ("data", "knn", "neighbors", "recent", "automaton", "trainer")
+        for name in ("data", "knn", "neighbors", "recent", "automaton", "adaptive", "trainer")
     },
 }
 """What is said of flags that Lightning or jsonargparse describe otherwise, or not."""
@@ -44,6 +44,7 @@ TITLES = {
     "neighbors": "what a GNN-LM sees of each token's neighbours (--neighbors.*)",
     "recent": "the memory of the running text (--recent.*)",
     "automaton": "the memory automaton (--automaton.*)",
+    "adaptive": "the memory adaptive (--adaptive.*)",
     "trainer": "the trainer of Lightning (--trainer.*)",
 }
 """Of the sections of `--help`."""

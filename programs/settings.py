@@ -43,19 +43,20 @@ class KNNSettings:
             `neighborlm recall` compares them.
         rescore_key_type: weigh what the keys have found by distances between vectors of this type
             instead, such as gnn; none by default.
-        dtype: of the stored keys; fp32 takes twice the disk, for where half precision hurts.
+        dtype: numbers of the stored keys; fp32 takes twice the disk, for where half precision
+            hurts.
         similarity: what exact distances are computed with; by default the metric. For the original
             program's --knn-sim-func, such as ip over an l2 index.
         missing: neighbours that an index does not find are left out; last_row lets the last row of
             the datastore vote instead, only to compare with the original program.
         size: rows of a datastore of the original program (raw maps), which needs `dim` too.
-        dim: width of the keys of such a datastore.
+        dim: width of the keys of a datastore of the original program, see size.
         min_context: leave out keys of tokens with less left context than this; 0, the default,
             keeps all.
         shards: directories that a new datastore is dealt into; more than 1 for several disks or
             hosts. A datastore that exists is used as it is.
-        placement: how its rows are dealt: contiguous pieces, or blocks round_robin, with which
-            hosts send each other less.
+        placement: how the rows of a datastore in shards are dealt: contiguous pieces, or blocks
+            round_robin, with which hosts send each other less.
         shard: make and use this one of the shards alone, numbered from 0; for hosts that share no
             file system, each of which makes its own.
         cache: directory that keeps what is retrieved of each split, and what other memories say of
@@ -124,8 +125,8 @@ class NeighborSettings:
         k: neighbours of each token; more cost time and memory in proportion.
         left_context: tokens before each neighbour that the network sees.
         right_context: tokens after each neighbour that the network sees.
-        key_type: which vector is compared, and stands for a neighbour; last_hidden by default. See
-            `--knn.key_type`.
+        key_type: which vector is compared, and stands for a neighbour: last_hidden (the default),
+            last_ffn_input, layer:<i>:ffn_input or layer:<i>:output.
         metric: how keys are compared: cosine (the default), inner product or squared Euclidean
             distance. With last_ffn_input and l2 the datastores of kNN-LM are used as they are.
         index: what searches: `auto`, the default, chooses by size; flat and torch are exact; or a
@@ -139,15 +140,17 @@ class NeighborSettings:
         codec: faiss factory string of the codes; by default OPQ and PQ with a byte for eight
             dimensions. `neighborlm codec compare` shows what others lose; `imported` takes the
             codes of the original program (`neighborlm codec import`).
-        token_features: of the tokens themselves: stored, from the split's datastore, whose keys
-            must be last_hidden, or online, computed by the LM. By default stored in training, where
-            the keys allow it, and online in evaluation.
+        token_features: features of the tokens themselves: stored, from the split's datastore, whose
+            keys must be last_hidden, or online, computed by the LM. By default stored in training,
+            where the keys allow it, and online in evaluation.
         exclude_window: in training, neighbours nearer than this many tokens to a token that could
             see them are left out; by default all that could show what is to be predicted.
-        dtype: of the stored keys; fp32 takes twice the disk, for where half precision hurts.
+        dtype: numbers of the stored keys; fp32 takes twice the disk, for where half precision
+            hurts.
         shards: directories that new datastores are dealt into, with their tables and codes; more
             than 1 for several disks or hosts. Datastores that exist are used as they are.
-        placement: how their rows are dealt; see `--knn.placement`.
+        placement: how the rows of datastores in shards are dealt: contiguous or round_robin; see
+            `--knn.placement`.
         shard: the one of the training split's shards that this host has, numbered from 0, where
             hosts share no file system: what lies in the others is exchanged batch by batch.
         datastores: folder of the datastores; by default datastores/<run of the LM>.
@@ -209,7 +212,7 @@ class PretrainedSettings:
             (config.json, *.safetensors), or a name on the Hugging Face hub, which transformers
             looks for in its own cache first.
         revision: branch, tag or commit of a name on the hub.
-        dtype: of the weights in memory: `auto`, the default, is what the files have; float32
+        dtype: numbers of the weights in memory: `auto`, the default, as the files have; float32
             computes without rounding and takes more memory.
         device_map: `auto` spreads a model that is too large for one device over all there are; by
             default it is where Lightning puts it.

@@ -43,8 +43,9 @@ class RecentSettings:
     Args:
         size: number of recent tokens that vote. `auto` chooses one from 250 to 4000 on the
             validation split; give a number to save that pass or to bound the time of a token.
-        temperature: divides the scores. `auto` chooses it on the validation split.
-        key_type: type of the keys that are compared; see `KNNSettings`.
+        temperature: divides the scores of the recent tokens. `auto` chooses it on the validation
+            split.
+        key_type: which vectors of the recent tokens are compared; see `--knn.key_type`.
         similarity: how keys are compared: `l2`, squared Euclidean distance; `ip`, inner product, as
             in the paper; or `cosine`.
         document_end: id of the token that ends a document; tokens before it have no vote after it.
