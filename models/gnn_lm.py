@@ -175,6 +175,11 @@ class GNNLM(TrainableLM):
         return self.lm.vocab_size
 
     @property
+    def reads_subwords(self) -> bool:
+        """Whether ids are those of a tokenizer, which may have fewer than the vocabulary."""
+        return getattr(self.lm, "reads_subwords", False)
+
+    @property
     def trains_features(self) -> bool:
         """Whether training changes the LM's features."""
         return bool({"embedding", "layers"} & set(self.hparams.unfreeze))
@@ -347,11 +352,33 @@ class GNNLM(TrainableLM):
         self.val_lm_loss.reset()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Records the LM whose features the neighbours have, and what the neighbours were."""
+        """Records the LM whose features the neighbours have, and what the neighbours were. The
+        weights of an LM that is not ours are left where they are."""
         super().on_save_checkpoint(checkpoint)
+        if not isinstance(self.lm, TransformerLM):
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: w for n, w in weights.items() if not n.startswith("lm.")}
         checkpoint["lm_fingerprint"] = self.lm_fingerprint
         checkpoint["lm_checkpoint"] = getattr(self.lm, "checkpoint", None)
         checkpoint["neighbors"] = self.neighbors
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Adds the weights that were left out.
+
+        Raises:
+            InputError: the LM is not the one of the training.
+        """
+        if isinstance(self.lm, TransformerLM) or not isinstance(self.lm, nn.Module):
+            return
+        expected = checkpoint["lm_fingerprint"]
+        if expected not in (None, self.lm.fingerprint):
+            raise InputError(
+                f"--model.pretrained {self.hparams.get('pretrained')}: is another model "
+                f"({self.lm.fingerprint}) than the graph network was trained on ({expected}); "
+                "expected the model of then"
+            )
+        weights = {f"lm.{name}": weight for name, weight in self.lm.state_dict().items()}
+        checkpoint["state_dict"] = weights | checkpoint["state_dict"]
 
 
 def mix(lm_log_prob: Tensor, gnn_log_prob: Tensor, lm_ratio: float) -> Tensor:

@@ -12,12 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 from neighborlm.common.contracts import LanguageModel
 from neighborlm.common.errors import InputError
-from neighborlm.common.extras import module_of_extra
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM, OF_NETWORK
 from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
-from neighborlm.programs.checkpoints import load_model, load_model_of
+from neighborlm.programs.checkpoints import load_model, load_model_of, load_pretrained
 from neighborlm.programs.settings import PretrainedSettings
 
 
@@ -68,12 +67,8 @@ def load_gnn_lm(source: Source) -> GNNLM:
 
 def load_huggingface(source: Source) -> LanguageModel:
     """The model of transformers that the settings name."""
-    pretrained = module_of_extra("neighborlm.programs.pretrained", "hf", "--arch huggingface")
     settings = PretrainedSettings(**source.settings)
-    tokenizer = source.data.settings.tokenizer
-    if tokenizer not in (None, settings.pretrained):
-        pretrained.check_tokenizer(settings, tokenizer)
-    return pretrained.load_pretrained(settings)
+    return load_pretrained(settings, "--arch huggingface", source.data.settings.tokenizer)
 
 
 def _load(kind: type[TrainableLM], source: Source, arch: str) -> TrainableLM:
@@ -89,6 +84,8 @@ def _load(kind: type[TrainableLM], source: Source, arch: str) -> TrainableLM:
 def make_gnn_lm(
     vocab_size: int,
     lm_checkpoint: str | None = None,
+    pretrained: str | None = None,
+    revision: str | None = None,
     start_from: str | None = None,
     lm: Literal[None] = None,
     **settings,
@@ -98,6 +95,9 @@ def make_gnn_lm(
     Args:
         vocab_size: number of ids; the program takes it from the corpus.
         lm_checkpoint: checkpoint of the trained LM, from train.py or from fairseq.
+        pretrained: a causal language model of transformers in place of lm_checkpoint, a directory
+            or a name on the Hugging Face hub; its tokenizer reads the text.
+        revision: branch, tag or commit of a name on the hub.
         start_from: checkpoint of a GNN-LM to continue from in a second stage of training, in place
             of lm_checkpoint. It gives all weights, the LM's included, and the settings from layers
             to output_bias, which need not be repeated.
@@ -113,18 +113,26 @@ def make_gnn_lm(
         lm = start.lm
     elif lm_checkpoint is not None:
         lm = load_model_of(TransformerLM, Path(lm_checkpoint), "--model.lm_checkpoint")
+    elif pretrained is not None:
+        lm = load_pretrained(PretrainedSettings(pretrained, revision), "--model.pretrained")
     else:
         raise InputError(
-            "--model.lm_checkpoint is missing; expected the checkpoint of a trained LM"
+            "--model.lm_checkpoint is missing; expected the checkpoint of a trained LM, or a model "
+            "of transformers as --model.pretrained"
         )
-    if lm.vocab_size != vocab_size:
-        flag = f"lm_checkpoint {lm_checkpoint}" if start is None else f"start_from {start_from}"
+    subwords = getattr(lm, "reads_subwords", False)  # there may be fewer than word vectors
+    if lm.vocab_size != vocab_size and not (subwords and vocab_size < lm.vocab_size):
+        flags = {"start_from": start_from, "lm_checkpoint": lm_checkpoint, "pretrained": pretrained}
+        flag = next(f"{name} {given}" for name, given in flags.items() if given is not None)
         raise InputError(
             f"--model.{flag}: has a vocabulary of {lm.vocab_size}, but the corpus one of "
             f"{vocab_size}; pass the LM's dict.txt as --data.dictionary"
         )
     model = GNNLM(lm, **settings)
-    model.save_hyperparameters({"lm_checkpoint": lm_checkpoint, "start_from": start_from})
+    if start is not None:
+        pretrained, revision = (start.hparams.get(name) for name in ("pretrained", "revision"))
+    came_from = {"lm_checkpoint": lm_checkpoint, "start_from": start_from}
+    model.save_hyperparameters(came_from | {"pretrained": pretrained, "revision": revision})
     if start is not None:
         model.load_state_dict(start.state_dict())
         model.lm_fingerprint, model.neighbors = start.lm_fingerprint, start.neighbors
@@ -144,7 +152,7 @@ def _settings_of_start(start: GNNLM, path: str, given: Mapping[str, Any]) -> dic
                 f"--model.{name} is {value}, but --model.start_from {path} has "
                 f"{start.hparams[name]}; expected the same, or no such flag"
             )
-    own_softmax = start.softmax is not start.lm.softmax and not start.hparams.output_bias
+    own_softmax = start.softmax not in (None, start.lm.softmax) and not start.hparams.output_bias
     if own_softmax and "adaptive_softmax" not in given.get("unfreeze", ()):
         raise InputError(
             f"--model.start_from {path}: has trained a softmax of its own; expected "

@@ -93,7 +93,8 @@ def check_continuation(
             f"{name}: holds {'a GNN-LM' if is_gnn else 'an LM'}, but this command trains a "
             f"{type(model).__name__}; expected another --arch or checkpoint"
         )
-    size = settings.get("vocab_size", data.vocab_size)
+    subwords = getattr(model, "reads_subwords", False)
+    size = data.vocab_size if subwords else settings.get("vocab_size", data.vocab_size)
     _compare_dictionaries(path, (size, checkpoint.get("dictionary")), data)
     if _same_place(run_of(path), run.directory) and is_same_text(checkpoint, data) is False:
         raise InputError(

@@ -7,14 +7,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from neighborlm.common.contracts import Backbone
 from neighborlm.common.digests import compare_once
 from neighborlm.common.errors import InputError
+from neighborlm.common.extras import module_of_extra
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.trainable_lm import TrainableLM
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.models.weights import not_finite
 from neighborlm.originals.conversion import load_fairseq_checkpoint
 from neighborlm.originals.fairseq_files import is_fairseq_checkpoint
+from neighborlm.programs.settings import PretrainedSettings
 
 Model = TypeVar("Model", bound=TrainableLM)
 
@@ -50,9 +53,12 @@ def _read(path: Path) -> TransformerLM | GNNLM:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = _described(checkpoint["hyper_parameters"])
         if isinstance(model, GNNLM):
+            model.on_load_checkpoint(checkpoint)
             model.lm_fingerprint = checkpoint["lm_fingerprint"]
             model.neighbors = checkpoint["neighbors"]
         model.load_state_dict(checkpoint["state_dict"])
+    except InputError:
+        raise
     except Exception as error:
         reason = why_unreadable(path, error)
         raise InputError(f"{path}: cannot be read as a checkpoint of train.py: {reason}") from None
@@ -130,6 +136,28 @@ def _described(settings: dict[str, Any]) -> TransformerLM | GNNLM:
     if "lm" not in settings:
         return TransformerLM(**{**settings, "compile": False})
     # A GNN-LM's say besides what its LM is, and which files it came from.
-    besides = ("lm", "vocab_size", "lm_checkpoint", "start_from")
+    besides = ("lm", "vocab_size", "lm_checkpoint", "start_from", "pretrained", "revision")
     own = {name: value for name, value in settings.items() if name not in besides}
+    if settings.get("pretrained") is not None:
+        chosen = PretrainedSettings(settings["pretrained"], settings.get("revision"))
+        return GNNLM(load_pretrained(chosen, "a GNN-LM on a model of transformers"), **own)
     return GNNLM(TransformerLM(**settings["lm"]), **own)
+
+
+def load_pretrained(
+    settings: PretrainedSettings, flag: str, tokenizer: str | None = None
+) -> Backbone:
+    """A causal language model of transformers.
+
+    Args:
+        flag: what asks for it, for messages.
+        tokenizer: `--data.tokenizer`, to be compared with the model's own.
+
+    Raises:
+        InputError: the extra hf is not installed, or there is no such model, or it has another
+            tokenizer.
+    """
+    reading = module_of_extra("neighborlm.programs.pretrained", "hf", flag)
+    if tokenizer not in (None, settings.pretrained):
+        reading.check_tokenizer(settings, tokenizer)
+    return reading.load_pretrained(settings)

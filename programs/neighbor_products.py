@@ -16,6 +16,7 @@ from neighborlm.datamodules.graphs import NeighborMemory
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.features import CodeDecoder
 from neighborlm.models.gnn_lm import GNNLM
+from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.originals.neighbor_table import open_imported
 from neighborlm.programs.products import Products
 from neighborlm.programs.run import Run
@@ -85,7 +86,13 @@ class NeighborProducts:
         """Of other splits, where hosts have but a shard of the training split."""
         self.exchange: Exchange | None = None
         model.lm_fingerprint = self.products.fingerprint
-        self.codec = settings.codec_for(model.lm.key_width(settings.key_type))
+        width = model.lm.key_width(settings.key_type)
+        if settings.features != "embeddings" and width != model.lm.width:
+            raise InputError(
+                f"--neighbors.key_type {settings.key_type}: has a width of {width}, but what the "
+                f"softmax reads one of {model.lm.width}; expected last_hidden"
+            )
+        self.codec = settings.codec_for(width)
         seen = {
             "features": settings.features,
             "key_type": settings.key_type,
@@ -97,7 +104,7 @@ class NeighborProducts:
         if settings.index != IMPORTED:
             self.products.check_index(len(data.stream("train").tokens))
         if settings.features == "codes" and self.codec != IMPORTED:
-            check_codec(self.codec, model.lm.key_width(settings.key_type))
+            check_codec(self.codec, width)
 
     def _choose_token_features(self, default: Literal["stored", "online"]) -> None:
         wanted = self.settings.token_features
@@ -190,10 +197,11 @@ class NeighborProducts:
     @property
     def are_token_features(self) -> bool:
         """Whether the keys are what the LM's softmax reads, and so a token's features."""
-        layers = self.model.lm.hparams.layers
-        last = f"layer:{layers - 1}:output"
-        final_norm = self.model.lm.hparams.final_norm
-        return self.settings.key_type in ("last_hidden", *([] if final_norm else [last]))
+        lm = self.model.lm
+        if self.settings.key_type == "last_hidden" or not isinstance(lm, TransformerLM):
+            return self.settings.key_type == "last_hidden"
+        last = f"layer:{lm.hparams.layers - 1}:output"
+        return self.settings.key_type == last and not lm.hparams.final_norm
 
     def _features(self, memory: Datastore) -> Rows:
         """The feature store of neighbours, memory-mapped."""

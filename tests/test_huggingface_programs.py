@@ -12,7 +12,10 @@ import torch
 from small import ROOT, write_corpus
 from small_huggingface import write_gpt2, write_tokenizer
 
+from neighborlm.common.errors import InputError
+from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.evaluate import main
+from neighborlm.programs.train import main as train
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -89,6 +92,42 @@ def test_a_datastore_of_another_model_or_tokenizer_is_refused(evaluate, place, t
     with pytest.raises(SystemExit):
         evaluate("--model.pretrained", other, "--knnlm", "--knn.datastore", store)
     assert f"{store}: its dictionary is " in capsys.readouterr().err
+
+
+GNN = (
+    *("--config", ROOT / "configs/text/gnn_lm.yaml", "--data.corpus", "words"),
+    *("--data.tokens_per_sample", 32, "--data.context_window", 16, "--data.max_tokens", 128),
+    *("--neighbors.k", 4, "--neighbors.exclude_window", 40, "--model.layers", 1),
+    *("--model.heads", 2, "--model.pretrained", "gpt2", "--trainer.enable_progress_bar", "false"),
+)
+
+
+def test_a_graph_network_on_a_frozen_model(place, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(place)
+    steps = ("--trainer.max_steps", 6, "--trainer.val_check_interval", 3)
+    train([*map(str, (*GNN, *steps))])
+    checkpoint = place / "runs/words-gnn_lm/checkpoints/best.ckpt"
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert not any(name.startswith("lm.") for name in weights)
+    train([*map(str, (*GNN, *steps, "--trainer.max_steps", 8))])  # goes on
+    assert "continuing from" in capsys.readouterr().out
+    output = ("--output", tmp_path / "results.json", "--ckpt_path", checkpoint)
+    memory = ("--knnlm", "--knn.k", 8, "--knn.lmbda", 0.1)
+    main([*map(str, (*GNN, *output, *memory))])
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["gnn"]["ppl"] != pytest.approx(found["ppl"], rel=1e-6)
+    assert found["gnn"]["ppl"] < 1.1 * found["ppl"]
+    assert found["knn"]["bits_per_byte"] > 0
+    model = load_model(checkpoint)
+    assert model.lm_fingerprint == model.lm.fingerprint
+    shutil.copytree("gpt2", "kept")
+    try:
+        change_config(place / "gpt2", layer_norm_epsilon=1e-3)
+        with pytest.raises(InputError, match=r"is another model .* than the graph network was"):
+            load_model(checkpoint)
+    finally:
+        shutil.rmtree("gpt2")
+        Path("kept").rename("gpt2")
 
 
 REFUSED = {
