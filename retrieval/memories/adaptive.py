@@ -39,6 +39,8 @@ SHARE, HIDDEN, LAYERS, DROPOUT = 25, 128, 4, 0.2
 """Dimensions of each of the five groups of features, and the layers behind them."""
 PENALTY, LEARNING_RATE, BATCH, EPOCHS = 0.05, 5e-4, 64, 10
 HELD_OUT = 0.1
+AT_ONCE = 8192
+"""Tokens whose features are in fp64 at a time."""
 
 
 @dataclass
@@ -110,16 +112,14 @@ class AdaptiveMemory(KNNMemory):
         self.text, self.heard = text.reshape(-1), []
 
     def features(self, asked: Scored) -> list[Tensor]:
-        """What the network reads, fp64 `[n, ...]` each; none looks at the target."""
+        """What the network reads, fp32 `[n, ...]` each; none looks at the target."""
         counts = self.suffix_array.frequencies(self.text, asked.positions.numpy(), LONGEST)
         columns = [
             asked.keys[self.key_type],
             asked.top_log_probs[:, :1].exp(),
             asked.entropy[:, None],
         ]
-        return [column.double() for column in columns] + [
-            torch.from_numpy(np.log1p(count)) for count in counts
-        ]
+        return columns + [torch.from_numpy(np.log1p(count)).float() for count in counts]
 
     def say(self, asked: Scored) -> Opinion:
         """log p_kNN of the targets, -inf where no search was made. Features are those of
@@ -203,14 +203,14 @@ class Gate(nn.Module):
     """Foretells the weight of the neighbours; fp64, on the CPU.
 
     Args:
-        features: fp64 `[n, ...]` each, by which inputs are standardised.
+        features: fp32 `[n, ...]` each, by which inputs are standardised.
     """
 
     def __init__(self, features: list[Tensor]) -> None:
         super().__init__()
         self.standards = [standards(group) for group in features]
         widths = [
-            standardised(*pair).shape[1] for pair in zip(features, self.standards, strict=True)
+            len(standard["mean"]) + int(standard["may_miss"].sum()) for standard in self.standards
         ]
         self.groups = nn.ModuleList(
             nn.Sequential(nn.Linear(width, SHARE), nn.ReLU(), nn.Linear(SHARE, SHARE))
@@ -224,21 +224,19 @@ class Gate(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
         self.double()
 
-    def inputs(self, features: list[Tensor]) -> list[Tensor]:
-        """Standardised features."""
-        pairs = zip(features, self.standards, strict=True)
-        return [standardised(group, standard) for group, standard in pairs]
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
+    def forward(self, features: list[Tensor]) -> Tensor:
         """log(1 - lmbda) and log lmbda, `[n, 2]`."""
-        pairs = zip(self.groups, inputs, strict=True)
-        hidden = torch.cat([layer(group) for layer, group in pairs], dim=1)
-        return self.layers(hidden).log_softmax(dim=1)
+        groups = zip(self.groups, features, self.standards, strict=True)
+        hidden = [
+            layer(standardised(group.double(), standard)) for layer, group, standard in groups
+        ]
+        return self.layers(torch.cat(hidden, dim=1)).log_softmax(dim=1)
 
     @torch.no_grad()
     def log_weights(self, features: list[Tensor]) -> Tensor:
-        """log(1 - lmbda) and log lmbda of some tokens, `[n, 2]`."""
-        return self(self.inputs(features))
+        """log(1 - lmbda) and log lmbda of some tokens, `[n, 2]`, a few of them at a time."""
+        parts = zip(*(group.split(AT_ONCE) for group in features), strict=True)
+        return torch.cat([self(list(part)) for part in parts])
 
 
 def trained(
@@ -248,7 +246,7 @@ def trained(
     below which a share `skip` of these are.
 
     Args:
-        features: fp64 `[n, ...]` each.
+        features: fp32 `[n, ...]` each.
         log_probs: fp64 `[n, 2]` of the targets by the language model and by the neighbours.
         judged: bool `[n]`, which tokens are held out.
         skip: share of the tokens that are to be predicted by the language model alone.
@@ -258,7 +256,6 @@ def trained(
     with seeded, torch.enable_grad(), progress_bars("gate", transient=True) as report:
         torch.manual_seed(seed)
         gate = Gate([group[~judged] for group in features])
-        inputs = gate.inputs(features)
         training = torch.nonzero(~judged)[:, 0]
         optimizer = torch.optim.Adam(gate.parameters(), LEARNING_RATE)
         best: tuple[float, dict[str, Tensor], float] | None = None
@@ -267,13 +264,12 @@ def trained(
             gate.train()
             for batch in training[torch.randperm(len(training))].split(BATCH):
                 optimizer.zero_grad()
-                weights = gate([group[batch] for group in inputs])
+                weights = gate([group[batch] for group in features])
                 loss = -(weights + log_probs[batch]).logsumexp(dim=1).mean()
                 (loss + PENALTY * weights[:, 1].exp().mean()).backward()
                 optimizer.step()
             gate.eval()
-            with torch.no_grad():
-                weights = gate([group[judged] for group in inputs])
+            weights = gate.log_weights([group[judged] for group in features])
             threshold = threshold_of(weights[:, 1], skip)
             loss = loss_with_gate(weights, log_probs[judged], threshold)
             if best is None or loss < best[0]:

@@ -7,6 +7,7 @@ from small_opinions import made_up, only, part_of
 
 from neighborlm.common.contracts import Opinion, Scored, Want
 from neighborlm.common.errors import InputError
+from neighborlm.retrieval.memories import gate
 from neighborlm.retrieval.memories.buckets import BucketMixer
 from neighborlm.retrieval.memories.closed_forms import DrozdovMixer, NestMixer
 from neighborlm.retrieval.memories.gate import GateMixer
@@ -228,3 +229,20 @@ def test_given_shares_need_no_fitting():
     assert not mixer.needs_fitting
     mixed = mixer.mixed([torch.tensor([0.5]).log().double(), torch.tensor([0.1]).log().double()])
     torch.testing.assert_close(mixed.exp(), torch.tensor([0.4]).double())
+
+
+@pytest.mark.parametrize("kind", [GateMixer, BucketMixer])
+def test_features_of_the_model_are_read_only_by_name(kind, monkeypatch):
+    """Whether they are at hand depends on what else is kept, and figures must not."""
+    monkeypatch.setattr(gate, "EPOCHS", 1)
+    opinions = made_up(1000)
+    without = {**opinions, "lm": Opinion(opinions["lm"].log_probs)}
+    for named in (None, ["lm.entropy"]):
+        mixer = kind(named)
+        mixer.fit(opinions)
+        assert ("lm.entropy" in mixer.state()["features"]) == (named is not None)
+    plain, mixer = kind(), kind()
+    plain.fit(without)
+    mixer.fit(opinions)
+    features = features_of(without)
+    torch.testing.assert_close(mixer.weights(features, 1000), plain.weights(features, 1000))
