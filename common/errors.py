@@ -12,6 +12,8 @@ from neighborlm.common.units import size_of
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space on the device, a quota, and a limit of a file's size."""
+NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""A place that this user cannot read or write, or that is something else than was expected."""
 NO_ROOM_WORDS = re.compile(
     "|".join(map(os.strerror, NO_ROOM)) + r"|\d+ requested and \d+ written|file write failed"
 )
@@ -62,6 +64,16 @@ def disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in NO_ROOM
     return isinstance(error, OSError | RuntimeError) and bool(NO_ROOM_WORDS.search(str(error)))
+
+
+def place_is_refused(error: BaseException) -> bool:
+    """Whether an error says that a file or a folder cannot be read or written.
+
+    >>> place_is_refused(OSError(30, "Read-only file system", "runs/x"))
+    True
+    """
+    known = isinstance(error, OSError) and isinstance(error.filename, str | Path)
+    return known and error.errno in NO_PLACE
 
 
 def memory_is_full(error: BaseException) -> bool:

@@ -56,6 +56,7 @@ def interrupts_do(action: Callable[[int, FrameType | None], object]) -> None:
 def interrupts_raise() -> None:
     """Has SIGINT and SIGTERM raise KeyboardInterrupt from now on, unless somebody else heeds
     them."""
+    came.clear()
     if in_main_thread():
         for number in NUMBERS:
             heeded = (signal.SIG_DFL, signal.default_int_handler, end_at_once)

@@ -16,6 +16,7 @@ from neighborlm.common.errors import (
     causes,
     disk_is_full,
     memory_is_full,
+    place_is_refused,
     sentence_about_disk,
     sentence_about_memory,
 )
@@ -47,7 +48,13 @@ def run_program(module: str, *args: list[str]) -> None:
     interrupts_do(end_at_once)
     threading.excepthook = _tell_of_thread
     ENDING.follow_starter()
-    main = import_module(f"neighborlm.{module}").main
+    try:
+        main = import_module(f"neighborlm.{module}").main
+    except (MemoryError, ImportError, OSError, RuntimeError) as error:
+        if not any(map(memory_is_full, causes(error))):
+            raise
+        os.write(sys.__stderr__.fileno(), b"error: out of memory for the libraries\n")
+        os._exit(2)  # there is none to clean up by, either
     try:
         exit_with_one_sentence(main)(*args)
     except Ended as ended:
@@ -65,10 +72,10 @@ def _tell_of_thread(error: threading.ExceptHookArgs) -> None:
 
 
 def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorates a program's `main`: an InputError, a full disk and a want of memory end it with a
-    sentence and exit status 2, an interrupt (SIGINT or SIGTERM) with status 130, the loss of
-    another rank with a sentence about that and status 1; everything else is a defect of ours and
-    keeps its traceback."""
+    """Decorates a program's `main`: an InputError, a full disk, a place that cannot be written and
+    a want of memory end it with a sentence and exit status 2, an interrupt (SIGINT or SIGTERM) with
+    status 130, the loss of another rank with a sentence about that and status 1; everything else is
+    a defect of ours and keeps its traceback."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
@@ -119,6 +126,9 @@ def explanation(error: Exception) -> tuple[str | None, int]:
             return sentence_about_disk(cause), 2
         if memory_is_full(cause):
             return sentence_about_memory(cause), 2
+        if place_is_refused(cause):
+            said = f"{cause.filename}: {cause.strerror}; expected a place to read and write at"
+            return f"{said}; the same command goes on from what is on disk", 2
     return reason_of_others(error), 1
 
 

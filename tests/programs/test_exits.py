@@ -52,6 +52,12 @@ def test_an_interrupt_while_libraries_are_loaded(tmp_path, name):
     assert done.stderr == "interrupted: the same command continues from here\n"
 
 
+def test_no_memory_for_the_libraries(tmp_path):
+    done = run(tmp_path, "raise MemoryError")
+    assert done.returncode == 2
+    assert done.stderr == "error: out of memory for the libraries\n"
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -89,6 +95,11 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "runs/x/log.txt")
         (behind(FULL), 2, ["runs/x/log.txt: No space left", "goes on from"]),
         (OSError("4096 requested and 12 written"), 2, ["No space left", "B free"]),
         (RuntimeError("write error in f: 0 != 1 (No space left on device)"), 2, ["No space left"]),
+        (
+            behind(OSError(errno.EROFS, "Read-only file system", "stores/train")),
+            2,
+            ["stores/train: Read-only file system; expected a place"],
+        ),
         (MemoryError(), 2, ["out of memory;", "--data.max_tokens", "goes on from"]),
         (behind(MemoryError("std::bad_alloc")), 2, ["out of memory (std::bad_alloc);"]),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, ["out of memory"]),
