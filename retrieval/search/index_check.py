@@ -54,7 +54,13 @@ def _stamps(path: Path) -> Path:
 def _try_out(path: Path, kind: str) -> None:
     command = (sys.executable, index_file.__file__, str(path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be tried out, as no other {sys.executable} can be started "
+            f"({error.strerror}); expected that it can, or --verify never for files that you trust"
+        ) from None
     if done.returncode == 0:
         return
     *_, reason = ("it says nothing", *done.stderr.strip().splitlines())
