@@ -31,6 +31,7 @@ from neighborlm.common.contracts import NProbe, Retriever, Scored
 from neighborlm.common.errors import InputError
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.retrieval.memories.automaton import AutomatonMemory, AutomatonSettings
 from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.memories.mixers import mixture
@@ -296,7 +297,7 @@ def run(
         as_table(rows, tokens, f"{tokens:,} tokens, {opened.n_keys:,} keys")
     )
     if output is not None:
-        output.write_text(json.dumps({"tokens": tokens, "rows": rows}, indent=1) + "\n")
+        output.write_bytes(as_json({"tokens": tokens, "rows": rows}))
 
 
 if __name__ == "__main__":

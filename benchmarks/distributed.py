@@ -8,7 +8,6 @@ All processes share the cores and the memory of one machine, so what is seen is 
 together costs; a cluster adds cores and memory with every rank, and the speed of its network.
 """
 
-import json
 import multiprocessing
 import time
 from multiprocessing.connection import Connection
@@ -25,6 +24,7 @@ from rich.console import Console
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.retrieval.cluster.distributed import TOLERANCE, local_k, open_distributed
 from neighborlm.retrieval.cluster.ranks import HEADER_BYTES
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -232,7 +232,7 @@ def run(
             rows += compare(task, ranks, threads, Path(folder), report)
     show(rows, f"{keys:,} keys of width {dim}, {shards} shards, {index}, k = {k}; by ranks")
     figures = {**environment(threads), **about, "rows": rows}
-    output.write_text(json.dumps(figures, indent=1) + "\n")
+    output.write_bytes(as_json(figures))
 
 
 if __name__ == "__main__":

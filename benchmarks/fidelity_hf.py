@@ -28,6 +28,7 @@ from rich.table import Table
 from neighborlm.common.errors import InputError
 from neighborlm.programs.evaluate import main as evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 
 CASE = re.compile(
     r"(?P<store>\w+)/(?P<kind>base|knn|reto)(_k(?P<k>\d+)_t(?P<temperature>[\d.]+))?"
@@ -195,7 +196,7 @@ def run(fixture: Path, cases: str = "", output: Path | None = None) -> None:
         table.add_row(name, *differences, *figures, *saved, "yes" if c.fits else "NO")
     Console(markup=False).print(table)
     if output is not None:
-        output.write_text(json.dumps({n: asdict(c) for n, c in found.items()}, indent=1) + "\n")
+        output.write_bytes(as_json({n: asdict(c) for n, c in found.items()}))
     if not found or not all(c.fits for c in found.values()):
         sys.exit(1)
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from neighborlm.datamodules.graphs import NeighborMemory, hetero_graph
 from neighborlm.models.hgt import HGT
+from neighborlm.programs.places import as_json
 
 ROWS = 1 << 20
 SHAPES = ((128, 32), (256, 128))
@@ -182,7 +183,7 @@ def run(
                     *(f"{rate:,.0f}" for rate in rates),
                     f"{found['peak_bytes'] / 1e9:.1f}",
                 )
-    output.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    output.write_bytes(as_json({"torch": torch.__version__, "rows": rows}))
     Console(markup=False).print(table)
 
 

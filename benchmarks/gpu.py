@@ -10,7 +10,6 @@ time does not suffice for, if it takes as long as the longest before it, is left
 Prints a table and writes all as JSON.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import CONFIGS, Data, MadeUp, apart, environment, new_table, program
+from neighborlm.programs.places import as_json
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if settings.accelerator == "gpu" else settings.accelerator
     found = {"device": device, "environment": environment(settings.threads)}
     found |= {"settings": asdict(settings), "rows": rows}
-    output.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    output.write_bytes(as_json(found))
     console.print(as_table(rows))
 
 

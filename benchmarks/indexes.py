@@ -14,7 +14,6 @@ also takes many queries a list.
 """
 
 import io
-import json
 import math
 import shutil
 import time
@@ -37,6 +36,7 @@ from neighborlm.common.contracts import Neighbors, NProbe, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import Report, progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search import Search, open_retriever
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -73,7 +73,11 @@ class Questions:
 
     @classmethod
     def read(cls, queries: Datastore, scores: Path | None, limit: int, seed: int) -> "Questions":
-        """A random sample of the scored tokens, or of all."""
+        """A random sample of the scored tokens, or of all.
+
+        Raises:
+            InputError: the scores are of another text than the queries.
+        """
         if scores is None:
             rows, keys = queries.sample(limit, seed)
             return cls(keys, queries.values[rows], None)
@@ -81,6 +85,13 @@ class Questions:
         rows = np.random.default_rng(seed).permutation(len(table["position"]))[:limit]
         rows.sort()
         position = table["position"][rows]
+        if (position >= len(queries)).any() or (
+            queries.values[position] != table["target"][rows]
+        ).any():
+            raise InputError(
+                f"--scores {scores}: are of another text than --queries {queries.path}; expected "
+                "the --token_scores of an evaluation of the split whose keys these are"
+            )
         keys, targets = queries.read(position), queries.values[position]
         return cls(keys, targets, torch.from_numpy(table["lm_log_prob"][rows]))
 
@@ -347,7 +358,7 @@ def run(
     about = {"faiss": faiss.__version__, "threads": faiss.omp_get_max_threads()}
     about |= {"compiled_for": faiss.get_compile_options(), "auto": {}}
     about["auto"] = {size: auto_factory(size, whole.dim) for size in sizes}
-    output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    output.write_bytes(as_json({**about, "rows": rows}))
     if plot_to is not None:
         plot(rows, plot_to)
 

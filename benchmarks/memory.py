@@ -7,7 +7,6 @@ What is limited and counted is memory of the process's own (RLIMIT_DATA, VmData,
 pages of mapped files belong to the page cache.
 """
 
-import json
 import os
 import resource
 import subprocess
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from benchmarks.measuring import CONFIGS, MadeUp, environment, new_table
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 
 STAGES = {
     "datastore": ["--save_datastore"],
@@ -109,7 +109,7 @@ def run(output: Path, rows: int = 100_000, width: int = 512, work_dir: Path | No
         table.add_row(result["stage"], f"{result['rows']:,}", *amounts)
     Console(markup=False).print(table)
     about = environment(os.cpu_count() or 1)
-    output.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    output.write_bytes(as_json({**about, "results": results}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ they are. With `--turns`, passes with neighbours alone and with all that stands 
 timed by turns instead.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.hearing import Heard, hear
 from neighborlm.programs.knn_lm import tuned_temperature
 from neighborlm.programs.mixture import Mixing
+from neighborlm.programs.places import as_json
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import PLAIN, Subject, score
@@ -281,7 +281,7 @@ def run(
     if output is not None:
         said = {"base": {**asdict(base), "corpus": base.part().name}, "methods": rows}
         said |= {"slices": split, "environment": environment(0)}
-        output.write_text(json.dumps(said, indent=1, default=str) + "\n")
+        output.write_bytes(as_json(said))
 
 
 @exit_with_one_sentence

@@ -7,7 +7,6 @@ Texts are made up: phrases of a phrase book, which and of which words as Zipf sa
 the training and test text of a corpus are measured too.
 """
 
-import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from benchmarks.measuring import apart, environment, new_table
 from neighborlm.common.contracts import Scored
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.retrieval.memories.ngram import NGramMemory
 from neighborlm.retrieval.memories.suffix_array import SuffixArray
 
@@ -193,7 +193,7 @@ def run(
             f"{row['has_target']:.2f}",
         )
     Console(width=max(Console(markup=False).width, 110), markup=False).print(table)  # a file has 80
-    output.write_text(json.dumps({**environment(threads), "rows": rows}, indent=1) + "\n")
+    output.write_bytes(as_json({**environment(threads), "rows": rows}))
     if plot_to is not None:
         plot(rows, plot_to)
 

@@ -9,7 +9,6 @@ is plain. Each run is a process of its own, forked from one that has imported ev
 has its own peak of memory. Prints tables and writes all as JSON.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -38,6 +37,7 @@ from benchmarks.measuring import (
     summary,
 )
 from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.programs.places import as_json
 
 LM = ("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", "{lm}")
 KNN = (*LM, "--knn.datastore", "{stores}/train", "--knn.k", "{k}")
@@ -357,7 +357,7 @@ def main() -> None:
         "vocabulary": workplace.vocab_size,
         "rows": rows,
     }
-    settings.output.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    settings.output.write_bytes(as_json(found))
     for table in as_tables(rows, settings.repeat):
         console.print(table)
 

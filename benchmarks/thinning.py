@@ -8,7 +8,6 @@ indexes of its keys projected to fewer dimensions are made where they are missin
 weight of p_kNN are fitted on the validation text for each of them, and applied to the test text.
 """
 
-import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,6 +20,7 @@ from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.contracts import NProbe
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.programs.settings import KNNSettings
 from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.search.index import (
@@ -158,7 +158,7 @@ def run(
     Console(markup=False).print(table)
     if output is not None:
         said = {"tokens": len(test), "rows": rows, "environment": environment(0)}
-        output.write_text(json.dumps(said, indent=1) + "\n")
+        output.write_bytes(as_json(said))
 
 
 @exit_with_one_sentence

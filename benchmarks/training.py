@@ -8,7 +8,6 @@ updates of each do not count. Variants other than these three leave out a part o
 besides, to find what it costs. Prints a table and writes all as JSON.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -37,6 +36,7 @@ from benchmarks.measuring import (
 )
 from neighborlm.datamodules.lm import LMBatch, LMDataModule
 from neighborlm.models.transformer_lm import TransformerLM
+from neighborlm.programs.places import as_json
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -201,7 +201,7 @@ def main() -> None:
             f"{row['peak_bytes'] / 1e6:,.0f}",
         )
     found = {"environment": environment(settings.threads), "settings": asdict(settings)}
-    settings.output.write_text(json.dumps({**found, "rows": rows}, indent=1, default=str) + "\n")
+    settings.output.write_bytes(as_json({**found, "rows": rows}))
     console.print(table)
 
 

@@ -122,12 +122,13 @@ def as_npz(columns: Mapping[str, np.ndarray]) -> bytes:
 
 
 def as_json(content: Any) -> bytes:
-    """JSON that every reader takes: what is not finite is null.
+    """JSON that every reader takes: what is not finite is null, and what JSON has no form for, such
+    as a path, is text.
 
     >>> as_json({"ppl": math.inf, "of": [math.nan, 1.5]}).decode().split()
     ['{', '"ppl":', 'null,', '"of":', '[', 'null,', '1.5', ']', '}']
     """
-    return (json.dumps(_finite(content), indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(_finite(content), indent=1, allow_nan=False, default=str) + "\n").encode()
 
 
 def _finite(content: Any) -> Any:

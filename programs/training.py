@@ -1,7 +1,6 @@
 """Fits a model: `train` takes a model, a corpus and a run, and leaves its best and last checkpoints
 in the run's directory."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from neighborlm.programs.belonging import (
 )
 from neighborlm.programs.checkpoints import refuse_damaged, why_unreadable
 from neighborlm.programs.neighbor_products import NeighborProducts
+from neighborlm.programs.places import as_json
 from neighborlm.programs.plausibility import check_ids
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import NeighborSettings
@@ -174,7 +174,7 @@ def _train(
         if trainer.is_global_zero and (tokens or not summary.exists()):
             figures = asdict(trained) | {"checkpoint": str(trained.checkpoint)}
             with publishing(summary) as making:
-                making.write_text(json.dumps(figures, indent=1) + "\n")
+                making.write_bytes(as_json(figures))
     return trained
 
 

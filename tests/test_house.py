@@ -149,3 +149,10 @@ def test_what_is_printed_keeps_its_brackets():
         and not any(keyword.arg == "markup" for keyword in node.keywords)
     }
     assert found == set()
+
+
+def test_json_is_written_by_one_hand():
+    """Which knows that JSON has no NaN and no Infinity."""
+    for room in ("programs", "tools", "benchmarks"):
+        for path in (ROOT / room).glob("*.py"):
+            assert "write_text(json.dumps" not in path.read_text(), path

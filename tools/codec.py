@@ -1,7 +1,6 @@
 """`neighborlm codec ...`: what a GNN-LM's quantised features cost and lose; takes over those of the
 original program."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from neighborlm.originals.codes import import_codes
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.retrieval.neighbors.codec import compare_codecs
 from neighborlm.retrieval.store.datastore import Datastore
 
@@ -44,7 +44,7 @@ def main(args: list[str] | None = None) -> None:
         Console(markup=False).print(table)
         if output is not None:
             found = {name: asdict(quality) for name, quality in results.items()}
-            output.write_text(json.dumps(found, indent=1) + "\n")
+            output.write_bytes(as_json(found))
 
     def take_over(datastore: Path, codes: Path, quantizer: Path) -> None:
         """Takes over codes of the original GNN-LM for `--neighbors.codec imported`; copies nothing.

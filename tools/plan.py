@@ -4,7 +4,6 @@ the memory of each host and on the network, before anything is run; and what wou
 docs/scaling.md has the formulas in a table. How long each stage takes is not predicted.
 """
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from rich.table import Table
 from neighborlm.common.errors import InputError
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.memories.cache import TOP
 from neighborlm.retrieval.neighbors.codec import check_codec
@@ -353,4 +353,4 @@ def main(args: list[str] | None = None) -> None:
             "network_bytes_per_query": sent(w),
             "does_not_fit": advice(w),
         }
-        w.output.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+        w.output.write_bytes(as_json(figures))

@@ -7,7 +7,6 @@ Each key type needs a pair of datastores, of the training split and of another o
 searched with every metric, index and number of probes.
 """
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.progress import Report, progress_bars
 from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.index import (
@@ -465,7 +465,6 @@ def main(args: list[str] | None = None) -> None:
     for path in filter(None, (options.output, options.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if options.output is not None:
-        text = json.dumps([asdict(result) for result in results], indent=1)
-        options.output.write_text(text + "\n", encoding="utf-8")
+        options.output.write_bytes(as_json([asdict(result) for result in results]))
     if options.plot is not None:
         plot(results, options.plot)

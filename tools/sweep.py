@@ -6,7 +6,6 @@
 nested in that order), and the best point of all and of each k.
 """
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
 from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json
 from neighborlm.retrieval.memories.cache import RetrievalCache, Retrieved
 from neighborlm.retrieval.memories.tuning import octave_of, spread, sweep
 
@@ -145,4 +145,4 @@ def main(args: list[str] | None = None) -> None:
     Console(markup=False).print(as_table(results))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        options.output.write_bytes(as_json(results))
