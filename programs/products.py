@@ -35,7 +35,7 @@ from neighborlm.retrieval.cluster.exchange import share_files
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.index import check_index, is_factory, resolve
 from neighborlm.retrieval.store.artifact import as_read, refuse_mismatch
-from neighborlm.retrieval.store.datastore import Datastore, artifact_of
+from neighborlm.retrieval.store.datastore import Datastore, artifact_of, fingerprint_of
 from neighborlm.retrieval.store.sharded_builder import new_datastore
 from neighborlm.retrieval.store.shards import shard_name
 
@@ -183,6 +183,7 @@ class Products:
             expected |= {"corpus": self.corpus(split)}
         self.refuse_mismatch(path, made_from, expected)
         self.refuse_mismatch(path, datastore.manifest, {"dtype": self.knn.dtype})
+        call(fingerprint_of(datastore.whole), self.whole_path(split))
         if found := differences(made_from, self.made_from(split)):
             self.run.remark(remark_on(path, found, self.place_flag))
         return datastore

@@ -88,8 +88,8 @@ def train(
         ckpt_path: checkpoint to go on from.
         checkpoint_every: updates after which last.ckpt is saved.
         neighbors: what a GNN-LM sees of its neighbours; what is missing of them is made first.
-        config: YAML that describes the run, kept beside the checkpoints; by default the model's
-            settings.
+        config: YAML that describes the run, kept beside the checkpoints; by default what the
+            command line would write.
 
     Raises:
         InputError: the directory holds another run, another training goes on in it, the checkpoint
@@ -155,7 +155,7 @@ def _train(
         trainer = run.trainer(callbacks, stage="train", trained=model)
         if trainer.is_global_zero:
             run.directory.mkdir(parents=True, exist_ok=True)
-            described = config or yaml.safe_dump({"model": dict(model.hparams)})
+            described = config or described_run(model, data, run, checkpoint_every, neighbors)
             with publishing(run.directory / "config.yaml") as making:
                 making.write_text(described)
             data.dictionary.save(run.directory / "dict.txt")
@@ -176,6 +176,30 @@ def _train(
             with publishing(summary) as making:
                 making.write_bytes(as_json(figures))
     return trained
+
+
+def described_run(
+    model: TrainableLM,
+    data: LMDataModule,
+    run: Run,
+    checkpoint_every: int,
+    neighbors: NeighborSettings | None,
+) -> str:
+    """The YAML by which an evaluation takes over what was trained on."""
+    rows = ("break_mode", "tokens_per_sample", "context_window", "max_tokens", "drop_long_lines")
+    loading = ("num_workers", "seed")
+    text = {**asdict(data.settings), "cache_dir": str(data.settings.cache_dir)}
+    settings: dict[str, Any] = {
+        "arch": "gnn_lm" if isinstance(model, GNNLM) else "lm",
+        "seed_everything": run.seed,
+        "trainer": {"precision": run.settings.get("precision")},
+        "model": dict(model.hparams),
+        "data": text | {name: getattr(data, name) for name in (*rows, *loading)},
+        "checkpoint_every": checkpoint_every,
+    }
+    if neighbors is not None:
+        settings["neighbors"] = asdict(neighbors)
+    return yaml.safe_dump(settings)
 
 
 def check_settings(settings: Mapping[str, Any], checkpoint_every: int) -> None:

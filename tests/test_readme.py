@@ -1,11 +1,14 @@
 """What the README says works when it is typed."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 from small import ROOT
+
+from neighborlm.programs import evaluate
 
 PYTHON = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
 
@@ -31,6 +34,10 @@ def test_the_python_part(workplace, tmp_path, monkeypatch, capsys):
     assert weights == sorted(weights, reverse=True)
     shown = capsys.readouterr().out.splitlines()
     assert any(f"-> {token.target}" in line for line in shown)
+    trained = names["trained"]
+    evaluate.main(["runs/mine", "--split", "valid", "--trainer.enable_progress_bar", "false"])
+    results = json.loads((tmp_path / "runs/mine/results.json").read_text())
+    assert abs(results["ppl"] / trained.best_valid_ppl - 1) < 1e-5
 
 
 def blocks_of_commands(page: Path) -> list[str]:

@@ -30,6 +30,7 @@ from neighborlm.common.digests import (
 )
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
+from neighborlm.common.names import call
 from neighborlm.common.progress import progress_bars
 from neighborlm.retrieval.store.arrays import (
     Layout,
@@ -273,7 +274,9 @@ class Datastore:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies what the datastore was made from, and so its content."""
-        return fingerprint_of(self.manifest)
+        fingerprint = fingerprint_of(self.manifest)
+        call(fingerprint, self.path)
+        return fingerprint
 
     def rows_of(self, key_numbers: np.ndarray) -> np.ndarray:
         """From the number of a key, counted without masked rows, to its row; -1 stays."""
