@@ -25,7 +25,7 @@ from neighborlm.programs.mixture import (
     evaluate_mixture,
     keep_mixer,
 )
-from neighborlm.programs.reports import with_text_figures
+from neighborlm.programs.reports import with_bits_per_character, with_text_figures
 from neighborlm.programs.resources import MadeOnDemand, check_search
 from neighborlm.programs.settings import MemorySettings
 from neighborlm.programs.subject import (
@@ -78,6 +78,8 @@ def evaluate(
     size = text_size_of(subject.data, split, tokens)
     if size is not None:
         results = with_text_figures(results, size)
+    if results["unit"] == "char":
+        results = with_bits_per_character(results)
     return replace(evaluated, results=results)
 
 

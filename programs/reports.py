@@ -2,7 +2,7 @@
 trainer logs to, TensorBoard as a rule."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
@@ -39,17 +39,35 @@ def with_text_figures(results: dict[str, Any], size: TextSize) -> dict[str, Any]
     """
     tokens = results["tokens"]
 
-    def of(found: dict[str, Any]) -> dict[str, Any]:
+    def of_text(found: dict[str, Any]) -> dict[str, float]:
         nats = found["loss"] * tokens
         per_word = nats / size.words if size.words else math.inf
         per_byte = nats / math.log(2) / size.bytes if size.bytes else math.inf
         word_ppl = math.exp(per_word) if per_word < 700 else math.inf
-        return found | {"word_ppl": word_ppl, "bits_per_byte": per_byte}
+        return {"word_ppl": word_ppl, "bits_per_byte": per_byte}
 
-    parts = {name: of(results[name]) for name in ("gnn", "knn", "mixture") if name in results}
+    return _with_figures(results, of_text) | size._asdict()
+
+
+def with_bits_per_character(results: dict[str, Any]) -> dict[str, Any]:
+    """Results whose tokens are characters, with `bits_per_character` of every way of predicting."""
+    return _with_figures(results, lambda found: {"bits_per_character": found["loss"] / math.log(2)})
+
+
+def _with_figures(
+    results: dict[str, Any], further: Callable[[dict[str, Any]], dict[str, float]]
+) -> dict[str, Any]:
+    """Results with further figures of every way of predicting.
+
+    Args:
+        further: gives them from those of one way.
+    """
+    parts = {name: results[name] for name in ("gnn", "knn", "mixture") if name in results}
+    found = results | further(results)
+    found |= {name: part | further(part) for name, part in parts.items()}
     if "table" in results:
-        parts["table"] = [of(row) for row in results["table"]]
-    return of(results) | size._asdict() | parts
+        found["table"] = [row | further(row) for row in results["table"]]
+    return found
 
 
 def log_tuning(tuned: Tuning, loggers: Sequence[Logger]) -> None:
@@ -133,6 +151,10 @@ def remarks(results: dict[str, Any]) -> list[str]:
     name = "GNN-LM" if "gnn" in results else "LM"
     base = results.get("gnn", results)
     said = [figures_of_text(results)] if "words" in results else []
+    if "bits_per_character" in results:
+        rows = results.get("table") or plain_rows(results)
+        each = "; ".join(f"{row['name']} {row['bits_per_character']:.4f}" for row in rows)
+        said.append(f"Bits of a character: {each}.")
     for mixture in filter(None, (results.get("knn"), results.get("mixture"))):
         if mixture["ppl"] > base["ppl"]:
             figures = f"{mixture['ppl']:.2f} against {base['ppl']:.2f}"

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from neighborlm.common.contracts import TextSize
-from neighborlm.programs.reports import remarks, with_text_figures
+from neighborlm.programs.reports import remarks, with_bits_per_character, with_text_figures
 
 LM = {"split": "test", "ppl": 119.7}
 
@@ -48,3 +48,12 @@ def test_figures_of_words_and_bytes_are_of_the_same_loss():
         "Perplexity of a word and bits of a byte (20 words, 100 bytes): LM 148.41 and 1.4427; "
         "LM + kNN 42.52 and 1.0820."
     )
+
+
+def test_bits_of_a_character():
+    results = {**LM, "loss": 2.0, "knn": {"loss": 1.5, "ppl": 4.5, "tuned": True}}
+    results["table"] = [{"name": "LM", "loss": 2.0}, {"name": "LM + kNN", "loss": 1.5}]
+    found = with_bits_per_character(results)
+    assert found["bits_per_character"] == pytest.approx(2.0 / math.log(2))
+    assert found["knn"]["bits_per_character"] == pytest.approx(1.5 / math.log(2))
+    assert remarks(found) == ["Bits of a character: LM 2.8854; LM + kNN 2.1640."]
