@@ -155,10 +155,10 @@ class BinarizedCorpus:
         if scored is not None or self.files.ids:
             return None
         words = size = 0
-        with open(self.files.split(split), encoding="utf-8-sig", errors="replace") as file:
+        with open(self.files.split(split), "rb") as file:
             for line in file:
-                words += len(line.split())
-                size += len(line.encode())
+                words += len(line.decode(errors="replace").split())
+                size += len(line)
         return TextSize(words, size)
 
     def verify(self, split: str, stream: AnyTokenStream | None = None) -> None:

@@ -213,10 +213,19 @@ class LMDataModule(pl.LightningDataModule):
         super().__init__()
         if max_tokens < 1:
             raise InputError(f"--data.max_tokens is {max_tokens}; expected at least 1")
-        if tokenizer is None and protocol != "neighborlm":
+        of_raw_text = {"text_column": text_column, "separator": separator}
+        if protocol != "neighborlm":
+            of_raw_text["protocol"] = protocol
+        for name, value in of_raw_text.items():
+            if tokenizer is None and value is not None:
+                raise InputError(
+                    f"--data.{name} {value!r}: is for text that a tokenizer of transformers reads; "
+                    "expected --data.tokenizer too"
+                )
+        if tokenizer is not None and dictionary is not None:
             raise InputError(
-                f"--data.protocol {protocol}: is for text that a tokenizer of transformers reads; "
-                "expected --data.tokenizer too"
+                f"--data.dictionary {dictionary}: has no effect with --data.tokenizer {tokenizer}; "
+                "expected one of the two"
             )
         self.settings = CorpusSettings(
             corpus,

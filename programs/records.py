@@ -86,6 +86,8 @@ class Record:
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that decide figures."""
     libraries = {"torch": torch, "faiss": faiss, "numpy": np, "pytorch-lightning": pl}
+    used = ("transformers", "tokenizers", "datasets")
+    libraries |= {name: sys.modules[name] for name in used if name in sys.modules}
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python, **{name: str(m.__version__) for name, m in libraries.items()}}
 

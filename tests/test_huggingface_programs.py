@@ -179,6 +179,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence(what, evaluate, place, tmp_
     [
         (("--data.tokens_per_sample", 33), "but the model reads at most 32 tokens"),
         (("--model.pretrained", "null"), "--model.pretrained is missing"),
+        (("--data.dictionary", "dict.txt"), "has no effect with --data.tokenizer gpt2"),
         (("--knnlm", "--knn.key_type", "layer:2:output"), "the model's layers are 0 to 1"),
     ],
 )

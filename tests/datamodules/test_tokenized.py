@@ -13,12 +13,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from small_huggingface import write_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules import documents
 from neighborlm.datamodules.binarized import CorpusSettings
 from neighborlm.datamodules.hf_tokenizer import HuggingFaceVocabulary
 from neighborlm.datamodules.tokenized import TokenizedCorpus
+from neighborlm.programs.corpora import CorpusDataModule
 
 TEXTS = {
     "train": "the cat sat\r\n\n  on the mat , \t the end  \nä 日本 x\u00a0y\n" * 20,
@@ -200,3 +203,23 @@ def test_what_is_no_tokenizer_is_said(tmp_path):
         HuggingFaceVocabulary.load(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="transformers cannot read a tokenizer there"):
         HuggingFaceVocabulary.load(str(tmp_path))
+
+
+def test_rows_begin_with_the_token_that_the_tokenizer_puts_in_front(tokenizer, tmp_path):
+    with_start = AutoTokenizer.from_pretrained(tokenizer, bos_token="<s>")
+    start = with_start.bos_token_id
+    in_front = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    with_start.backend_tokenizer.post_processor = in_front
+    with_start.save_pretrained(tmp_path / "with_start")
+    folder, cache = write_texts(tmp_path / "raw"), str(tmp_path / "cache")
+    settings = {"tokens_per_sample": 8, "context_window": 4, "cache_dir": cache}
+    for name, expected in (("with_start", start), (tokenizer, None)):
+        data = CorpusDataModule(str(folder), tokenizer=str(tmp_path / name), **settings)
+        assert data.window_start == expected
+        stream = data.stream("valid").tokens
+        (batch,) = data.evaluation_dataloader("valid", in_text_order=True)
+        for tokens, positions in zip(batch.tokens, batch.positions, strict=True):
+            inside = positions >= 0
+            before = [stream[p - 1] if p else data.dictionary.eos for p in positions[inside]]
+            first = before[0] if expected is None else expected
+            assert tokens[inside].tolist() == [first, *before[1:]]

@@ -120,6 +120,20 @@ def test_what_is_scored_equals_what_transformers_computes(family, monkeypatch):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt"])
+def test_devices_compute_the_same(family, device):
+    lm, batch = HuggingFaceLM(small(family)), batch_of()
+    want = Want(("last_ffn_input", "last_hidden"), entropy=True, top=2)
+    expected = lm.score(batch, want)
+    there = LMBatch(*(x if x is None else x.to(device) for x in batch))
+    found = lm.to(device).score(there, want)
+    assert found.log_probs.device.type == torch.device(device).type
+    torch.testing.assert_close(found.log_probs.cpu(), expected.log_probs)
+    torch.testing.assert_close(found.entropy.cpu(), expected.entropy)
+    for key_type, keys in expected.keys.items():
+        torch.testing.assert_close(found.keys[key_type].cpu(), keys)
+
+
 def test_gradients_reach_what_the_head_reads():
     lm, batch = HuggingFaceLM(small("gemma2")), batch_of()
     hidden = lm.hidden(batch.tokens)[0][batch.scored].requires_grad_()
