@@ -3,10 +3,13 @@
 `--save_datastore` and `--build_index` do one stage as a job of its own.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -14,6 +17,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.programs.evaluation import evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.memory_cli import MemoryCLI
+from neighborlm.programs.page import check_choice, compared_with, page_of, write_page
 from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
 from neighborlm.programs.records import Record
 from neighborlm.programs.reports import log_figures, show
@@ -64,6 +68,33 @@ missing of datastore and index is made.
             default=None,
             help="write every token's log-probabilities to this .npz file",
         )
+        parser.add_argument(
+            "--page",
+            type=str | None,
+            default=None,
+            help="write a page to this .html file that shows what each memory says of every token; "
+            "it opens in any browser",
+        )
+        parser.add_argument(
+            "--page_tokens",
+            type=str,
+            default="2000",
+            help="tokens of the page: the first so many; a range such as 1000:3000; or gains:2000, "
+            "the lines with the largest gains, up to so many tokens",
+        )
+        parser.add_argument(
+            "--page_neighbors",
+            type=PositiveInt,
+            default=16,
+            help="neighbours of a token on the page, at most; more make a larger file",
+        )
+        parser.add_argument(
+            "--page_against",
+            type=str | None,
+            default=None,
+            help="the --token_scores of another evaluation of the split, to compare with on the "
+            "page",
+        )
 
     @property
     def output(self) -> Path:
@@ -79,6 +110,8 @@ missing of datastore and index is made.
         check_writable(self.output, "--output")
         if self.config.token_scores is not None:
             check_writable(Path(self.config.token_scores), "--token_scores")
+        if self.config.page is not None:
+            check_writable(Path(self.config.page), "--page")
 
     @cached_property
     def record(self) -> Record:
@@ -107,8 +140,22 @@ missing of datastore and index is made.
     def check_flags(self) -> None:
         """Refuses what nothing reads, and places that cannot be written at."""
         super().check_flags()
+        if self.config.page is not None:
+            check_page(self.config, self.memories)
         if self.memories or not self.makes_products:
             self.check_places()
+
+
+def check_page(config: Namespace, memories: Sequence[str]) -> None:
+    """Everything about `--page` that can be wrong before any work."""
+    if not memories:
+        raise InputError("--page: shows what memories say; expected --knnlm or --memories too")
+    check_choice(config.page_tokens)
+    if config.page_against is not None and not Path(config.page_against).is_file():
+        raise InputError(
+            f"--page_against {config.page_against}: no such file; expected the --token_scores of "
+            "another evaluation"
+        )
 
 
 def subject_of(cli: EvaluateCLI) -> Subject:
@@ -141,7 +188,8 @@ def make_stages(cli: EvaluateCLI, subject: Subject, split: str) -> dict[str, flo
 
 def evaluate_subject(cli: EvaluateCLI, subject: Subject) -> Evaluated:
     """The evaluation that the command line describes."""
-    split, keep_scores = cli.config.split or "test", cli.config.token_scores is not None
+    split = cli.config.split or "test"
+    keep_scores = cli.config.token_scores is not None or cli.config.page is not None
     return evaluate(subject, split, cli.memories, cli.config.mixer, cli.settings, keep_scores)
 
 
@@ -157,11 +205,22 @@ def publish(cli: EvaluateCLI, evaluated: Evaluated) -> None:
     show(results)
     latest = results | {"record": str(record.path)}
     files = {record.path: as_json(record.content(results)), cli.output: as_json(latest)}
-    if evaluated.scores is not None:
+    if cli.config.token_scores is not None:
         files[Path(cli.config.token_scores)] = as_npz(evaluated.scores)
     write_all(files)
     print(f"results: {cli.output}, {record.path}")
     log_figures(results, getattr(cli.model, "updates", 0), evaluated.trainer.loggers)
+
+
+def show_memories(cli: EvaluateCLI, subject: Subject, evaluated: Evaluated) -> None:
+    """Writes the page that `--page` asks for."""
+    config, split = cli.config, cli.config.split or "test"
+    page = page_of(subject, evaluated, split, config.page_tokens, config.page_neighbors)
+    if config.page_against is not None:
+        page = compared_with(page, Path(config.page_against))
+    title = f"{cli.run_dir.name}: {' + '.join(cli.memories)}, {split} split"
+    write_page(Path(config.page), page, subject.data, title, f"evaluation {cli.record.name}")
+    print(f"page: {config.page}, {len(page.positions)} tokens")
 
 
 @exit_with_one_sentence
@@ -176,3 +235,5 @@ def main(args: list[str] | None = None) -> None:
     evaluated = evaluate_subject(cli, subject)
     if evaluated.trainer.is_global_zero:
         publish(cli, evaluated)
+    if cli.config.page is not None:
+        show_memories(cli, subject, evaluated)

@@ -219,8 +219,9 @@ def new_cache(
         rows, on_lm = knn.datastore.whole["rows"], subject.neighbors is not None
         extent = extent._replace(datastore_rows=rows, top=TOP, on_lm=on_lm)
     sizes, made_from = sizes_of(subject, split), retrieved_from(subject, split, resources)
+    text = {name: str(of) for name, of in asdict(subject.data.settings).items() if of is not None}
     return RetrievalCacheBuilder(
-        path, k=resources.knn.k, **sizes, made_from=made_from, extent=extent
+        path, k=resources.knn.k, **sizes, made_from=made_from, extent=extent, text=text
     )
 
 

@@ -108,9 +108,16 @@ class Pass:
 
 
 def score(
-    subject: Subject, split: str, want: Want = PLAIN, callbacks: Sequence[Callback] = ()
+    subject: Subject,
+    split: str,
+    want: Want = PLAIN,
+    callbacks: Sequence[Callback] = (),
+    wanted: np.ndarray | None = None,
 ) -> Pass:
     """Scores every token of a split once.
+
+    Args:
+        wanted: bool `[tokens]`; only rows that score at least one of these are read.
 
     Times are those of the whole pass, or of the model's steps alone where memories are asked beside
     it. Where Lightning is told to leave out batches, those that are scored are the first of the
@@ -126,7 +133,10 @@ def score(
     memories = [memory for callback in asking for memory in callback.memories.values()]
     warm_ups = [memory.warm_up or 0 for memory in memories if memory.in_order]
     loader = subject.data.evaluation_dataloader(
-        split, in_text_order=subject.run.evaluates_part, warm_up=max(warm_ups, default=None)
+        split,
+        wanted=wanted,
+        in_text_order=subject.run.evaluates_part,
+        warm_up=max(warm_ups, default=None),
     )
     if warm_ups:
         part = (trainer.global_rank, trainer.world_size)

@@ -1,5 +1,6 @@
 """Writes the cache of what was retrieved, see `retrieval.memories.cache`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class RetrievalCacheBuilder:
         vocab_size: targets and values are below it.
         made_from: JSON-able settings that determine the content.
         extent: what is kept besides what tuning needs; by default nothing.
+        text: the settings by which the corpus is found, for those who show the tokens as text.
 
     Raises:
         InputError: the directory holds something else, or the disk has no room.
@@ -43,12 +45,14 @@ class RetrievalCacheBuilder:
         vocab_size: int,
         made_from: dict[str, Any],
         extent: Extent = Extent(),  # noqa: B008 (a tuple)
+        text: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
         self.artifact = Artifact.folder(FORMAT, self.path)
         self.extent = extent._replace(top=min(extent.top, vocab_size))
         self.fields = {"rows": rows, "k": k, "vocab_size": vocab_size, "made_from": made_from}
         self.fields |= self.extent._asdict()
+        self.text = dict(text or {})
         self.path.mkdir(parents=True, exist_ok=True)
         with self.artifact.lock():
             if not self._is_begun():
@@ -144,7 +148,7 @@ class RetrievalCacheBuilder:
             if not self.artifact.says(self.fields):
                 raise InputError(f"{self.path}: was taken by another command; choose another place")
             scored = int(np.count_nonzero(~np.isnan(self.arrays["lm_log_prob"])))
-            fields = {**self.fields, "scored": scored, "results": results}
+            fields = {**self.fields, "scored": scored, "results": results, "text": self.text}
             files = [self.path / f"{name}.npy" for name in self.arrays]
             self.artifact.write(fields, complete=True, files=files)
         return RetrievalCache.open(self.path)

@@ -1,0 +1,93 @@
+"""Reads the tokens of a page from a cache of what was retrieved, without the model and without a
+search."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.programs.page.tokens import (
+    PageNeighbors,
+    PageTokens,
+    chosen,
+    most_probable,
+    most_probable_of_model,
+    slices_of,
+)
+from neighborlm.retrieval.memories.cache import RetrievalCache
+from neighborlm.retrieval.memories.knn import knn_weights, weighted_scores
+from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
+from neighborlm.retrieval.memories.mixers import mixture
+
+
+def kept_tokens(
+    cache: RetrievalCache,
+    data: LMDataModule,
+    which: str,
+    neighbors: int,
+    lmbda: float,
+    temperature: float,
+) -> PageTokens:
+    """What a page shows of the model and its neighbours.
+
+    Args:
+        cache: of a split.
+        data: its corpus.
+        which: tokens, see `tokens.chosen`.
+        neighbors: of a token, at most.
+        lmbda: weight of p_kNN.
+        temperature: divides the neighbours' scores.
+
+    Raises:
+        InputError: the cache keeps no rows or no candidates of the model, or is of another text.
+    """
+    split = cache.manifest["made_from"]["split"]
+    if cache.rows is None or cache.top_ids is None:
+        raise InputError(
+            f"{cache.path}: keeps no rows of neighbours and no candidates of the model, as it "
+            "was made by an earlier version; remove it and evaluate anew with --knn.cache"
+        )
+    if cache.manifest["made_from"]["corpus"] != data.fingerprint(split):
+        raise InputError(f"{cache.path}: is of another text than {data.settings.corpus} has now")
+    similarity = cache.manifest["made_from"]["similarity"]
+    positions, columns = [], []
+    for block in cache.blocks():
+        knn = opinion_from_cache(block, temperature, similarity).log_probs.double()
+        of_lm = block.lm_log_prob.double()
+        positions.append(block.positions.numpy())
+        gain = mixture((of_lm, knn), (1 - lmbda, lmbda)) - of_lm
+        columns.append(np.stack([of_lm.numpy(), knn.numpy(), gain.numpy()]))
+    positions, (of_lm, of_knn, gain) = np.concatenate(positions), np.concatenate(columns, axis=1)
+    shown = chosen(which, gain, positions, data.stream(split).line_starts)
+    positions = positions[shown]
+    targets = cache.targets[positions].astype(np.int64)
+    scores, values = torch.from_numpy(cache.scores[positions]), cache.values[positions]
+    counts = None if cache.weights is None else cache.weights[positions].astype(np.float32)
+    if counts is not None:
+        scores = weighted_scores(scores, torch.from_numpy(counts), temperature)
+    shares = knn_weights(scores, temperature).numpy()
+    knn = most_probable(values.astype(np.int64), shares, targets)
+    top_ids = cache.top_ids[positions].astype(np.int64)
+    model = most_probable_of_model(top_ids, cache.top_log_probs[positions], targets)
+    alone = cache.alone_log_prob
+    page = PageTokens(
+        positions,
+        targets,
+        {"lm": of_lm[shown], "knn": of_knn[shown]},
+        {"lm": np.full(len(positions), 1 - lmbda), "knn": np.full(len(positions), lmbda)},
+        True,
+        {"lm": model, "knn": knn},
+        PageNeighbors(
+            cache.scores[positions, :neighbors],
+            cache.rows[positions, :neighbors].astype(np.int64),
+            values[:, :neighbors].astype(np.int64),
+            None if counts is None else counts[:, :neighbors],
+            temperature,
+            cache.k,
+        ),
+        lm_alone=None if alone is None else alone[positions].astype(np.float64),
+        entropy=cache.entropy[positions].astype(np.float64),
+    )
+    return replace(page, slices=slices_of(data, split, page))

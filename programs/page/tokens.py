@@ -1,0 +1,239 @@
+"""What a page shows of its tokens, as arrays, and which tokens it shows."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from neighborlm.common.errors import InputError
+from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.retrieval.memories.slices import Slices, by_bands, by_quantiles
+
+CANDIDATES = 10
+"""Most probable tokens of each source that a page lists."""
+MODEL_TOP = 16
+"""Tokens that a model is asked for; a target beyond them has no known rank."""
+OCCURRENCES = 4
+"""Places of the training text that a page shows of a matched suffix."""
+
+
+class Candidates(NamedTuple):
+    """What a source says of n tokens besides their own probability.
+
+    Attributes:
+        ids: int64 `[n, CANDIDATES]`, its most probable tokens, the most probable first; -1 where it
+            has fewer.
+        probs: fp32 `[n, CANDIDATES]`, their probabilities, 0 where it has fewer.
+        ranks: int64 `[n]`, place of the target among all tokens, 1 for the most probable; 0 where
+            it is not known, or the source gives it no probability.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+    ranks: np.ndarray
+
+
+class PageNeighbors(NamedTuple):
+    """The neighbours of n tokens, nearest first.
+
+    Attributes:
+        scores: fp32 `[n, k]`, larger is nearer, -inf where missing.
+        rows: int64 `[n, k]`, of the training text, -1 where missing.
+        values: int64 `[n, k]`, the tokens that followed.
+        counts: fp32 `[n, k]`, how many entries each stands for; None where all for themselves.
+        temperature: divides the scores.
+        k: neighbours that were evaluated with; the page has the nearest of them.
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+    values: np.ndarray
+    counts: np.ndarray | None
+    temperature: float
+    k: int
+
+
+@dataclass(frozen=True)
+class PageTokens:
+    """The tokens of a page, in the order of the text. The sources are the model, under `lm`, and
+    the memories.
+
+    Attributes:
+        positions: int64 `[n]`, in the split.
+        targets: int64 `[n]`, the tokens.
+        log_probs: by source, fp64 `[n]`, natural-log probability of each token.
+        weights: by source, fp64 `[n]`, as evaluated.
+        constant: whether the weights are the same for all tokens.
+        candidates: by source.
+        neighbors: of the memory `knn`, if it is there.
+        suffix_lengths: int64 `[n]`, tokens of the longest suffix of the context that the training
+            text has; None without n-grams.
+        occurrences: int64 `[n, OCCURRENCES]`, rows of the training text that follow that suffix.
+        lm_alone: fp64 `[n]`, of the LM on which a graph network stands.
+        entropy: fp64 `[n]`, of the model's distribution, in nats.
+        slices: classes of the tokens.
+        other: fp64 `[n]`, log-probabilities of another result, to compare with.
+        other_name: what that is called.
+    """
+
+    positions: np.ndarray
+    targets: np.ndarray
+    log_probs: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]
+    constant: bool
+    candidates: Mapping[str, Candidates]
+    neighbors: PageNeighbors | None = None
+    suffix_lengths: np.ndarray | None = None
+    occurrences: np.ndarray | None = None
+    lm_alone: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    slices: Sequence[Slices] = field(default_factory=tuple)
+    other: np.ndarray | None = None
+    other_name: str = ""
+
+    @property
+    def mixture(self) -> np.ndarray:
+        """Log-probabilities of the tokens as evaluated, fp64 `[n]`."""
+        with np.errstate(divide="ignore"):
+            parts = [self.log_probs[name] + np.log(self.weights[name]) for name in self.log_probs]
+        return np.logaddexp.reduce(parts)
+
+
+def slices_of(data: LMDataModule, split: str, page: PageTokens) -> list[Slices]:
+    """Classes of the tokens of a page."""
+    stream, train = data.stream(split), data.stream("train").tokens
+    counts = np.bincount(train, minlength=data.vocab_size)[page.targets]
+    found = [by_bands("times in the training text", counts, [0, 10, 100, 1000, 10_000])]
+    if page.suffix_lengths is not None:
+        edges = [0, 2, 3, 5, 9]
+        found.append(by_bands("longest suffix in the training text", page.suffix_lengths, edges))
+    if page.neighbors is not None:
+        found.append(by_quantiles("nearest distance", -page.neighbors.scores[:, 0]))
+    if page.entropy is not None:
+        found.append(by_quantiles("entropy of the model, nats", page.entropy))
+    line = np.searchsorted(stream.line_starts, page.positions, side="right") - 1
+    place = page.positions - stream.line_starts[line]
+    found.append(by_bands("place in its line", place, [0, 1, 8, 32, 128]))
+    return found
+
+
+def most_probable(ids: np.ndarray, probs: np.ndarray, targets: np.ndarray) -> Candidates:
+    """The candidates of a memory that says of each token only some ids, possibly several times.
+
+    Args:
+        ids: int64 `[n, m]`.
+        probs: fp32 `[n, m]`, which add up where an id stands several times.
+        targets: int64 `[n]`.
+    """
+    n, m = ids.shape
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, probs = np.take_along_axis(ids, order, 1), np.take_along_axis(probs, order, 1)
+    begins = np.ones((n, m), dtype=bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    group = np.cumsum(begins.ravel()) - 1
+    sums = np.bincount(group, weights=probs.ravel().astype(np.float64), minlength=group.size)
+    summed = np.where(begins, sums[group].reshape(n, m), 0.0)
+    best = np.argsort(-summed, axis=1, kind="stable")[:, :CANDIDATES]
+    top, top_ids = np.take_along_axis(summed, best, 1), np.take_along_axis(ids, best, 1)
+    own = np.where(ids == targets[:, None], summed, 0.0).max(axis=1, initial=0.0)
+    ranks = np.where(own > 0, 1 + (summed > own[:, None]).sum(axis=1), 0)
+    width = ((0, 0), (0, CANDIDATES - top.shape[1]))
+    top_ids = np.pad(np.where(top > 0, top_ids, -1), width, constant_values=-1)
+    return Candidates(top_ids, np.pad(top, width).astype(np.float32), ranks)
+
+
+def most_probable_of_model(
+    ids: np.ndarray, log_probs: np.ndarray, targets: np.ndarray
+) -> Candidates:
+    """The candidates of a model that says only its most probable ones `[n, top]`, in their
+    order."""
+    same = ids == targets[:, None]
+    ranks = np.where(same.any(axis=1), 1 + same.argmax(axis=1), 0)
+    probs = np.exp(log_probs.astype(np.float32))
+    return Candidates(ids[:, :CANDIDATES], probs[:, :CANDIDATES], ranks)
+
+
+def compared_with(page: PageTokens, scores: Path) -> PageTokens:
+    """The page beside another result for the same text.
+
+    Args:
+        scores: the file of `--token_scores` of another evaluation.
+
+    Raises:
+        InputError: it cannot be read, or lacks a token of the page or has another one there.
+    """
+    expected = "expected the --token_scores of another evaluation of this split"
+    try:
+        with np.load(scores, allow_pickle=False) as file:
+            positions, targets = file["position"], file["target"]
+            lm = "gnn_log_prob" if "gnn_log_prob" in file else "lm_log_prob"
+            log_probs = file["log_prob" if "log_prob" in file else lm].astype(np.float64)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"--page_against {scores}: {error}; {expected}") from None
+    at = np.searchsorted(positions, page.positions)
+    inside = at < len(positions)
+    at = np.where(inside, at, 0)
+    same = inside & (positions[at] == page.positions) & (targets[at] == page.targets)
+    if not same.all():
+        missing = int(page.positions[~same][0])
+        raise InputError(f"--page_against {scores}: lacks token {missing} of the page; {expected}")
+    return replace(page, other=log_probs[at], other_name=scores.stem)
+
+
+# -- which tokens --------------------------------------------------------------------------------
+
+WAYS = (r"[1-9]\d*", r"(\d+):(\d+)", r"gains:([1-9]\d*)")
+"""How tokens are chosen, see `chosen`."""
+
+
+def check_choice(which: str) -> None:
+    """Raises InputError where tokens cannot be chosen so."""
+    if not any(re.fullmatch(way, which) for way in WAYS):
+        raise InputError(
+            f"--page_tokens is {which}; expected a number of tokens, a range such as 100:600, or "
+            "gains: and a number of tokens"
+        )
+
+
+def chosen(
+    which: str, gains: np.ndarray | None, positions: np.ndarray, line_starts: np.ndarray
+) -> np.ndarray:
+    """Which scored tokens a page shows, bool `[n]`.
+
+    Args:
+        which: `N`, the first so many; `A:B`, those from position A to below B; `gains:N`, whole
+            lines, those with the largest gains of the mixture, up to so many tokens.
+        gains: fp64 `[n]`, nats that the mixture gains over the model; for `gains:N` alone.
+        positions: int64 `[n]`, of the scored tokens, ascending.
+        line_starts: int64 `[lines + 1]`, of the split.
+
+    Raises:
+        InputError: it is none of these, or holds no token.
+    """
+    check_choice(which)
+    first, span, best = (re.fullmatch(way, which) for way in WAYS)
+    if first:
+        found = np.arange(len(positions)) < int(which)
+    elif span:
+        found = (positions >= int(span[1])) & (positions < int(span[2]))
+    else:
+        found = with_largest_gains(gains, positions, line_starts, int(best[1]))
+    if not found.any():
+        raise InputError(f"--page_tokens {which}: holds none of the {len(positions)} tokens")
+    return found
+
+
+def with_largest_gains(
+    gains: np.ndarray, positions: np.ndarray, line_starts: np.ndarray, most: int
+) -> np.ndarray:
+    """The tokens of the lines whose gains add up to the most; at least one line."""
+    line = np.searchsorted(line_starts, positions, side="right") - 1
+    _, line = np.unique(line, return_inverse=True)
+    order = np.argsort(-np.bincount(line, weights=gains), kind="stable")
+    enough = np.cumsum(np.bincount(line)[order]) <= most
+    enough[0] = True
+    return np.isin(line, order[enough])

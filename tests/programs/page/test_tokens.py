@@ -1,0 +1,55 @@
+"""Candidates, and which tokens a page shows."""
+
+import numpy as np
+import pytest
+
+from neighborlm.common.errors import InputError
+from neighborlm.programs.page.tokens import CANDIDATES, chosen, most_probable
+
+
+def test_candidates_are_those_of_a_dictionary():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 30, (50, 40))
+    probs = rng.random((50, 40), dtype=np.float32)
+    probs[3] = 0  # no opinion
+    targets = rng.integers(0, 30, 50)
+    found = most_probable(ids, probs, targets)
+    for i in range(50):
+        sums = {}
+        for token, p in zip(ids[i].tolist(), probs[i].tolist(), strict=True):
+            sums[token] = sums.get(token, 0.0) + p
+        best = sorted((p for p in sums.values() if p > 0), reverse=True)[:CANDIDATES]
+        np.testing.assert_allclose(found.probs[i][: len(best)], best, rtol=1e-6)
+        assert (found.probs[i][len(best) :] == 0).all()
+        assert (found.ids[i][len(best) :] == -1).all()
+        for token, p in zip(found.ids[i], found.probs[i], strict=True):
+            assert token < 0 or sums[token] == pytest.approx(p, rel=1e-6)
+        own = sums.get(int(targets[i]), 0.0)
+        rank = 1 + sum(p > own + 1e-9 for p in sums.values()) if own > 0 else 0
+        assert found.ranks[i] == rank
+
+
+GAINS = np.array([0.0, 0.1, 5.0, 0.0, 0.2, 0.3, 9.0])
+POSITIONS = np.array([0, 1, 2, 3, 5, 6, 7])
+LINES = np.array([0, 2, 4, 8])
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("2", [0, 1]),
+        ("100", [0, 1, 2, 3, 5, 6, 7]),
+        ("3:6", [3, 5]),
+        ("gains:5", [2, 3, 5, 6, 7]),
+        ("gains:3", [5, 6, 7]),
+        ("gains:1", [5, 6, 7]),  # a line at least
+    ],
+)
+def test_tokens_are_chosen(which, expected):
+    assert POSITIONS[chosen(which, GAINS, POSITIONS, LINES)].tolist() == expected
+
+
+@pytest.mark.parametrize("which", ["0", "-3", "all", "8:9", "gains:"])
+def test_a_choice_that_holds_nothing(which):
+    with pytest.raises(InputError, match="--page_tokens"):
+        chosen(which, GAINS, POSITIONS, LINES)
