@@ -161,11 +161,10 @@ def test_a_token_that_is_clicked_explains_itself(pages, opened):
     ]
     assert set(shown) <= set(rows.tolist())
     assert len(shown) >= 1
-    values = np.array([*content["words"], ""])[unpacked(near["values"])].reshape(
-        rows.shape[0] * 0 - 1, near["kept"]
-    )
+    values = np.array([*content["words"], ""])[unpacked(near["values"])]
     followed = page.locator(".neighbors tbody tr").first.locator("b").inner_text()
-    assert followed in {word.replace("\n", "↵") for word in values[chosen]}
+    values = values.reshape(-1, near["kept"])[chosen]
+    assert followed in {word.replace("\n", "↵") for word in values}
 
 
 def test_the_keyboard_walks_and_classes_filter(pages, opened):
