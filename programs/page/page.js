@@ -373,7 +373,7 @@
       ? tableOf([title, ""], list.map(({ id, p }) => ({ cells: [shown(id), probability(p)], target: id === tokens[i] })))
       : tableOf([title, ""], [{ cells: ["no opinion", ""] }])))));
     if (near) {
-      panel.append(element("h3", null, `Nearest stored contexts${near.k > near.kept ? `, ${near.kept} of ${near.k}` : ""}`), neighborsTable(i));
+      panel.append(element("h3", null, `Nearest stored contexts${near.k > near.kept ? `, ${near.kept} of ${near.k}; shares among these` : ""}`), neighborsTable(i));
       const chains = chainsOf(i);
       if (chains.length) {
         panel.append(element("h3", null, "Neighbours that follow one another"));
@@ -421,7 +421,7 @@
           title: `${row.count} tokens, helped ${percent(row.helped)}, hurt ${percent(row.hurt)}`,
           onclick: () => { filter = pressed ? null : { slice: s, label: row.l }; update(); } },
         element("span", null, row.label), element("span", { class: "bar" }, bar),
-        element("span", { class: "figures" }, `${signed(row.mean)} · ${row.count} tokens`)));
+        element("span", { class: "figures" }, `${signed(row.mean)} · ${row.count.toLocaleString("en")}`)));
       }
     });
   }
