@@ -14,9 +14,13 @@ def keep_log(path: Path) -> None:
     _place[:] = [path]
 
 
-def log(line: str) -> None:
-    """Appends a line, if there is a log."""
-    if not _place:
+def log(line: str, make: bool = True) -> None:
+    """Appends a line, if there is a log.
+
+    Args:
+        make: whether the run's directory is made for it; a command that was refused leaves none.
+    """
+    if not _place or not (make or _place[0].parent.is_dir()):
         return
     path = _place[0]
     try:

@@ -89,7 +89,7 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
                 _end_interrupted()
             if said is None:
                 raise
-            log(f"error: {said}")
+            log(f"error: {said}", make=False)
             print(f"error: {said}", file=sys.stderr)
             raise Ended(status) from error
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -106,7 +106,7 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
 def _end_interrupted() -> NoReturn:
     interrupts_do(end_silently)
     ENDING.leave("stop")
-    log(SENTENCE)
+    log(SENTENCE, make=False)
     print(SENTENCE, file=sys.stderr)
     raise Ended(INTERRUPTED) from None
 
