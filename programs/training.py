@@ -101,10 +101,11 @@ def train(
         check_dictionary(model.lm, data)
         check_ids(model, data, run)
     join(model, data)
-    trainer = run.trainer(stage="train")  # refuses what it cannot do before any work
-    if ckpt_path is not None:
-        checkpoint = read_checkpoint(Path(ckpt_path))
+    checkpoint = None if ckpt_path is None else read_checkpoint(Path(ckpt_path))
+    if checkpoint is not None:
         check_continuation(checkpoint, Path(ckpt_path), model, data, run)
+    trainer = run.trainer(stage="train")  # refuses what it cannot do before any work
+    if checkpoint is not None:
         remark_on_end(checkpoint, trainer, run)
     check_validation_interval(trainer, data)
     model.checkpoint = None  # which its weights will not be those of
