@@ -18,7 +18,7 @@ from neighborlm.programs.settings import KNNSettings
 from neighborlm.programs.subject import Subject
 from neighborlm.retrieval.store.datastore import Datastore
 
-ORIGINAL = Path("/work/shared/parity/knnlm")
+ORIGINAL = Path(__file__).parents[3] / "shared/parity/knnlm"
 BEST = "runs/words/checkpoints/best.ckpt"
 ROWS = {"tokens_per_sample": 24, "context_window": 12}
 
