@@ -6,8 +6,12 @@ from types import ModuleType
 
 from neighborlm.common.errors import InputError
 
-EXTRAS = {"hf": ("transformers", "tokenizers", "datasets", "safetensors")}
-"""By extra of pyproject.toml, the packages that modules of ours import on the strength of it."""
+EXTRAS = {
+    "hf": ("transformers", "tokenizers", "datasets", "safetensors"),
+    "lm_eval": ("lm_eval", "transformers"),
+}
+"""By what is wanted of the extra hf of pyproject.toml, the packages that modules of ours import for
+it."""
 
 
 def module_of_extra(module: str, extra: str, flag: str) -> ModuleType:
@@ -25,7 +29,7 @@ def module_of_extra(module: str, extra: str, flag: str) -> ModuleType:
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
         raise InputError(
-            f"{flag}: needs {', '.join(missing)}, not installed; expected the extra {extra} "
-            f"(make setup HF=1, or pip install 'neighborlm[{extra}]')"
+            f"{flag}: needs {', '.join(missing)}, not installed; expected the extra hf (make setup "
+            "HF=1, or pip install 'neighborlm[hf]')"
         )
     return import_module(module)

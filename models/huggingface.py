@@ -7,8 +7,10 @@ tokens checks all of this when the model is loaded.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -17,11 +19,12 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from neighborlm.common.contracts import Batch, Scored, Want
+from neighborlm.common.contracts import Batch, Scored, Step, Want
 from neighborlm.common.errors import InputError
 from neighborlm.models.adaptive import OutputSoftmax
 from neighborlm.models.decoder import key_layer
 from neighborlm.models.distributions import entropy_and_top
+from neighborlm.models.huggingface_state import HuggingFaceState
 from neighborlm.models.weights import content_hash
 
 FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "ff", "fc1")
@@ -149,16 +152,20 @@ class HuggingFaceLM(nn.Module):
             tokens: int64 `[B, T]`, padded on the right if at all.
             key_types: only these are kept.
         """
+        hidden, keys, _ = self._network(tokens, key_types, {"input_ids": tokens})
+        return hidden, keys
+
+    def _network(
+        self, tokens: Tensor, key_types: Sequence[str], inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """Runs the network below the head: what the head reads, keys, and the network's cache."""
         with self.layers.kept(key_types) as keys:
-            out = self.model.base_model(input_ids=tokens, use_cache=False)
+            out = self.model.base_model(**{"use_cache": False, **inputs})
         hidden = out.last_hidden_state
         keys |= {key_type: hidden for key_type in key_types if key_type == "last_hidden"}
-        shape = tokens.shape
-        return hidden.to(tokens.device), {
-            # OPT flattens the rows of a batch.
-            key_type: keys[key_type].view(*shape, -1).to(tokens.device)
-            for key_type in key_types
-        }
+        # OPT flattens the rows of a batch.
+        found = {name: keys[name].view(*tokens.shape, -1).to(tokens.device) for name in key_types}
+        return hidden.to(tokens.device), found, out.get(self.name_of_cache)
 
     def target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Natural-log probability of targets; see `OutputSoftmax.target_log_prob`."""
@@ -185,6 +192,25 @@ class HuggingFaceLM(nn.Module):
             {key_type: keys[key_type][batch.scored] for key_type in want.keys},
             **entropy_and_top(self.log_prob, want, self.vocab_size, hidden),
         )
+
+    def step(self, tokens: Tensor, state: HuggingFaceState | None, want: Want) -> Step:
+        """See `common.contracts.StepwiseModel.step`."""
+        state = HuggingFaceState() if state is None else state
+        inputs = state.inputs(tokens, self.name_of_cache)
+        if "position_ids" not in self.parameters_of_network:  # it finds them by the mask
+            del inputs["position_ids"]
+        hidden, keys, state.cache = self._network(tokens, want.keys, inputs)
+        return Step(self.log_prob(hidden[:, -1]), keys, state)
+
+    @cached_property
+    def parameters_of_network(self) -> frozenset[str]:
+        """What the network below the head can be given."""
+        return frozenset(signature(self.model.base_model.forward).parameters)
+
+    @property
+    def name_of_cache(self) -> str:
+        """What this version of transformers calls the cache of what was read."""
+        return "cache" if "cache" in self.parameters_of_network else "past_key_values"
 
 
 def differ_at_the_end_alone(rows: Tensor) -> bool:

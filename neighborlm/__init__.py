@@ -6,6 +6,7 @@ same code.
 """
 
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -14,3 +15,10 @@ if not (_here / "common").is_dir():
     __path__.append(str(_here.parent))
 
 from neighborlm.common import before_numpy  # noqa: E402, F401  (before anyone loads numpy)
+from neighborlm.common.extras import module_of_extra  # noqa: E402
+
+
+def with_memory(model: Any, run: Path | str, lmbda: float | None = None) -> Any:
+    """Gives a model of transformers the memories of a run; see `programs.with_memory`."""
+    module = module_of_extra("neighborlm.programs.with_memory", "hf", "with_memory")
+    return module.with_memory(model, run, lmbda)

@@ -37,6 +37,9 @@ TOOLS = {
     "train": Tool("programs.train", "train a model from a config, as train.py does"),
     "evaluate": Tool("programs.evaluate", "perplexity, plain or with memories, as evaluate.py"),
     "generate": Tool("programs.generate", "text, plain or with memories, as generate.py"),
+    "lm_eval": Tool(
+        "programs.lm_eval", "lm-evaluation-harness on a pretrained model with memories"
+    ),
 }
 
 

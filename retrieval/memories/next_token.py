@@ -38,7 +38,7 @@ class Mixed(NamedTuple):
     def nearest(self, count: int) -> tuple[Tensor, Tensor]:
         """The rows of the datastore with the largest shares of the mixture, int64 `[n, count]`, -1
         where there are fewer, and these shares, fp64 `[n, count]`."""
-        n = len(self.log_probs)
+        n = len(self.weights)
         rows = [torch.full((n, count), NOTHING)]
         shares = [torch.zeros(n, count, dtype=torch.float64)]
         for weight, found in zip(self.weights.unbind(dim=1)[1:], self.said.values(), strict=False):
@@ -79,15 +79,19 @@ class NextToken:
             memory.begin_pass(self.text)
 
     def extend(
-        self, tokens: Tensor, keys: Mapping[str, Tensor], log_probs: Tensor, last: int = 1
+        self,
+        tokens: Tensor,
+        keys: Mapping[str, Tensor],
+        log_probs: Tensor,
+        asked: Sequence[int] | slice = slice(-1, None),
     ) -> Mixed:
-        """Adds T tokens to each text, and mixes what is said of those that follow the last of them.
+        """Adds T tokens to each text, and mixes what is said of those that follow some of them.
 
         Args:
-            tokens: int64 `[S, T]`, with -1 in front of the first token of a text.
+            tokens: int64 `[S, T]`, -1 where there is none, as in front of the first one of a text.
             keys: `[S, T, d]` by key type, the vector of the context that ends with each token.
-            log_probs: fp32 `[S * last, V]`, by the model, of what follows each of the last tokens.
-            last: how many tokens of each text, counted from the last one, are asked about.
+            log_probs: fp32 `[S * n, V]`, by the model, of what follows n of the tokens.
+            asked: which n of the T tokens these are; by default the last one.
 
         Raises:
             InputError: the mixer has another number of weights than there are sources.
@@ -102,16 +106,16 @@ class NextToken:
         rows = torch.arange(len(tokens))[:, None].expand_as(places)
         self.text[rows[there], places[there] - 1] = tokens.cpu()[there]
         self._observe()
-        wanted = there.clone()
-        wanted[:, : wanted.shape[1] - last] = False
+        wanted = torch.zeros_like(there)
+        wanted[:, asked] = there[:, asked]
         said = {}
         for name, memory in self.memories.items():
             # One that reads a text in its order is asked about all of it.
             which = there if memory.in_order else wanted
             self.asked[name] = rows[which].numpy(), places[which].numpy()
-            asked = self._scored(memory, which, keys, *self.asked[name])
-            said[name] = Distribution(*memory.distribution(asked)).some(wanted[which])
-        return self._mix(log_probs, wanted[:, -last:].reshape(-1).to(log_probs.device), said)
+            scored = self._scored(memory, which, keys, *self.asked[name])
+            said[name] = Distribution(*memory.distribution(scored)).some(wanted[which])
+        return self._mix(log_probs, wanted[:, asked].reshape(-1).to(log_probs.device), said)
 
     def _observe(self) -> None:
         """Tells the memories the tokens that they were asked about, which are known now."""

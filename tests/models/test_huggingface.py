@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
 
 from neighborlm.common.contracts import Backbone, LanguageModel, Want
 from neighborlm.common.errors import InputError
@@ -186,3 +188,28 @@ def test_keys_that_a_model_does_not_have_are_refused():
         lm.key_width("last_ffn_input")
     with pytest.raises(InputError, match="the model's layers are 0 to 1"):
         lm.key_width("layer:2:output")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.inference_mode()
+def test_steps_say_what_whole_rows_say(model_type):
+    """In rows of different length, padded on the left, and in rows chosen from them."""
+    model, want = HuggingFaceLM(small(model_type)), Want(keys=("last_ffn_input",))
+    rows = [torch.randint(1, V, (length,)) for length in (7, 4)]
+    padded = torch.stack([F.pad(row, (7 - len(row), 0), value=-1) for row in rows])
+    state, read, close = None, 0, {"atol": 2e-4, "rtol": 0}
+    for tokens in padded.split([3, 2, 1, 1], dim=1):
+        log_probs, keys, state = model.step(tokens, state, want)
+        read += tokens.shape[1]
+        for number, row in enumerate(rows):
+            there = read - 7 + len(row)
+            if there > 0:
+                hidden, expected = model.hidden(row[None, :there], want.keys)
+                assert_close(log_probs[number], model.log_prob(hidden[0, -1:])[0], **close)
+                found = keys["last_ffn_input"][number, -1]
+                assert_close(found, expected["last_ffn_input"][0, -1], **close)
+    state = state.select(torch.tensor([1, 0, 1]))
+    log_probs = model.step(torch.tensor([[5], [6], [7]]), state, want).log_probs
+    for number, (row, token) in enumerate([(rows[1], 5), (rows[0], 6), (rows[1], 7)]):
+        hidden, _ = model.hidden(torch.cat([row, torch.tensor([token])])[None])
+        assert_close(log_probs[number], model.log_prob(hidden[0, -1:])[0], **close)

@@ -79,7 +79,7 @@ def extend(mixed: NextToken, texts: list[torch.Tensor], new: int, last: int = 1)
         keys.append(F.pad(own_keys[-new:], (0, 0, missing, 0)))
         log_probs.append(F.pad(own_log_probs, (0, 0, last, 0))[-last:])
     of_all = torch.cat(log_probs)
-    found = mixed.extend(torch.stack(tokens), {KEYS: torch.stack(keys)}, of_all, last)
+    found = mixed.extend(torch.stack(tokens), {KEYS: torch.stack(keys)}, of_all, slice(-last, None))
     return found.log_probs.view(len(texts), last, VOCAB)
 
 
