@@ -94,6 +94,7 @@ class Comparison:
     def __init__(self, subject: Subject, base: str, settings: MemorySettings) -> None:
         self.subject = subject
         self.base = base
+        self.settings = settings
         self.resources = MadeOnDemand(subject, settings)
         self.resources.mix_by(temperature=tuned_temperature(subject, self.resources))
         self.all = Mixing.of(ALONE, ConstantMixer(), None, self.resources)
@@ -125,6 +126,21 @@ class Comparison:
             self.resources.bytes_of(used),
             sum(mixing.tally.searches[name] for name in names),
             {name: statistics[f"weight.{name}"] for name in names},
+        )
+
+    def adaptive(self) -> Method:
+        """The model, and neighbours that a gate has searched for where it saw fit."""
+        names = ["adaptive"]
+        evaluated = evaluate(self.subject, "test", names, settings=self.settings, keep_scores=True)
+        row = evaluated.results["table"][-1]
+        searched = row["searches"] / evaluated.results["tokens"]
+        return Method(
+            f"{self.base} + adaptive, {searched:.0%} searched",
+            -evaluated.scores["log_prob"].astype(np.float64),
+            row["tokens_per_second"],
+            row["bytes_on_disk"],
+            row["searches"],
+            row["weights"],
         )
 
     def _pass(
@@ -266,7 +282,7 @@ def run(
         print(f"{' + '.join(TOGETHER)} over knn: {found['clock']:.2f} by the clock, ", end="")
         print(f"{found['cores']:.2f} in time of all cores")
         return
-    methods = [*of_lm.alone(), *(of_lm.mixed(names) for names in OF_LM)]
+    methods = [*of_lm.alone(), *(of_lm.mixed(names) for names in OF_LM), of_lm.adaptive()]
     methods += [of_lm.mixed(TOGETHER, kind) for kind in MIXED_BY]
     in_slices = [m for m in methods if m.name in {"LM", *(f"LM + {name}" for name in ALONE)}]
     in_slices += [m for m in methods if m.name == " + ".join(["LM", *TOGETHER])]
