@@ -34,7 +34,7 @@ from neighborlm.retrieval.store.datastore import Datastore
 from neighborlm.retrieval.store.thinning import open_weights
 from neighborlm.tools.datastore import merge_entries, thin
 
-TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
+TEMPERATURES = (3.0, 10.0, 30.0)
 
 
 class Memory(NamedTuple):
