@@ -53,7 +53,16 @@ def with_memory(
     Raises:
         InputError: there was no such evaluation, or of another model.
     """
-    subject, mixture = mixture_of_run(HuggingFaceLM(model), Path(run), lmbda)
+    return give_memory(model, *mixture_of_run(HuggingFaceLM(model), Path(run), lmbda))
+
+
+def give_memory(model: PreTrainedModel, subject: Subject, mixture: Mixture) -> PreTrainedModel:
+    """Gives a model memories; see `with_memory`.
+
+    Args:
+        subject: this very model as a `HuggingFaceLM`, and the corpus that the memories remember.
+        mixture: the memories, and what weighs them.
+    """
     kind = type(model)
 
     @wraps(kind.forward)

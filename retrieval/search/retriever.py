@@ -135,6 +135,9 @@ def with_values(found: Neighbors, datastore: Datastore) -> Neighbors:
 
 def in_parts(work: Callable[[slice], None], n: int) -> None:
     """Calls `work` for n queries, `AT_ONCE` at a time, by as many threads as faiss would use."""
+    if n <= AT_ONCE:  # handing it to a thread takes longer than doing it
+        work(slice(n))
+        return
     parts = [slice(first, first + AT_ONCE) for first in range(0, n, AT_ONCE)]
     in_parallel(work, parts, faiss.omp_get_max_threads())
 
