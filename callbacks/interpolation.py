@@ -63,7 +63,7 @@ class Interpolation(Callback):
         self.text = text
         self.keep_scores = keep_scores
         self.tokens_at_once = tokens_at_once
-        self.tally = Tally(keep_scores, self.alone)
+        self.tally = Tally(keep_scores, self.alone, len(text))
         self.seconds: Counter[str] = Counter()
         self.sharing: CoreSharing | None = None
         self.background: Background | None = None
@@ -117,7 +117,7 @@ class Interpolation(Callback):
         self.waiting, self.enough = [], min(FIRST_TOKENS, self.tokens_at_once)
         self.first_position = pl_module.first_position
         self.submitted = self.begun = self.ended = 0
-        self.tally = Tally(self.keep_scores, self.alone)
+        self.tally = Tally(self.keep_scores, self.alone, len(self.text))
 
     def on_test_batch_end(
         self,

@@ -48,32 +48,53 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 class Events(TensorBoardLogger):
     """What TensorBoard shows. Its files are written by a thread, whose errors come up later and do
-    not say where."""
+    not say where.
+
+    Args:
+        directory: of the run.
+        place: below it, and the name under which TensorBoard lists it.
+    """
+
+    def __init__(self, directory: Path, place: Path | str) -> None:
+        # The settings come with the figures that they gave, not with -1 before there are any.
+        super().__init__(directory, name="", version=str(place), default_hp_metric=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs some figures."""
-        with self._errors_say_where():
+        with errors_at(self.log_dir):
             super().log_metrics(metrics, step)
+
+    def log_hyperparams(
+        self,
+        params: dict[str, Any],
+        metrics: dict[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Logs settings, and the figures that they gave."""
+        with errors_at(self.log_dir):
+            super().log_hyperparams(params, metrics, step)
 
     def save(self) -> None:
         """Brings what was logged to disk."""
-        with self._errors_say_where():
+        with errors_at(self.log_dir):
             super().save()
 
     def finalize(self, status: str) -> None:
         """Writes the rest."""
-        with self._errors_say_where():
+        with errors_at(self.log_dir):
             super().finalize(status)
 
-    @contextmanager
-    def _errors_say_where(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            for cause in causes(error):
-                if isinstance(cause, OSError):
-                    cause.filename = cause.filename or self.log_dir
-            raise
+
+@contextmanager
+def errors_at(place: Path | str) -> Iterator[None]:
+    """Names a place in errors of the disk that name none."""
+    try:
+        yield
+    except Exception as error:
+        for cause in causes(error):
+            if isinstance(cause, OSError):
+                cause.filename = cause.filename or str(place)
+        raise
 
 
 def bytes_of(content: Any) -> int:

@@ -20,22 +20,31 @@ class Tally:
     Args:
         keep_scores: keep every token's log-probabilities and features, in `table`.
         alone: names of memories that are mixed alone too.
+        n_tokens: of the split, which says how far apart the tokens of `sample` lie; all are in it
+            where it is not given.
 
     Attributes:
         loss: of the mixture.
         alone: the losses of mixtures with one memory alone, by its name.
         searches: queries that this rank's memories have searched for, by name.
+        sample: as `table`, of about `SAMPLE` tokens that lie evenly over the split, and with the
+            weights `weight.<source>`.
+        shown: some tokens of the sample with their keys, of this rank; None without keys.
         table: by token `position`, `target`, `lm_log_prob`, `gnn_log_prob` of a graph network on
             the LM, of each memory `<memory>_log_prob` and `<memory>.<feature>`, `lm.<feature>`
             where the model was asked for it, and `log_prob` of the mixture; None where they are not
             kept.
     """
 
-    def __init__(self, keep_scores: bool = False, alone: Iterable[str] = ()) -> None:
+    def __init__(
+        self, keep_scores: bool = False, alone: Iterable[str] = (), n_tokens: int = 0
+    ) -> None:
         self.loss = TokenLoss()
         self.alone = {name: TokenLoss() for name in alone}
         self.searches: Counter[str] = Counter()
         self.table = ScoreTable() if keep_scores else None
+        self.sample, self.apart = ScoreTable(), max(n_tokens // SAMPLE, 1)
+        self.shown: Scored | None = None
         self.sums: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
 
@@ -91,6 +100,11 @@ class Tally:
             columns["log_prob"] = mixed.float()
         if self.table is not None:
             self.table.add(**{name: column.numpy() for name, column in columns.items()})
+        columns |= {f"weight.{name}": weight for name, weight in (weights or {}).items()}
+        sampled = (asked.positions % self.apart == 0).nonzero()[:, 0]
+        self.sample.add(**{name: column[sampled].numpy() for name, column in columns.items()})
+        if self.shown is None and asked.keys and len(sampled):
+            self.shown = asked.some(sampled[:: -(-len(sampled) // SHOWN)])
 
     def _count(self, name: str, column: Tensor) -> None:
         self.sums[name] += column.double().sum().item()
@@ -136,6 +150,12 @@ class Tally:
         sums, counts = summed(self.sums), summed(self.counts)
         return {name: sums[name] / counts[name] for name in counts if counts[name]}
 
+
+SAMPLE = 4096
+"""Tokens whose figures are kept of every pass."""
+
+SHOWN = 5
+"""Of these, tokens whose keys are kept too."""
 
 ALONE = "alone"
 """What names the weights of memories that are mixed alone."""

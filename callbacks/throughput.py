@@ -1,12 +1,17 @@
-"""`Throughput`: tokens per second of a training, for the log, and times of an evaluation."""
+"""`Throughput`: tokens per second and memory of a training, for the log, and times of an
+evaluation."""
 
+import resource
+import sys
 import time
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_second` and times runs.
+    """Logs `train/tokens_per_second` and `train/peak_memory_gb` at the steps of the loss, and times
+    runs.
 
     Attributes:
         trained_tokens: tokens of all ranks trained on by this process's run.
@@ -31,10 +36,12 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx
     ) -> None:
-        """Counts the batch and, when a step is logged, logs the rate since the last time."""
+        """Counts the batch and, when a step is logged, logs the rate since the last time, and the
+        memory that was taken at most so far."""
         self.tokens += int(batch.scored.sum()) * trainer.world_size
         if trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
             pl_module.log("train/tokens_per_second", self._count())
+            pl_module.log("train/peak_memory_gb", peak_memory(pl_module.device) / 1e9)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock."""
@@ -74,3 +81,11 @@ class Throughput(Callback):
     on_test_batch_start = on_predict_batch_start = _step_start
     on_test_batch_end = on_predict_batch_end = _step_end
     on_test_end = on_predict_end = _end
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has taken at most: of a CUDA device by torch, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -14,13 +14,14 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities import rank_zero_only
 
 from neighborlm.common.errors import InputError
+from neighborlm.programs.board import log_evaluation
 from neighborlm.programs.evaluation import evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.memory_cli import MemoryCLI
 from neighborlm.programs.page import check_choice, compared_with, page_of, write_page
 from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
 from neighborlm.programs.records import Record
-from neighborlm.programs.reports import log_figures, show
+from neighborlm.programs.reports import show
 from neighborlm.programs.resources import make_products
 from neighborlm.programs.run import Run
 from neighborlm.programs.subject import Evaluated, Subject
@@ -193,7 +194,7 @@ def evaluate_subject(cli: EvaluateCLI, subject: Subject) -> Evaluated:
     return evaluate(subject, split, cli.memories, cli.config.mixer, cli.settings, keep_scores)
 
 
-def publish(cli: EvaluateCLI, evaluated: Evaluated) -> None:
+def publish(cli: EvaluateCLI, subject: Subject, evaluated: Evaluated) -> None:
     """Shows the figures, writes them and logs them, in this order, as a disk may be full.
 
     Raises:
@@ -209,7 +210,7 @@ def publish(cli: EvaluateCLI, evaluated: Evaluated) -> None:
         files[Path(cli.config.token_scores)] = as_npz(evaluated.scores)
     write_all(files)
     print(f"results: {cli.output}, {record.path}")
-    log_figures(results, getattr(cli.model, "updates", 0), evaluated.trainer.loggers)
+    log_evaluation(subject, evaluated, record.settings)
 
 
 def show_memories(cli: EvaluateCLI, subject: Subject, evaluated: Evaluated) -> None:
@@ -234,6 +235,6 @@ def main(args: list[str] | None = None) -> None:
             return
     evaluated = evaluate_subject(cli, subject)
     if evaluated.trainer.is_global_zero:
-        publish(cli, evaluated)
+        publish(cli, subject, evaluated)
     if cli.config.page is not None:
         show_memories(cli, subject, evaluated)

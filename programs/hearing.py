@@ -60,7 +60,8 @@ class Heard:
 
     def tallied(self, mixer: Mixer, alone: Mapping[str, Mixer], keep_scores: bool) -> Tally:
         """What `Interpolation` would have tallied with these mixers; each rank takes its part."""
-        tally, n = Tally(keep_scores, alone), len(self.asked.positions)
+        n = len(self.asked.positions)
+        tally = Tally(keep_scores, alone, n)
         rank, ranks = rank_and_ranks()
         for first in islice(range(0, n, TOKENS_AT_ONCE), rank, None, ranks):
             part = slice(first, first + TOKENS_AT_ONCE)

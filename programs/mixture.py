@@ -13,11 +13,11 @@ from neighborlm.callbacks.tally import ALONE, Tally, summed
 from neighborlm.common.contracts import Memory, Mixer, Want
 from neighborlm.common.errors import InputError
 from neighborlm.programs.hearing import Heard, hear, identities
-from neighborlm.programs.reports import figures, log_tuning
+from neighborlm.programs.reports import figures
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import Evaluated, Pass, Subject, score, seconds_of
-from neighborlm.retrieval.memories import MEMORIES, MIXERS, KNNMemory
+from neighborlm.retrieval.memories import MEMORIES, MIXERS
 from neighborlm.retrieval.memories.fitted import FittedOn, save_mixer
 from neighborlm.retrieval.memories.text_order import lines_are_shuffled
 
@@ -116,9 +116,6 @@ def evaluate_mixture(
         start = time.perf_counter()
         heard = hear(subject, "valid", memories, resources, mixing.want)
         mixing.fit(heard)
-        for memory in memories.values():
-            if isinstance(memory, KNNMemory) and memory.tuning is not None:
-                log_tuning(memory.tuning, heard.made.trainer.loggers)
         resources.products.seconds["tuning"] = time.perf_counter() - start
         fitted = keep is not None and mixing.mixer.state()
         if fitted and heard.made.trainer.is_global_zero:
@@ -145,7 +142,8 @@ def evaluate_mixture(
     }
     scores = tally.table.gathered() if keep_scores else None
     spent = seconds_of(subject, resources.products)
-    return Evaluated(results, spent, made.trainer, memories, mixing.mixer, scores)
+    asked = (memories, mixing.mixer, scores, tally.sample.gathered(), tally.shown)
+    return Evaluated(results, spent, made.trainer, *asked)
 
 
 # -- figures -------------------------------------------------------------------------------------

@@ -1,18 +1,15 @@
-"""The figures of an evaluation, and where the user sees them: a table, a JSON file and what the
-trainer logs to, TensorBoard as a rule."""
+"""The figures of an evaluation, and the table and sentences in which the user sees them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from pytorch_lightning.loggers import Logger
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from neighborlm.common.contracts import TextSize
 from neighborlm.common.units import size_of
-from neighborlm.retrieval.memories.tuning import Tuning
 
 WIDTH = 110
 """Columns of a table in a file or pipe."""
@@ -70,25 +67,6 @@ def _with_figures(
     return found
 
 
-def log_tuning(tuned: Tuning, loggers: Sequence[Logger]) -> None:
-    """The tuning as two curves: validation perplexity over lmbda (in per cent) at the best
-    temperature, and over log2 of the temperature (in quarters) at the best lmbda."""
-    row = int(tuned.losses.min(axis=1).argmin())
-    column = int(tuned.losses[row].argmin())
-    for lmbda, loss in zip(tuned.lmbdas, tuned.losses[row], strict=True):
-        name = "tuning/valid_ppl_over_lmbda_percent"
-        log({name: math.exp(loss)}, round(100 * lmbda), loggers)
-    for temperature, loss in zip(tuned.temperatures, tuned.losses[:, column], strict=True):
-        name = "tuning/valid_ppl_over_4_log2_temperature_plus_200"
-        log({name: math.exp(loss)}, round(4 * math.log2(temperature)) + 200, loggers)
-
-
-def log(values: dict[str, float], step: int, loggers: Sequence[Logger]) -> None:
-    """To TensorBoard, or whatever loggers the trainer has."""
-    for logger in loggers:
-        logger.log_metrics(values, step)
-
-
 def show(results: dict[str, Any]) -> None:
     """Prints the figures.
 
@@ -101,19 +79,6 @@ def show(results: dict[str, Any]) -> None:
     console.print(as_table(results))
     for remark in remarks(results):
         print(remark)
-
-
-def log_figures(results: dict[str, Any], step: int, loggers: Sequence[Logger]) -> None:
-    """Logs the figures.
-
-    Args:
-        results: see `programs.subject.Evaluated`.
-        step: updates that the model was trained with.
-        loggers: of the trainer.
-    """
-    log(logged(results), step, loggers)
-    for logger in loggers:
-        logger.finalize("success")
 
 
 def as_table(results: dict[str, Any]) -> Table:
@@ -191,26 +156,3 @@ def _reason_of_worse(mixture: dict[str, Any]) -> str:
             "--knn.lmbda trusts the neighbours less"
         )
     return f"{chosen} were not tuned; --knn.lmbda auto finds the best of the validation split"
-
-
-def logged(results: dict[str, Any]) -> dict[str, float]:
-    """The figures by the names that TensorBoard shows."""
-    split = f"{results['split']}-part" if "part" in results else results["split"]
-    gnn, knn = results.get("gnn"), results.get("knn")
-    found = {f"{split}/loss": results["loss"], f"{split}/ppl": results["ppl"]}
-    if gnn:
-        found |= {f"{split}/gnn/{name}": gnn[name] for name in ("loss", "ppl")}
-    if knn:
-        names = ("loss", "ppl", "lmbda", "temperature", "nearest_distance")
-        names += ("kth_distance", "target_among_neighbors")
-        found |= {f"{split}/knn/{name}": knn[name] for name in names}
-    if mixture := results.get("mixture"):
-        means = [name for name in mixture if "." in name]
-        found |= {f"{split}/mixture/{name}": mixture[name] for name in ("loss", "ppl", *means)}
-    for row in results.get("table", ()):
-        name = "+".join(row["memories"]) or row["name"]
-        columns = ("ppl", "tokens_per_second", "bytes_on_disk", "searches")
-        found |= {f"{split}/table/{name}/{column}": row[column] for column in columns}
-        weights = row["weights"].items()
-        found |= {f"{split}/table/{name}/weight.{memory}": weight for memory, weight in weights}
-    return found

@@ -134,7 +134,7 @@ class Run:
                 settings[name] = deepcopy(settings[name])
         if settings.get("logger") in (None, True):
             place = Path(stage, self.evaluation if stage == "evaluate" else "")
-            settings["logger"] = Events(self.directory, name="", version=str(place))
+            settings["logger"] = Events(self.directory, place)
         strategy = settings.setdefault("strategy", "auto")
         if strategy == "fsdp":
             one_file = ModelParallelStrategy(save_distributed_checkpoint=False)

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, Trainer
 
 from neighborlm.callbacks.interpolation import Interpolation
 from neighborlm.callbacks.throughput import Throughput
-from neighborlm.common.contracts import LanguageModel, Memory, Mixer, TextSize, Want
+from neighborlm.common.contracts import LanguageModel, Memory, Mixer, Scored, TextSize, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
@@ -214,6 +214,8 @@ class Evaluated:
         mixer: that weighed them.
         scores: of every token in the order of the text, the columns of `Tally.table`; None where
             they were not kept.
+        sample: of tokens that lie evenly over the split, see `Tally.sample`; None without memories.
+        shown: some of these with their keys, see `Tally.shown`.
     """
 
     results: dict[str, Any]
@@ -222,6 +224,8 @@ class Evaluated:
     memories: dict[str, Memory] = field(default_factory=dict)
     mixer: Mixer | None = None
     scores: dict[str, np.ndarray] | None = None
+    sample: dict[str, np.ndarray] | None = None
+    shown: Scored | None = None
 
 
 def seconds_of(subject: Subject, *products: Products) -> dict[str, float]:

@@ -30,6 +30,7 @@ from neighborlm.programs.belonging import (
     join,
     remark_on_end,
 )
+from neighborlm.programs.board import log_training
 from neighborlm.programs.checkpoints import refuse_damaged, why_unreadable
 from neighborlm.programs.neighbor_products import NeighborProducts
 from neighborlm.programs.places import as_json
@@ -176,6 +177,10 @@ def _train(
             figures = asdict(trained) | {"checkpoint": str(trained.checkpoint)}
             with publishing(summary) as making:
                 making.write_bytes(as_json(figures))
+            if score is not None:
+                best_ppl = {"val/best_ppl": score.item()}
+                settings = yaml.safe_load(described)
+                log_training(settings, best_ppl, run, trainer.global_step, trainer.loggers)
     return trained
 
 

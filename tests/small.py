@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +42,19 @@ def scalars(folder) -> dict[str, list]:
     """All scalars logged below a folder."""
     events = EventAccumulator(str(folder)).Reload()
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def hyperparameters(folder) -> tuple[dict[str, Any], set[str]]:
+    """Settings that were logged below a folder, and the names of the figures that belong to
+    them."""
+    found = EventAccumulator(str(folder)).Reload().summary_metadata
+    settings, figures = {}, set()
+    for tag in ("_hparams_/experiment", "_hparams_/session_start_info"):
+        data = HParamsPluginData.FromString(found[tag].plugin_data.content)
+        figures |= {metric.name.tag for metric in data.experiment.metric_infos}
+        for name, value in data.session_start_info.hparams.items():
+            settings[name] = getattr(value, value.WhichOneof("kind"))
+    return settings, figures
 
 
 def without_digests(path: Path, **fields: Any) -> dict[str, Any]:

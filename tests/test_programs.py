@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small import ROOT, SMALL, scalars, write_corpus
+from small import ROOT, SMALL, hyperparameters, scalars, write_corpus
 
 from neighborlm.programs import evaluate, train
 from neighborlm.programs.checkpoints import load_model
 
 HERE = (*SMALL, "--data.corpus", "words")
+OF_AN_UPDATE = ("loss", "tokens_per_second", "peak_memory_gb")
 
 
 def test_training_leaves_a_run(workplace):
@@ -25,11 +26,20 @@ def test_training_leaves_a_run(workplace):
         "val/ppl",
         "train/grad_norm",
         "train/tokens_per_second",
+        "train/peak_memory_gb",
     } <= set(logged)
+    steps = {tag: [event.step for event in logged[f"train/{tag}"]] for tag in OF_AN_UPDATE}
+    assert steps["loss"] == steps["tokens_per_second"] == steps["peak_memory_gb"] != []
     assert any(tag.startswith("lr-") for tag in logged)
     ppl = [event.value for event in logged["val/ppl"]]
     assert ppl[-1] < ppl[0] < 60
     assert json.loads((run / "training.json").read_text())["updates"] == 40
+    settings, figures = hyperparameters(run / "train")
+    assert settings["model.width"] == 16
+    assert settings["trainer.max_steps"] == 40
+    assert figures == {"val/best_ppl"}
+    assert logged["val/best_ppl"][-1].value == pytest.approx(min(ppl))
+    assert "hp_metric" not in logged
 
 
 def test_plain_evaluation_agrees_with_its_scores(workplace, run_program):
@@ -86,9 +96,18 @@ def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
     results = json.loads((workplace / "auto.json").read_text())
     assert results["knn"]["tuned"]
     assert results["knn"]["ppl"] < results["ppl"]
-    logged = scalars(max((workplace / "runs/words/evaluate").glob("valid-lm-knn-*")))
+    place = max((workplace / "runs/words/evaluate").glob("valid-lm-knn-*"))
+    logged = scalars(place)
     assert {"valid/ppl", "valid/knn/ppl", "valid/knn/nearest_distance"} <= set(logged)
-    assert len(logged["tuning/valid_ppl_over_lmbda_percent"]) == 100
+    curve = logged["tuning/valid_ppl_over_lmbda_percent"]
+    assert [event.step for event in curve] == list(range(100))
+    assert curve[0].value == pytest.approx(results["ppl"], rel=1e-5)
+    assert min(curve, key=lambda event: event.value).step == round(100 * results["knn"]["lmbda"])
+    settings, figures = hyperparameters(place)
+    assert (settings["split"], settings["memories"], settings["knn.k"]) == ("valid", "knn", 32)
+    assert settings["model.width"] == 16
+    assert figures == {"valid/ppl", *(f"valid/knn/{x}" for x in ("ppl", "lmbda", "temperature"))}
+    assert len(logged["valid/ppl"]) == 1
 
 
 def test_what_is_retrieved_is_kept_and_mixed_again(workplace, run_program):
