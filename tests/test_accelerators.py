@@ -45,3 +45,16 @@ def test_a_gnn_lm_and_its_products(workplace, run_program, run_on_accelerator, t
     run_on_accelerator(tmp_path, "train.py", *GNN, *network, *STEPS)
     checkpoint = ("--ckpt_path", "runs/words-gnn_lm/checkpoints/best.ckpt")
     compare(run_program, run_on_accelerator, tmp_path, *GNN, *checkpoint, "--knnlm", "--knn.k", 8)
+
+
+def test_a_text_is_the_same(workplace, run_program, run_on_accelerator):
+    """That of beams, longer than a row of the model."""
+    knn = ("--knnlm", "--knn.k", 8, "--knn.lmbda", 0.5, "--knn.temperature", 3)
+    decoding = ("--prompt", "w1 w2", "--max_new_tokens", 30, "--beams", 2)
+    texts = []
+    for run, name in ((run_program, "here.jsonl"), (run_on_accelerator, "there.jsonl")):
+        flags = (*SMALL, *CORPUS, "--ckpt_path", LM, *knn, *decoding, "--output", name)
+        run(workplace, "generate.py", *flags)
+        texts.append(json.loads((workplace / name).read_text())["tokens"])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 30
