@@ -55,11 +55,13 @@ def log_evaluation(subject: Subject, evaluated: Evaluated, settings: Mapping[str
     Args:
         subject: what was evaluated.
         evaluated: what came of it.
-        settings: all of them, by section; of the model its own are taken.
+        settings: all of them, by section; of a model that was trained here its own are taken.
     """
     loggers, results = evaluated.trainer.loggers, evaluated.results
     step = getattr(subject.model, "updates", 0)
-    chosen = some(settings, SECTIONS) | {"model": dict(getattr(subject.model, "hparams", {}))}
+    chosen = some(settings, SECTIONS)
+    if hasattr(subject.model, "hparams"):  # of its training, whatever the settings say
+        chosen["model"] = dict(subject.model.hparams)
     chosen |= {"split": results["split"], "memories": "+".join(evaluated.memories)}
     figures = logged(results)
     final = {name: of for name, of in figures.items() if is_final(name)}
