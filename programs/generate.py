@@ -14,9 +14,16 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.dictionary import UNK, Dictionary
 from neighborlm.models.decoding import Decoding
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.generation import ALONE, Generated, check_generates, generate
+from neighborlm.programs.generation import (
+    ALONE,
+    Generated,
+    check_generates,
+    generate,
+    opening,
+)
 from neighborlm.programs.kept_mixture import Mixture, make_mixture
 from neighborlm.programs.memory_cli import MemoryCLI
+from neighborlm.programs.page import page_of_text, write_page
 from neighborlm.programs.places import check_writable, write_all
 from neighborlm.programs.subject import Subject
 
@@ -71,6 +78,13 @@ say it themselves. Temperature, top_k, top_p and beams act on the mixture of mod
             default=None,
             help="write what was generated to this file too, a line of JSON for each prompt",
         )
+        parser.add_argument(
+            "--page",
+            type=str | None,
+            default=None,
+            help="write a page to this .html file that shows what each memory says of every token "
+            "of the first prompt and of what was generated for it",
+        )
 
     @property
     def decoding(self) -> Decoding:
@@ -109,6 +123,7 @@ say it themselves. Temperature, top_k, top_p and beams act on the mixture of mod
         for flag, is_given in (
             ("--compare", self.config.compare),
             ("--sources", self.config.sources),
+            ("--page", self.config.page),
         ):
             if is_given and not self.memories:
                 raise InputError(
@@ -117,6 +132,8 @@ say it themselves. Temperature, top_k, top_p and beams act on the mixture of mod
         self.prompts  # noqa: B018  (refuses a file that cannot be read)
         if self.config.output is not None:
             check_writable(Path(self.config.output), "--output")
+        if self.config.page is not None:
+            check_writable(Path(self.config.page), "--page")
 
 
 def mixtures_of(cli: GenerateCLI, subject: Subject) -> Iterator[tuple[str, Mixture]]:
@@ -178,6 +195,8 @@ def main(args: list[str] | None = None) -> None:
         found = generate(subject, prompts, cli.decoding, mixture, *sizes, print_piece)
         if streams:
             print()
+        if cli.config.page is not None and mixture is not ALONE:
+            show_memories(cli, subject, mixture, found[0])
         for generated in found:
             show(generated, subject.data.dictionary, streams)
             written.append({"by": name, **asdict(generated)})
@@ -185,6 +204,20 @@ def main(args: list[str] | None = None) -> None:
         lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in written)
         write_all({Path(cli.config.output): lines.encode()})
         print(f"written: {cli.config.output}")
+
+
+def show_memories(
+    cli: GenerateCLI, subject: Subject, mixture: Mixture, generated: Generated
+) -> None:
+    """Writes the page that `--page` asks for."""
+    vocabulary = subject.data.dictionary
+    ids = [*opening(vocabulary), *vocabulary.encode(generated.prompt), *generated.tokens]
+    page = page_of_text(subject, mixture, ids, neighbors=16)
+    title = f"{cli.run_dir.name}: {' + '.join(cli.memories)}, generated"
+    before = len(ids) - len(generated.tokens) - 1
+    made = f"{len(generated.tokens)} tokens, behind a prompt of {before}"
+    write_page(Path(cli.config.page), page, subject.data, title, made)
+    print(f"page: {cli.config.page}, {len(page.positions)} tokens")
 
 
 def print_piece(text: str) -> None:

@@ -79,40 +79,52 @@ class Looking(Interpolation):
             elif inside.any():
                 said[name] = memory.distribution(own)
         if inside.any():
-            self.parts.append(self._part(own, said))
+            self.parts.append(part_of(self.memories, self.mixer, own, said, self.most))
         self.ended += 1
 
-    def _part(self, asked: Scored, said: Mapping[str, Distribution]) -> PageTokens:
-        """All that is said of some tokens."""
-        targets = asked.targets.numpy()
-        opinions = {name: opinion_of(of, asked.targets) for name, of in said.items()}
-        sources = {"lm": lm_opinion(asked), **opinions}
-        _, weights = weighed(sources, self.mixer)
-        candidates = {
-            "lm": most_probable_of_model(
-                asked.top_ids.numpy(), asked.top_log_probs.numpy(), targets
-            )
-        }
-        for name, of in said.items():
-            candidates[name] = most_probable(of.ids.numpy(), of.probs.numpy(), targets)
-        part = PageTokens(
-            asked.positions.numpy(),
-            targets,
-            {name: opinion.log_probs.double().numpy() for name, opinion in sources.items()},
-            {name: weight.numpy() for name, weight in weights.items()},
-            False,
-            candidates,
-            lm_alone=None if asked.lm_log_probs is None else asked.lm_log_probs.double().numpy(),
-            entropy=asked.entropy.double().numpy(),
-        )
-        for memory in self.memories.values():
-            if isinstance(memory, KNNMemory):
-                part = replace(part, neighbors=neighbors_of(memory, asked, self.most))
-            if isinstance(memory, NGramMemory):
-                lengths = opinions["ngram"].features["suffix_length"].numpy().astype(np.int64)
-                places = memory.occurrences(asked, OCCURRENCES).numpy()
-                part = replace(part, suffix_lengths=lengths, occurrences=places)
-        return part
+
+def part_of(
+    memories: Mapping[str, Memory],
+    mixer: Mixer,
+    asked: Scored,
+    said: Mapping[str, Distribution],
+    most: int,
+) -> PageTokens:
+    """All that is said of some tokens.
+
+    Args:
+        memories: by name.
+        mixer: weighs them.
+        asked: what the model says, its most probable tokens included.
+        said: by memory.
+        most: neighbours of a token to keep.
+    """
+    targets = asked.targets.numpy()
+    opinions = {name: opinion_of(of, asked.targets) for name, of in said.items()}
+    sources = {"lm": lm_opinion(asked), **opinions}
+    _, weights = weighed(sources, mixer)
+    model = asked.top_ids.numpy(), asked.top_log_probs.numpy(), targets
+    candidates = {"lm": most_probable_of_model(*model)}
+    for name, of in said.items():
+        candidates[name] = most_probable(of.ids.numpy(), of.probs.numpy(), targets)
+    part = PageTokens(
+        asked.positions.numpy(),
+        targets,
+        {name: opinion.log_probs.double().numpy() for name, opinion in sources.items()},
+        {name: weight.numpy() for name, weight in weights.items()},
+        False,
+        candidates,
+        lm_alone=None if asked.lm_log_probs is None else asked.lm_log_probs.double().numpy(),
+        entropy=asked.entropy.double().numpy(),
+    )
+    for name, memory in memories.items():
+        if isinstance(memory, KNNMemory):
+            part = replace(part, neighbors=neighbors_of(memory, asked, most))
+        if isinstance(memory, NGramMemory):
+            lengths = opinions[name].features["suffix_length"].numpy().astype(np.int64)
+            places = memory.occurrences(asked, OCCURRENCES).numpy()
+            part = replace(part, suffix_lengths=lengths, occurrences=places)
+    return part
 
 
 def opinion_of(said: Distribution, targets: torch.Tensor) -> Opinion:

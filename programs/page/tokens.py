@@ -103,9 +103,13 @@ class PageTokens:
         return np.logaddexp.reduce(parts)
 
 
-def slices_of(data: LMDataModule, split: str, page: PageTokens) -> list[Slices]:
-    """Classes of the tokens of a page."""
-    stream, train = data.stream(split), data.stream("train").tokens
+def slices_of(data: LMDataModule, split: str | None, page: PageTokens) -> list[Slices]:
+    """Classes of the tokens of a page.
+
+    Args:
+        split: that they are of; None for a text of its own.
+    """
+    train = data.stream("train").tokens
     counts = np.bincount(train, minlength=data.vocab_size)[page.targets]
     found = [by_bands("times in the training text", counts, [0, 10, 100, 1000, 10_000])]
     if page.suffix_lengths is not None:
@@ -115,9 +119,10 @@ def slices_of(data: LMDataModule, split: str, page: PageTokens) -> list[Slices]:
         found.append(by_quantiles("nearest distance", -page.neighbors.scores[:, 0]))
     if page.entropy is not None:
         found.append(by_quantiles("entropy of the model, nats", page.entropy))
-    line = np.searchsorted(stream.line_starts, page.positions, side="right") - 1
-    place = page.positions - stream.line_starts[line]
-    found.append(by_bands("place in its line", place, [0, 1, 8, 32, 128]))
+    if split is not None:
+        starts = data.stream(split).line_starts
+        place = page.positions - starts[np.searchsorted(starts, page.positions, side="right") - 1]
+        found.append(by_bands("place in its line", place, [0, 1, 8, 32, 128]))
     return found
 
 

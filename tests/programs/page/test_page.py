@@ -222,3 +222,20 @@ def test_text_is_shown_and_never_run(tmp_path, opened):
     page.locator("#t1").click()
     assert page.locator(".token .word").inner_text() == HOSTILE[1]
     assert page.locator("img").count() == 0
+
+
+def test_a_generated_text(workplace, pages, run_program, tmp_path):
+    """The mixture says of its tokens what they were drawn by."""
+    prompt = ("--prompt", "w1 w2 w3", "--max_new_tokens", 12, "--output", tmp_path / "text.jsonl")
+    knn = ("--knn.datastore", "page-store", "--knn.index", "flat", "--knn.k", 6)
+    page = ("--page", tmp_path / "page.html")
+    run_program(workplace, "generate.py", *HERE, *ALL, *knn, *prompt, *page)
+    made = json.loads((tmp_path / "text.jsonl").read_text().splitlines()[0])
+    content = content_of(tmp_path / "page.html")
+    shares = sum(
+        unpacked(content["weights"][name]) * np.exp(unpacked(content["log_probs"][name]))
+        for name in content["sources"]
+    )
+    np.testing.assert_allclose(np.log(shares[-12:]), made["log_probs"], atol=1e-4)
+    words = np.array([*content["words"], ""])[unpacked(content["tokens"])]
+    assert words[:3].tolist() == ["w1", "w2", "w3"]

@@ -1,0 +1,58 @@
+"""Has the model and memories read a text of its own, such as a generated one, for a page."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from neighborlm.common.contracts import Scored
+from neighborlm.models.reader import Reader
+from neighborlm.programs.generation import ready
+from neighborlm.programs.kept_mixture import Mixture
+from neighborlm.programs.page.looking import joined, part_of
+from neighborlm.programs.page.tokens import MODEL_TOP, PageTokens, slices_of
+from neighborlm.programs.subject import Subject
+from neighborlm.retrieval.memories.next_token import NextToken
+
+
+@torch.inference_mode()
+def page_of_text(
+    subject: Subject, mixture: Mixture, ids: Sequence[int], neighbors: int
+) -> PageTokens:
+    """What a page shows of the tokens of a text, each after those before it.
+
+    Args:
+        subject: the model and its corpus.
+        mixture: the memories, and what weighs them.
+        ids: of the text; the first is only read.
+        neighbors: of a token, at most.
+    """
+    window = min(subject.data.tokens_per_sample, subject.model.max_target_positions)
+    context = min(subject.data.context_window or window // 2, window - 1)
+    mixed = NextToken(mixture.memories, mixture.mixer)
+    reader = Reader(subject.model, mixed.want, window, context)
+    parts = []
+    with ready(subject, mixture):
+        mixed.begin(1, len(ids))
+        for place, (token, target) in enumerate(pairwise(ids), start=1):
+            row = torch.tensor([[token]])
+            read = reader.read(row.to(subject.run.device))
+            found = mixed.extend(row, read.keys, read.log_probs)
+            top = read.log_probs.topk(min(MODEL_TOP, read.log_probs.shape[1]))
+            asked = Scored(
+                torch.tensor([place]),
+                torch.tensor([target]),
+                read.log_probs[:, target],
+                {name: key[0] for name, key in read.keys.items()},
+                torch.special.entr(read.log_probs.exp()).sum(dim=1),
+                top.indices,
+                top.values,
+            ).on_cpu()
+            part = part_of(mixture.memories, mixture.mixer, asked, found.said, neighbors)
+            weights = dict(zip(part.weights, found.weights.T.numpy(), strict=True))
+            parts.append(replace(part, weights=weights))
+    page = joined(parts)
+    page = replace(page, positions=np.arange(len(page.targets)))
+    return replace(page, slices=slices_of(subject.data, None, page))
