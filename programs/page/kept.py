@@ -1,25 +1,21 @@
 """Reads the tokens of a page from a cache of what was retrieved, without the model and without a
 search."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
+from neighborlm.programs.kept_text import kept_scores
 from neighborlm.programs.page.tokens import (
     PageNeighbors,
     PageTokens,
     chosen,
     most_probable,
     most_probable_of_model,
-    slices_of,
 )
 from neighborlm.retrieval.memories.cache import RetrievalCache
 from neighborlm.retrieval.memories.knn import knn_weights, weighted_scores
-from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
-from neighborlm.retrieval.memories.mixers import mixture
 
 
 def kept_tokens(
@@ -41,7 +37,7 @@ def kept_tokens(
         temperature: divides the neighbours' scores.
 
     Raises:
-        InputError: the cache keeps no rows or no candidates of the model, or is of another text.
+        InputError: the cache keeps no rows or no candidates of the model.
     """
     split = cache.manifest["made_from"]["split"]
     if cache.rows is None or cache.top_ids is None:
@@ -49,17 +45,8 @@ def kept_tokens(
             f"{cache.path}: keeps no rows of neighbours and no candidates of the model, as it "
             "was made by an earlier version; remove it and evaluate anew with --knn.cache"
         )
-    if cache.manifest["made_from"]["corpus"] != data.fingerprint(split):
-        raise InputError(f"{cache.path}: is of another text than {data.settings.corpus} has now")
-    similarity = cache.manifest["made_from"]["similarity"]
-    positions, columns = [], []
-    for block in cache.blocks():
-        knn = opinion_from_cache(block, temperature, similarity).log_probs.double()
-        of_lm = block.lm_log_prob.double()
-        positions.append(block.positions.numpy())
-        gain = mixture((of_lm, knn), (1 - lmbda, lmbda)) - of_lm
-        columns.append(np.stack([of_lm.numpy(), knn.numpy(), gain.numpy()]))
-    positions, (of_lm, of_knn, gain) = np.concatenate(positions), np.concatenate(columns, axis=1)
+    positions, of_lm, of_knn = scores = kept_scores(cache, temperature)
+    gain = scores.mixture(lmbda) - of_lm
     shown = chosen(which, gain, positions, data.stream(split).line_starts)
     positions = positions[shown]
     targets = cache.targets[positions].astype(np.int64)
@@ -90,4 +77,4 @@ def kept_tokens(
         lm_alone=None if alone is None else alone[positions].astype(np.float64),
         entropy=cache.entropy[positions].astype(np.float64),
     )
-    return replace(page, slices=slices_of(data, split, page))
+    return page.in_classes(data, split)

@@ -19,7 +19,6 @@ from neighborlm.programs.page.tokens import (
     chosen,
     most_probable,
     most_probable_of_model,
-    slices_of,
 )
 from neighborlm.programs.subject import Evaluated, Subject, score
 from neighborlm.retrieval.memories import KNNMemory, NGramMemory
@@ -171,7 +170,7 @@ def page_of(
     rows = np.arange(len(wanted)) <= np.flatnonzero(wanted)[-1] if in_order else wanted
     score(subject, split, looking.want, [looking], rows)
     page = joined(looking.parts)
-    return replace(page, slices=slices_of(subject.data, split, page))
+    return page.in_classes(subject.data, split)
 
 
 def check_one_rank(subject: Subject) -> None:

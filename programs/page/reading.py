@@ -12,7 +12,7 @@ from neighborlm.models.reader import Reader
 from neighborlm.programs.generation import ready
 from neighborlm.programs.kept_mixture import Mixture
 from neighborlm.programs.page.looking import joined, part_of
-from neighborlm.programs.page.tokens import MODEL_TOP, PageTokens, slices_of
+from neighborlm.programs.page.tokens import MODEL_TOP, PageTokens
 from neighborlm.programs.subject import Subject
 from neighborlm.retrieval.memories.next_token import NextToken
 
@@ -55,4 +55,4 @@ def page_of_text(
             parts.append(replace(part, weights=weights))
     page = joined(parts)
     page = replace(page, positions=np.arange(len(page.targets)))
-    return replace(page, slices=slices_of(subject.data, None, page))
+    return page.in_classes(subject.data, None)

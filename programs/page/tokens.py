@@ -11,7 +11,8 @@ import numpy as np
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.retrieval.memories.slices import Slices, by_bands, by_quantiles
+from neighborlm.programs.kept_text import slices_of
+from neighborlm.retrieval.memories.slices import Slices
 
 CANDIDATES = 10
 """Most probable tokens of each source that a page lists."""
@@ -102,28 +103,17 @@ class PageTokens:
             parts = [self.log_probs[name] + np.log(self.weights[name]) for name in self.log_probs]
         return np.logaddexp.reduce(parts)
 
+    def in_classes(self, data: LMDataModule, split: str | None) -> "PageTokens":
+        """The same page with classes of its tokens, see `programs.kept_text.slices_of`.
 
-def slices_of(data: LMDataModule, split: str | None, page: PageTokens) -> list[Slices]:
-    """Classes of the tokens of a page.
-
-    Args:
-        split: that they are of; None for a text of its own.
-    """
-    train = data.stream("train").tokens
-    counts = np.bincount(train, minlength=data.vocab_size)[page.targets]
-    found = [by_bands("times in the training text", counts, [0, 10, 100, 1000, 10_000])]
-    if page.suffix_lengths is not None:
-        edges = [0, 2, 3, 5, 9]
-        found.append(by_bands("longest suffix in the training text", page.suffix_lengths, edges))
-    if page.neighbors is not None:
-        found.append(by_quantiles("nearest distance", -page.neighbors.scores[:, 0]))
-    if page.entropy is not None:
-        found.append(by_quantiles("entropy of the model, nats", page.entropy))
-    if split is not None:
-        starts = data.stream(split).line_starts
-        place = page.positions - starts[np.searchsorted(starts, page.positions, side="right") - 1]
-        found.append(by_bands("place in its line", place, [0, 1, 8, 32, 128]))
-    return found
+        Args:
+            data: the corpus.
+            split: that they are of; None for a text of its own.
+        """
+        nearest = None if self.neighbors is None else -self.neighbors.scores[:, 0]
+        positions = None if split is None else self.positions
+        known = (nearest, self.entropy, self.suffix_lengths)
+        return replace(self, slices=slices_of(data, self.targets, split, positions, *known))
 
 
 def most_probable(ids: np.ndarray, probs: np.ndarray, targets: np.ndarray) -> Candidates:
