@@ -30,6 +30,7 @@ from neighborlm.programs.hearing import Heard, hear
 from neighborlm.programs.knn_lm import tuned_temperature
 from neighborlm.programs.mixture import Mixing
 from neighborlm.programs.places import as_json
+from neighborlm.programs.reports import as_markdown
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.settings import KNNSettings, MemorySettings
 from neighborlm.programs.subject import PLAIN, Subject, score
@@ -194,12 +195,6 @@ class Comparison:
 
 
 # -- tables --------------------------------------------------------------------------------------
-
-
-def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def first_table(methods: Sequence[Method], block: int) -> tuple[list[dict[str, Any]], str]:

@@ -1,7 +1,7 @@
 """The figures of an evaluation, and the table and sentences in which the user sees them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -65,6 +65,25 @@ def _with_figures(
     if "table" in results:
         found["table"] = [row | further(row) for row in results["table"]]
     return found
+
+
+def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, which reads well as it stands too.
+
+    >>> print(as_markdown(["", "ppl"], [["LM", "12.5"], ["a|b", "9"]]))
+    |      | ppl  |
+    | ---- | ---- |
+    | LM   | 12.5 |
+    | a\\|b | 9    |
+    """
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (columns, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = (
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+    return "\n".join(f"| {line} |" for line in padded)
 
 
 def show(results: dict[str, Any]) -> None:

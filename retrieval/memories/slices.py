@@ -15,6 +15,8 @@ BLOCK, SAMPLES = 500, 1000
 """Tokens of a block, and bootstrap samples."""
 MARGIN = 0.01
 """Nats by which a token's loss must change to count as helped or hurt."""
+FEWEST_BLOCKS = 10
+"""Blocks that must have tokens of a class: of fewer, samples say little of the text's chance."""
 
 
 # -- how sure a difference is --------------------------------------------------------------------
@@ -68,9 +70,7 @@ def compared(
     starts = np.arange(0, table.shape[1], block)
     sums = np.add.reduceat(table, starts, axis=1)
     sizes = np.diff(starts, append=table.shape[1])
-    blocks = len(starts)
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(blocks, np.full(blocks, 1 / blocks), size=samples)
+    drawn = _drawn(len(starts), samples, seed)
     means = drawn @ sums.T / (drawn @ sizes)[:, None]
     whole = table.mean(axis=1)
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -85,6 +85,12 @@ def compared(
         )
         for i, name in enumerate(losses)
     }
+
+
+def _drawn(blocks: int, samples: int, seed: int) -> np.ndarray:
+    """How often each sample has each block, int64 `[samples, blocks]`."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(blocks, np.full(blocks, 1 / blocks), size=samples)
 
 
 # -- what a token is -----------------------------------------------------------------------------
@@ -229,3 +235,48 @@ def gains(losses: Mapping[str, np.ndarray], slices: Slices, margin: float = MARG
         )
         for i, label in enumerate(slices.labels)
     ]
+
+
+def gain_intervals(
+    losses: Mapping[str, np.ndarray],
+    slices: Slices,
+    block: int = BLOCK,
+    samples: int = SAMPLES,
+    level: float = 0.95,
+    seed: int = 1,
+) -> dict[str, list[Interval]]:
+    """How sure the nats of `gains` are, by way of predicting and class; from the same samples of
+    blocks as `compared` draws. Ends are NaN for a class with tokens in fewer than `FEWEST_BLOCKS`
+    blocks, and all is NaN for one without tokens.
+
+    Args:
+        losses: by way of predicting, `[n]`, finite; others are compared with the first.
+        slices: of the same tokens.
+        block: tokens of a block; the last one has what is left.
+        samples: how many are drawn.
+        level: share of samples within an interval.
+        seed: of what is drawn.
+    """
+    classes, n = len(slices.labels), len(slices.which)
+    blocks = -(-n // block)
+    cells = np.arange(n) // block * classes + slices.which
+
+    def summed(column: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(cells, column, blocks * classes).reshape(blocks, classes)
+
+    sizes, drawn = summed(), _drawn(blocks, samples, seed)
+    tokens = drawn @ sizes
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    base, *others = losses
+    found = {}
+    for name in others:
+        lowered = summed(losses[base].astype(np.float64) - losses[name])
+        means = np.full(tokens.shape, np.nan)
+        np.divide(drawn @ lowered, tokens, out=means, where=tokens > 0)
+        ends = np.full((2, classes), np.nan)
+        enough = (sizes > 0).sum(axis=0) >= FEWEST_BLOCKS
+        ends[:, enough] = np.nanquantile(means[:, enough], tails, axis=0)
+        whole = np.full(classes, np.nan)
+        np.divide(lowered.sum(axis=0), sizes.sum(axis=0), out=whole, where=sizes.sum(axis=0) > 0)
+        found[name] = [Interval(*row) for row in np.vstack([whole, ends]).T.tolist()]
+    return found

@@ -26,7 +26,7 @@ def test_figures_stand_in_the_first_table(methods):
     relative = rows[1]["relative"]["value"]
     assert relative == pytest.approx(ppl / rows[0]["ppl"]["value"])
     assert lines[3].startswith(f"| LM + knn | {ppl:.2f} (")
-    assert lines[3].endswith("| 500 | 21.0 | 1,200 |")
+    assert " ".join(lines[3].split()).endswith("| 500 | 21.0 | 1,200 |")
     assert f"| {relative:.3f} (" in lines[3]
 
 
@@ -36,7 +36,9 @@ def test_classes_without_tokens_are_not_in_the_second_table(methods):
     assert [row["label"] for row in rows] == ["0 to 1", "2 to 8", "9 or more"]
     gained = 0.1 * methods[0].losses[:600].mean()
     assert rows[0]["gains"]["LM + knn"]["nats"] == pytest.approx(gained)
-    assert f"| 0 to 1 | 50.0% | {np.exp(methods[0].losses[:600].mean()):,.1f} |" in table
+    assert f"| 0 to 1 | 50.0% | {np.exp(methods[0].losses[:600].mean()):,.1f} |" in " ".join(
+        table.split()
+    )
     assert "9 or more" not in table
 
 

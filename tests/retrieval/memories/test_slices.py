@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from neighborlm.retrieval.memories.slices import (
+    FEWEST_BLOCKS,
+    Slices,
     by_bands,
     by_quantiles,
     by_truth,
     compared,
+    gain_intervals,
     gains,
     in_repeats,
 )
@@ -44,6 +47,33 @@ def test_intervals_are_those_of_blocks_drawn_one_by_one(losses):
     assert found["lm"].relative == (1, 1, 1)
     # All blocks are alike to it: what is hard for both does not blur the ratio.
     assert better.relative.high / better.relative.low < better.ppl.high / better.ppl.low
+
+
+def test_intervals_of_classes_are_those_of_blocks_drawn_one_by_one(losses):
+    rng = np.random.default_rng(3)
+    which = rng.integers(0, 2, N)
+    which[: 40 * (FEWEST_BLOCKS - 1)] = 2  # in too few blocks, but for the last
+    which[700:705] = 3
+    slices = Slices("class", ["a", "b", "c", "few", "none"], which)
+    found = gain_intervals(losses, slices, block=40, samples=4000, level=0.9)
+    assert list(found) == ["better", "other"]
+    lowered = losses["lm"].astype(float) - losses["better"]
+    blocks = [slice(first, first + 40) for first in range(0, N, 40)]
+    drawn = {0: [], 1: []}
+    for _ in range(4000):
+        chosen = [blocks[i] for i in rng.integers(0, len(blocks), len(blocks))]
+        classes, lower = (np.concatenate([x[b] for b in chosen]) for x in (which, lowered))
+        for i, means in drawn.items():
+            means.append(lower[classes == i].mean())
+    for i, interval in enumerate(found["better"][:4]):
+        assert interval.value == pytest.approx(lowered[which == i].mean())
+        if i in drawn:
+            width = interval.high - interval.low
+            ends = np.quantile(drawn[i], [0.05, 0.95])
+            np.testing.assert_allclose(interval[1:], ends, atol=width / 20)
+        else:
+            assert np.isnan(interval[1:]).all()
+    assert np.isnan(found["better"][4]).all()
 
 
 def test_samples_are_the_same_again_and_chance_is_seen(losses):
