@@ -4,6 +4,7 @@ in the run's directory."""
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ def _train(
         # Not when a finished run was started again.
         if trainer.is_global_zero and (tokens or not summary.exists()):
             figures = asdict(trained) | {"checkpoint": str(trained.checkpoint)}
+            figures["seconds"] = throughput.trained_seconds
+            figures["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
             with publishing(summary) as making:
                 making.write_bytes(as_json(figures))
             if score is not None:

@@ -28,6 +28,8 @@ TOOLS = {
     "datastore": Tool("tools.datastore", "list, show, verify, split, merge, assemble datastores"),
     "recall": Tool("tools.recall", "how often the target is among the nearest keys, by any index"),
     "page": Tool("tools.page", "a page of a text with what was retrieved for it, from a cache"),
+    "report": Tool("tools.report", "which tokens gain by their neighbours, which lose, by a cache"),
+    "runs": Tool("tools.runs", "a table of all trainings and evaluations below a folder"),
     "sweep": Tool("tools.sweep", "kNN-LM's perplexity over k, temperature and lmbda, from a cache"),
     "plan": Tool("tools.plan", "bytes that a datastore will take, and what would make it fit"),
     "codec": Tool("tools.codec", "compare or take over quantised features of a GNN-LM"),
