@@ -3,6 +3,7 @@ figures that they gave, the tuning as an image, sampled tokens as text and histo
 points. Other loggers of Lightning are given the figures and settings, and nothing else."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +13,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from neighborlm.callbacks.lightning_files import Events, errors_at
+from neighborlm.programs.evaluation import SEARCHING
 from neighborlm.programs.inspection import stored_contexts, text_before, text_of
 from neighborlm.programs.run import Run
 from neighborlm.programs.subject import Evaluated, Subject
@@ -24,8 +26,10 @@ NEIGHBORS = 5
 """Neighbours that are shown of a token."""
 CONTEXT = 8
 """Tokens that are shown before a token, and before each of its neighbours."""
-SECTIONS = ("model", "data", "neighbors", "mixer", "knn", "recent", "automaton", "adaptive")
-"""Settings that are logged."""
+COLORS = 20
+"""Of points: the most frequent tokens have one each, and the others share one."""
+SECTIONS = ("model", "data", "neighbors")
+"""Settings that are logged of every stage."""
 TRAINING = ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val")
 """Settings of the trainer that change what is learned."""
 
@@ -59,10 +63,12 @@ def log_evaluation(subject: Subject, evaluated: Evaluated, settings: Mapping[str
     """
     loggers, results = evaluated.trainer.loggers, evaluated.results
     step = getattr(subject.model, "updates", 0)
-    chosen = some(settings, SECTIONS)
+    memories = list(evaluated.memories)
+    searching = ("knn",) if SEARCHING & set(memories) else ()
+    chosen = some(settings, (*SECTIONS, *(("mixer",) if memories else ()), *searching, *memories))
     if hasattr(subject.model, "hparams"):  # of its training, whatever the settings say
         chosen["model"] = dict(subject.model.hparams)
-    chosen |= {"split": results["split"], "memories": "+".join(evaluated.memories)}
+    chosen |= {"split": results["split"], "memories": "+".join(memories)}
     figures = logged(results)
     final = {name: of for name, of in figures.items() if is_final(name)}
     log_settings(flat(chosen), final, step, loggers)
@@ -251,8 +257,11 @@ def log_keys(subject: Subject, memory: KNNMemory) -> None:
     rows, keys = datastore.sample(KEYS, seed=subject.run.seed)
     tokens = (data.dictionary.decode([value]) for value in datastore.values_of(rows).tolist())
     labels = [" ".join(token.split()) or repr(token) for token in tokens]
+    frequent = {label for label, _ in Counter(labels).most_common(COLORS - 1)}
+    rows_of_labels = [[label, label if label in frequent else "(others)"] for label in labels]
     with errors_at(board.log_dir):
-        board.experiment.add_embedding(keys, labels, tag="keys")
+        header = ["token", "frequent token"]  # a column has colours if it has few values
+        board.experiment.add_embedding(keys, rows_of_labels, tag="keys", metadata_header=header)
     board.finalize("success")
 
 

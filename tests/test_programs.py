@@ -106,6 +106,7 @@ def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
     settings, figures = hyperparameters(place)
     assert (settings["split"], settings["memories"], settings["knn.k"]) == ("valid", "knn", 32)
     assert settings["model.width"] == 16
+    assert not any(name.startswith(("automaton.", "recent.")) for name in settings)
     assert figures == {"valid/ppl", *(f"valid/knn/{x}" for x in ("ppl", "lmbda", "temperature"))}
     assert len(logged["valid/ppl"]) == 1
 

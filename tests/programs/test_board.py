@@ -87,7 +87,11 @@ def test_keys_are_points_with_their_tokens(evaluated, workplace):
     keys = evaluated[-1]
     (folder,) = (path.parent for path in keys.rglob("tensors.tsv"))
     points = np.loadtxt(folder / "tensors.tsv", delimiter="\t")
-    labels = (folder / "metadata.tsv").read_text().splitlines()
+    header, *lines = (folder / "metadata.tsv").read_text().splitlines()
+    assert header == "token\tfrequent token"
+    labels, colors = zip(*(line.split("\t") for line in lines), strict=True)
+    assert len(set(colors)) == board.COLORS
+    assert all(color in (label, "(others)") for label, color in zip(labels, colors, strict=True))
     stored = np.load(workplace / "board-store/keys.npy").astype(np.float64)
     assert len(points) == len(labels) == min(len(stored), board.KEYS) == board.KEYS
     words = (workplace / "words/train.txt").read_text().replace("\n", " ↵ ").split()
