@@ -283,7 +283,7 @@ def show(entries: Sequence[Entry], form: str) -> None:
     table = Table(box=SIMPLE, pad_edge=False)
     for name in COLUMNS:
         figure = name in ("perplexity", "with memories", "took")
-        table.add_column(name, justify="right" if figure else "left")
+        table.add_column(name, justify="right" if figure else "left", overflow="fold")
     for entry in entries:
         table.add_row(*row_of(entry, settings, between="\n"))
     console.print(table)
