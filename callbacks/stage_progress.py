@@ -13,6 +13,8 @@ from neighborlm.common.progress import Bars
 
 LOOK_SECONDS = 1.0
 """How often a bar's figures change: to read a loss is to wait for the device."""
+EVALUATING = "evaluating"
+"""What a pass over a split does, unless a callback has another word for it as its `doing`."""
 
 
 class StageProgress(Callback):
@@ -32,6 +34,7 @@ class StageProgress(Callback):
         self.looked_at = 0.0
         self.tested: Tensor | float = 0.0  # the sum of log-probabilities
         self.told_update = -1
+        self.doing = EVALUATING
 
     def _begin(self, trainer: Trainer, title: str) -> None:
         self.close()
@@ -44,6 +47,7 @@ class StageProgress(Callback):
             self.bars = None
 
     def _begin_count(self) -> None:
+        self.passed: tuple[int, float] = (0, 0)
         self.tokens: Tensor | int = 0
         self.since = time.perf_counter()
 
@@ -124,7 +128,9 @@ class StageProgress(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to count."""
-        self._begin(trainer, f"evaluating {split_of(trainer.test_dataloaders)}".rstrip())
+        doings = [callback.doing for callback in trainer.callbacks if hasattr(callback, "doing")]
+        self.doing = doings[0] if doings else EVALUATING
+        self._begin(trainer, f"{self.doing} {split_of(trainer.test_dataloaders)}".rstrip())
         self.tested = 0.0
         self._begin_count()
 
@@ -139,7 +145,7 @@ class StageProgress(Callback):
     ) -> None:
         """Counts the tokens and their log-probabilities."""
         self.tokens = self.tokens + batch.scored.sum()
-        if getattr(outputs, "log_probs", None) is not None:
+        if self.doing == EVALUATING and getattr(outputs, "log_probs", None) is not None:
             self.tested = self.tested - outputs.log_probs.sum(dtype=torch.float64)
         self._tell_batch(trainer, batch_idx, trainer.num_test_batches[0])
 
@@ -163,13 +169,23 @@ class StageProgress(Callback):
         self._tell_batch(trainer, batch_idx, trainer.num_predict_batches[0])
 
     def _tell_batch(self, trainer: Trainer, batch_idx: int, total: int) -> None:
-        now, ends = time.perf_counter(), batch_idx + 1 >= total
-        if ends or now - self.looked_at > LOOK_SECONDS:
+        now = time.perf_counter()
+        self.passed = (batch_idx + 1, total)
+        if batch_idx + 1 < total and now - self.looked_at > LOOK_SECONDS:
             self.looked_at = now
-            tokens, more = int(self.tokens), [self._rate(trainer)]
-            if isinstance(self.tested, Tensor) and tokens:
-                more = [figures_of(self.tested.item() / tokens), *more]
-            self._tell_pass(trainer, "", batch_idx + 1, total, ", ".join(more))
+            self._tell_passed(trainer)
+
+    def _tell_passed(self, trainer: Trainer) -> None:
+        tokens, more = int(self.tokens), [self._rate(trainer)]
+        if isinstance(self.tested, Tensor) and tokens:
+            more = [figures_of(self.tested.item() / tokens), *more]
+        self._tell_pass(trainer, "", *self.passed, ", ".join(more))
+
+    def _end_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells a pass at its end, once the memories beside the model have answered too."""
+        if self.bars is not None and self.passed[0]:
+            self._tell_passed(trainer)
+        self.close()
 
     def _tell_pass(
         self,
@@ -185,7 +201,8 @@ class StageProgress(Callback):
 
     # -- the end -------------------------------------------------------------------------------
 
-    on_test_end = on_predict_end = on_exception = teardown = close
+    on_test_end = on_predict_end = _end_pass
+    on_exception = teardown = close
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says where the training has ended, where that is not what was announced."""

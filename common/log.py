@@ -1,6 +1,7 @@
 """The log of a run, `log.txt` in its directory: what each stage has said of its progress, and how a
 program ended, with the time. It is kept where it can be; nothing depends on it."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def log(line: str, make: bool = True) -> None:
         begins = not path.exists()
         with open(path, "a", encoding="utf-8") as file:
             if begins or path not in _begun:
-                file.write(_stamped(f"command: {' '.join(sys.argv)}"))
+                file.write(_stamped(f"command: {shlex.join(sys.argv)}"))
             file.write(_stamped(line))
         _begun.add(path)
     except OSError:  # a full disk, or a run that others may only read

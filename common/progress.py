@@ -22,7 +22,14 @@ from neighborlm.common.log import log
 Report = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and how much there is in all."""
 Item = TypeVar("Item")
-COUNTED = {"adding": "keys", "measuring": "keys", "encoding": "keys", "searching": "tokens"}
+COUNTED = {
+    "adding": "keys",
+    "measuring": "keys",
+    "encoding": "keys",
+    "searching": "tokens",
+    "octaves": "tokens",
+    "quarter octaves": "tokens",
+}
 """What some stages count."""
 LINE_SECONDS = 60.0
 """Without a line, where a stage takes long."""

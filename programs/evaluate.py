@@ -143,6 +143,10 @@ missing of datastore and index is made.
         super().check_flags()
         if self.config.page is not None:
             check_page(self.config, self.memories)
+        for flag in ("page_tokens", "page_neighbors", "page_against"):
+            value = self.config[flag]
+            if self.config.page is None and value != self.parser.get_default(flag):
+                raise InputError(f"--{flag} {value}: has no effect here; expected --page FILE too")
         if self.memories or not self.makes_products:
             self.check_places()
 

@@ -69,6 +69,7 @@ def _read(path: Path) -> dict[str, Any]:
     run = path.parent
     if not path.is_file():
         found = "has no config.yaml" if run.is_dir() else "no such directory"
+        found = "is a file" if run.is_file() else found
         raise InputError(
             f"{run}: {found}; expected flags, or first the directory of a run that train.py made"
         )

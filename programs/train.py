@@ -10,6 +10,7 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.log import log
 from neighborlm.datamodules.lm import check_row_length
 from neighborlm.programs.architectures import ARCHITECTURES
 from neighborlm.programs.belonging import is_same_text
@@ -170,4 +171,6 @@ def main(args: list[str] | None = None) -> None:
         config=resolved_config(cli),
     )
     if trained.best_valid_ppl is not None:
-        print(f"lowest validation perplexity {trained.best_valid_ppl:.2f}: {trained.checkpoint}")
+        lowest = f"lowest validation perplexity {trained.best_valid_ppl:.2f}: {trained.checkpoint}"
+        print(lowest)
+        log(lowest)

@@ -45,6 +45,9 @@ class Looking(Interpolation):
         parts: what was kept, in the order of the text.
     """
 
+    doing = "reading the tokens of the page from"
+    """What the pass is called while it runs."""
+
     def __init__(
         self,
         memories: Mapping[str, Memory],

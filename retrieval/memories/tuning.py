@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from neighborlm.common.errors import InputError
+from neighborlm.common.progress import Report, progress_bars
 from neighborlm.retrieval.memories.cache import Retrieved
 from neighborlm.retrieval.memories.knn import PART, knn_log_probs, weighted_scores
 from neighborlm.retrieval.memories.mixers import mixture
@@ -130,19 +131,31 @@ def tune(blocks: Iterable[Retrieved]) -> Tuning:
     lmbdas = np.arange(100) / 100
     losses: dict[float, np.ndarray] = {}
 
-    def try_out(exponents: np.ndarray) -> float:
+    def try_out(exponents: np.ndarray, stage: str, report: Report) -> float:
         temperatures = [t for t in (2.0**exponents).tolist() if t not in losses]
-        (table,) = sweep(blocks, [k], temperatures, lmbdas)
+        (table,) = sweep(_told(blocks, count, stage, report), [k], temperatures, lmbdas)
         losses.update(zip(temperatures, table, strict=True))
         return math.log2(min(losses, key=lambda t: losses[t].min()))
 
-    best = try_out(np.arange(octave - 7.0, octave + 6.0))
-    try_out(best + np.arange(-3, 4) / 4)
+    with progress_bars("tuning lmbda and temperature", transient=True) as report:
+        best = try_out(np.arange(octave - 7.0, octave + 6.0), "octaves", report)
+        try_out(best + np.arange(-3, 4) / 4, "quarter octaves", report)
     temperatures = np.array(sorted(losses))
     table = np.stack([losses[t] for t in temperatures])
     row, column = np.unravel_index(table.argmin(), table.shape)
     found = (lmbdas[column], temperatures[row], table[row, column])
     return Tuning(*map(float, found), lmbdas, temperatures, table)
+
+
+def _told(
+    blocks: Iterable[Retrieved], tokens: int, stage: str, report: Report
+) -> Iterator[Retrieved]:
+    """The blocks; tells how many of all tokens are behind."""
+    done = 0
+    for block in blocks:
+        yield block
+        done += len(block.positions)
+        report(stage, done, tokens)
 
 
 def check_count(tokens: int) -> None:

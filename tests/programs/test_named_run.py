@@ -57,6 +57,7 @@ def test_what_a_run_stands_for(tmp_path, given, completed):
     ("named", "content", "words"),
     [
         ("none", None, ("none: no such directory", "expected")),
+        ("best.ckpt", None, ("best.ckpt: is a file", "expected")),
         (".", None, (": has no config.yaml", "train.py")),
         (".", "[a, list]", ("config.yaml: is no config",)),
         (".", "data: {a: [", ("config.yaml: is no config",)),
@@ -64,6 +65,7 @@ def test_what_a_run_stands_for(tmp_path, given, completed):
     ],
 )
 def test_what_is_no_run(tmp_path, named, content, words):
+    (tmp_path / "best.ckpt").touch()
     if content is not None:
         (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(InputError) as error:

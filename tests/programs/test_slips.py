@@ -54,6 +54,7 @@ SLIPS = [
         "evaluate --knnlm --data.corpus words --trainer.limit_predict_batches 2",
         "needs every row of its split",
     ),
+    ("evaluate --data.corpus words --page_tokens 20", "has no effect here; expected --page FILE"),
     # configs
     ("train --config none.yaml", "--config none.yaml: No such file or directory"),
     ("train --config .", "--config .: Is a directory; expected a YAML file"),
