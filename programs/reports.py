@@ -115,11 +115,15 @@ def as_table(results: dict[str, Any]) -> Table:
     for name in names:
         table.add_column(name.replace(" / ", "\n/ "), justify="right", no_wrap=True)
     for r in rows:
-        figures = (f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:.0f}")
+        figures = (f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:,.0f}")
         if more:
             weights = " ".join(f"{weight:.2f}" for weight in r["weights"].values())
             on_disk, searches = r["bytes_on_disk"], r["searches"]
-            figures += (weights, size_of(on_disk) if on_disk else "", f"{searches or ''}")
+            figures += (
+                weights,
+                size_of(on_disk) if on_disk else "",
+                f"{searches:,}" if searches else "",
+            )
         table.add_row(r["name"], *figures)
     return table
 

@@ -178,7 +178,10 @@ def open_faiss(datastore: Datastore, search: Search) -> FaissRetriever:
     index, metric = search.index, search.metric
     path = Path(index) if is_path(index) else index_path(datastore, index, metric)
     if not path.is_file():
-        raise InputError(f"{path}: no such index; --build_index or --knnlm makes it")
+        way = "expected one that was built, or what to build, such as flat or IVF1024,SQ8"
+        if not is_path(index):
+            way = "--build_index or --knnlm makes it"
+        raise InputError(f"{path}: no such index; {way}")
     artifact, described = artifact_of(path), {}
     if artifact.exists():
         expected = {
