@@ -125,6 +125,9 @@ class RetrievalCache:
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such directory; expected a cache of retrieved neighbours")
+        inside = sorted(manifest.parent for manifest in path.glob("*/manifest.json"))
+        if inside and not (path / "manifest.json").exists():
+            raise InputError(f"{path}: is no cache of a split; expected one, such as {inside[0]}")
         manifest = Artifact.folder(FORMAT, path).open()
         return cls(path, manifest, manifest["k"], **open_arrays(path, manifest))
 

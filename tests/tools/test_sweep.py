@@ -61,9 +61,11 @@ def test_given_grid(cache, tmp_path):
         (("--k", "13"), "keeps 12 neighbours a token, not 13"),
         (("--temperature", "0"), "--temperature is 0.0; expected finite numbers, more than 0"),
         (("--lmbda", "1.5"), "--lmbda is 1.5; expected numbers from 0 to 1"),
+        (("--cache", "{above}"), "is no cache of a split; expected one, such as"),
     ],
 )
 def test_one_sentence(cache, flags, message, capsys):
+    flags = [flag.format(above=cache.path.parent) for flag in flags]
     with pytest.raises(SystemExit) as stopped:
         main(["--cache", str(cache.path), *flags])
     assert stopped.value.code == 2
