@@ -264,11 +264,15 @@ class BinarizedCorpus:
             return f"--data.dictionary {settings.dictionary} was made from another text"
         if self._level != "word" or self.files.ids:
             return "the training split lacks these symbols: it is small, or of another kind"
-        rare = f"lower --data.threshold {settings.threshold}, or " if settings.threshold > 1 else ""
+        rare = (
+            f"a --data.threshold below {settings.threshold}, or "
+            if settings.threshold > 1
+            else "or "
+        )
         return (
-            "words are split at white space alone, so that `end.` and `end` are two: separate "
-            f"punctuation (neighborlm prepare FILES --output FOLDER --tokenize), {rare}"
-            "take --data.level char"
+            "words are split at white space alone, so that `end.` and `end` are two; what "
+            "helps is separate punctuation (neighborlm prepare FILES --output FOLDER --tokenize), "
+            f"{rare}--data.level char"
         )
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import Progress
 from tokenizers import Encoding
 
 from neighborlm.common.contracts import TextSize
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import digest_of
+from neighborlm.common.progress import progress_bars
 from neighborlm.datamodules.binarize import NpyWriter, TokenStream, smallest_unsigned
 from neighborlm.datamodules.binarized import BinarizedCorpus, fingerprint_of_tokens, write_meta
 from neighborlm.datamodules.documents import Documents, Piece
@@ -120,9 +120,11 @@ class TokenizedCorpus(BinarizedCorpus):
         lines = [f"corpus {self.name}: a vocabulary of {len(self.dictionary):,} tokens"]
         if self.files.dealt is not None:
             lines.append(f"  {self.files.folder} has no splits: {self.files.dealt}")
-        unit = "groups of lines" if self._in_groups else "documents"
+        units = ("group of lines", "groups of lines")
+        units = units if self._in_groups else ("document", "documents")
         for split, counts in meta["statistics"].items():
             size = TextSize(*meta["sizes"][split])
+            unit = units[counts["lines"] != 1]
             lines.append(
                 f"  {split}: {counts['tokens']:,} tokens in {counts['lines']:,} {unit}, "
                 f"{size.words:,} words, {size.bytes:,} bytes"
@@ -145,8 +147,7 @@ class TokenizedCorpus(BinarizedCorpus):
         dtype = smallest_unsigned(len(self.dictionary))
         starts, total, changed = [np.zeros(1, dtype=np.int64)], np.zeros(2, dtype=np.int64), 0
         with ExitStack() as stack:
-            bar = stack.enter_context(Progress(transient=True))
-            task = bar.add_task(f"tokenising {split}", total=None)
+            report = stack.enter_context(progress_bars(f"tokenising {split}", transient=True))
             tokens = stack.enter_context(NpyWriter(folder / "tokens.npy", dtype))
             columns = () if split == "train" else SIZES
             sizes = [stack.enter_context(NpyWriter(folder / f"{n}.npy", "u4")) for n in columns]
@@ -157,7 +158,7 @@ class TokenizedCorpus(BinarizedCorpus):
                     writer.append(part.sizes[:, column], tokens.length)
                 total += part.sizes.sum(axis=0)
                 changed += part.changed
-                bar.update(task, advance=len(part.tokens))
+                report("", tokens.length, 0, "tokens")
         line_starts = np.concatenate(starts)
         if len(line_starts) < 2:
             raise InputError(

@@ -397,7 +397,7 @@ def test_the_first_use_says_what_the_corpus_is(own, capsys):
     ("settings", "advice"),
     [
         ({}, "prepare FILES --output FOLDER --tokenize"),
-        ({"threshold": 3}, "lower --data.threshold 3"),
+        ({"threshold": 3}, "a --data.threshold below 3"),
         ({"level": "char"}, "lacks these symbols"),
         ({"dictionary": "dict.txt"}, "dict.txt was made from another text"),
     ],
