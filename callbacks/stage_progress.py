@@ -128,7 +128,8 @@ class StageProgress(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to count."""
-        doings = [callback.doing for callback in trainer.callbacks if hasattr(callback, "doing")]
+        others = (callback for callback in trainer.callbacks if callback is not self)
+        doings = [other.doing for other in others if hasattr(other, "doing")]
         self.doing = doings[0] if doings else EVALUATING
         self._begin(trainer, f"{self.doing} {split_of(trainer.test_dataloaders)}".rstrip())
         self.tested = 0.0
