@@ -173,6 +173,8 @@ class Products:
         if is_raw(path):
             return self.open_raw_datastore(path)
         if not Datastore.is_complete(path):
+            if self.knn.datastore is not None:
+                refuse_other_folder(Path(self.knn.datastore))
             return None
         datastore = self._open(split)
         made_from = datastore.manifest["made_from"]
@@ -328,3 +330,23 @@ class Products:
         """Refuses a factory string that faiss does not know, or that this many keys do not suit."""
         width = self.model.key_width(self.knn.key_type)
         check_index(self.knn.index, width, self.knn.metric, n_keys)
+
+
+OF_DATASTORES = ("*.npy", "*.json", "*.faiss*", ".*", "shard-*")
+"""Files and folders that a datastore may have before its manifest is written."""
+
+
+def refuse_other_folder(path: Path) -> None:
+    """Refuses to make a datastore among other files.
+
+    Raises:
+        InputError: the folder has files that no datastore has.
+    """
+    if not path.is_dir() or (path / "manifest.json").exists():
+        return
+    for entry in sorted(path.iterdir()):
+        if not any(entry.match(pattern) for pattern in OF_DATASTORES):
+            raise InputError(
+                f"--knn.datastore {path}: holds {entry.name} and no datastore; expected a "
+                "datastore, or an empty or missing folder to make one in"
+            )

@@ -90,6 +90,7 @@ def test_wrong_flags(refused, workplace, flags, words):
         ("--output", "words/train.txt/x.json", ("words/train.txt is no folder",)),
         ("--token_scores", "/proc/none/x.npz", ("--token_scores /proc/none/x.npz", "cannot be")),
         ("--knn.cache", "words/train.txt", ("--knn.cache words/train.txt", "is no folder")),
+        ("--knn.datastore", "runs", ("--knn.datastore runs: holds words and no datastore",)),
         ("--trainer.default_root_dir", "words/train.txt", ("words/train.txt", "is no folder")),
         ("--trainer.default_root_dir", "taken", ("taken/evaluations is no folder",)),
     ],
