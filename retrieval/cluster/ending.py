@@ -104,7 +104,7 @@ class Ending:
         the first rank of the host where Lightning starts the others."""
         starter = os.environ.get(STARTER)
         os.environ[STARTER] = str(os.getpid())
-        if starter and "LOCAL_RANK" in os.environ:
+        if starter and "LOCAL_RANK" in os.environ and not _is_another(int(starter)):
             self._in_background(self._follow_starter, int(starter))
 
     def _follow_starter(self, starter: int) -> None:
@@ -129,6 +129,20 @@ class Ending:
 
     def _in_background(self, follow, *args) -> None:
         threading.Thread(target=follow, args=args, name="follow", daemon=True).start()
+
+
+def _is_another(starter: int) -> bool:
+    """Whether a process is there that has not started this one, as where it has started torchrun,
+    which looks after its ranks itself."""
+    if os.getppid() == starter:
+        return False
+    try:
+        os.kill(starter, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _member(local_rank: int | str) -> Member:

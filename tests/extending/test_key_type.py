@@ -25,19 +25,10 @@ def load(source):
 def test_squared_distances_of_unit_keys_are_those_of_the_cosine(evaluated, monkeypatch):
     """|a - b|^2 = 2 - 2 cos(a, b), so that half the temperature gives the same votes."""
     monkeypatch.setitem(ARCHITECTURES, "unit_keys", Architecture(load=load))
-    knn = (
-        "--knnlm",
-        "--knn.k",
-        64,
-        "--knn.index",
-        "flat",
-        "--knn.lmbda",
-        0.3,
-        "--knn.dtype",
-        "fp32",
-    )
+    knn = ("--knnlm", "--knn.k=64", "--knn.index=flat", "--knn.lmbda=0.3", "--knn.dtype=fp32")
     unit = ("--arch", "unit_keys", "--ckpt_path", "runs/words/checkpoints/best.ckpt")
-    unit = (*unit, "--knn.key_type", "unit", "--knn.temperature", 0.2)
-    cosine = ("--knn.key_type", "last_hidden", "--knn.metric", "cosine", "--knn.temperature", 0.1)
+    unit = (*unit, "--knn.key_type=unit", "--knn.temperature=0.2", "--knn.datastore=unit")
+    cosine = ("--knn.key_type=last_hidden", "--knn.metric=cosine", "--knn.temperature=0.1")
+    cosine = (*cosine, "--knn.datastore=cosine")
     votes = [evaluated(*knn, *flags)[1]["knn_log_prob"] for flags in (unit, cosine)]
     np.testing.assert_allclose(*map(np.exp, votes), rtol=1e-4, atol=1e-6)

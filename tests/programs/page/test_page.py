@@ -15,7 +15,15 @@ from neighborlm.programs.page.writing import write_page
 from neighborlm.retrieval.memories.slices import Slices
 
 HERE = (*SMALL, "--data.corpus", "words", "--ckpt_path", "runs/words/checkpoints/best.ckpt")
-KNN = ("--knnlm", "--knn.index", "flat", "--knn.cache", "kept", "--knn.datastore", "page-store")
+KNN = (
+    "--knnlm",
+    "--knn.index",
+    "flat",
+    "--knn.cache",
+    "page-kept",
+    "--knn.datastore",
+    "page-store",
+)
 ALL = ("--memories", "knn,ngram,recent", "--mixer", "gate")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -69,7 +77,15 @@ def test_a_page_holds_what_was_evaluated(pages, name):
 
 def test_a_page_from_a_cache_is_that_of_the_evaluation(workplace, pages, run_program, tmp_path):
     """With the lmbda and the temperature that are best for the validation split."""
-    kept = ("page", "--cache", "kept/test", "--output", tmp_path / "kept.html", "--neighbors", 8)
+    kept = (
+        "page",
+        "--cache",
+        "page-kept/test",
+        "--output",
+        tmp_path / "kept.html",
+        "--neighbors",
+        8,
+    )
     run_program(workplace, "neighborlm", *kept)
     found, expected = content_of(tmp_path / "kept.html"), content_of(pages / "knn.html")
     assert found["neighbors"]["temperature"] == expected["neighbors"]["temperature"]

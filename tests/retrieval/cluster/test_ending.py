@@ -49,6 +49,20 @@ def test_ranks_that_are_not_connected_yet(killed):
     )
 
 
+def test_a_rank_of_another_launcher_goes_on():
+    """As of torchrun that was started by a process with a run of its own behind it."""
+    waits = f"{FOLLOW}ENDING.follow_starter(); time.sleep(0.5); print('goes on')"
+    launched = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {waits!r}])"
+    environment = {"PYTHONPATH": str(ROOT), "NEIGHBORLM_STARTER": str(os.getpid())}
+    done = subprocess.run(
+        [sys.executable, "-c", launched],
+        env={**os.environ, **environment, "LOCAL_RANK": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("goes on\n", "")
+
+
 def join(rank: int, port: int, folder: Path, patient: bool) -> None:
     """A rank that watches the other, and dies before the process group is made, or waits for it."""
     with open(folder / str(rank), "w") as file:

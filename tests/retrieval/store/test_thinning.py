@@ -169,4 +169,6 @@ def test_what_cannot_be_is_refused(store, make_store, tmp_path, capsys):
     flags = ["merge-entries", "--source", str(store.path), "--output", str(tmp_path / "n")]
     with pytest.raises(SystemExit):
         main([*flags, "--table", str(other.path / "neighbors-k8.json")])
-    assert f"its queries is {other.fingerprint}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "its queries is" in said
+    assert other.fingerprint in said
