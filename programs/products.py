@@ -332,8 +332,9 @@ class Products:
         check_index(self.knn.index, width, self.knn.metric, n_keys)
 
 
-OF_DATASTORES = ("*.npy", "*.json", "*.faiss*", ".*", "shard-*")
-"""Files and folders that a datastore may have before its manifest is written."""
+OF_DATASTORES = ("*.npy*", "*.json*", "*.faiss*", ".*", "shard-*")
+"""Files and folders that a datastore may have before its manifest is there, also while another rank
+writes them."""
 
 
 def refuse_other_folder(path: Path) -> None:
