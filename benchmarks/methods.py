@@ -45,6 +45,7 @@ from neighborlm.retrieval.memories.slices import (
     gains,
     in_repeats,
 )
+from neighborlm.retrieval.store.arrays import token_counts
 
 ALONE = ("knn", "ngram", "recent", "automaton")
 TOGETHER = ("knn", "ngram", "recent")
@@ -177,7 +178,7 @@ class Comparison:
         mixing, _ = self._pass(names, mixer, Want(entropy=True))
         table = mixing.tally.table.gathered()
         text, train = self.resources.tokens("test"), self.resources.tokens("train")
-        counts = np.bincount(train, minlength=self.resources.vocab_size)[table["target"]]
+        counts = token_counts(train, self.resources.vocab_size)[table["target"]]
         repeated = in_repeats(text, REPEATED)[table["position"]]
         overlap = table["ngram.suffix_length"]
         return [

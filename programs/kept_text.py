@@ -6,6 +6,7 @@ import argparse
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.binarized import CorpusSettings
@@ -13,6 +14,7 @@ from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.retrieval.memories.cache import RetrievalCache
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
+from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.memories.slices import (
     Slices,
     by_bands,
@@ -21,6 +23,7 @@ from neighborlm.retrieval.memories.slices import (
     in_repeats,
 )
 from neighborlm.retrieval.memories.tuning import tune
+from neighborlm.retrieval.store.arrays import token_counts
 
 FREQUENCIES = (0, 1, 10, 100, 1000, 10_000)
 """Where the bands of tokens by frequency in the training text begin."""
@@ -106,8 +109,8 @@ class KeptScores(NamedTuple):
     def mixture(self, lmbda: float) -> np.ndarray:
         """Log-probabilities fp64 `[n]` under kNN-LM, `lmbda * p_kNN + (1 - lmbda) * p_LM`
         (Khandelwal et al., ICLR 2020, equation 3)."""
-        with np.errstate(divide="ignore"):
-            return np.logaddexp(np.log1p(-lmbda) + self.lm, np.log(lmbda) + self.knn)
+        parts = torch.from_numpy(self.lm), torch.from_numpy(self.knn)
+        return mixture(parts, (1 - lmbda, lmbda)).numpy()
 
 
 def kept_scores(cache: RetrievalCache, temperature: float) -> KeptScores:
@@ -147,7 +150,7 @@ def slices_of(
         suffix_lengths: int64 `[n]`, tokens of the longest suffix of the context that the training
             text has.
     """
-    counts = np.bincount(data.stream("train").tokens, minlength=data.vocab_size)[targets]
+    counts = token_counts(data.stream("train").tokens, data.vocab_size)[targets]
     found = [by_bands("times in the training text", counts, FREQUENCIES)]
     if suffix_lengths is not None:
         edges = [0, 2, 3, 5, 9]

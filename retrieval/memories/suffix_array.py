@@ -25,6 +25,7 @@ from neighborlm.retrieval.store.arrays import (
     Layout,
     make_room,
     open_array,
+    token_counts,
 )
 
 FORMAT = Format("suffix array", 1, ("rows", "vocab_size", "dtype"))
@@ -151,10 +152,7 @@ class SuffixArray:
     @cached_property
     def bounds(self) -> np.ndarray:
         """Where the suffixes begin that start with each token, int64 `[V + 1]`."""
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for first in range(0, len(self.tokens), BLOCK):
-            counts += np.bincount(self.tokens[first : first + BLOCK], minlength=self.vocab_size)
-        return np.concatenate([[0], counts.cumsum()])
+        return np.concatenate([[0], token_counts(self.tokens, self.vocab_size).cumsum()])
 
     # -- phrases ---------------------------------------------------------------------------------
 
