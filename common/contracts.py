@@ -434,18 +434,21 @@ class Distribution(NamedTuple):
         features: as in `Opinion`.
         rows: int64 `[n, m]`, the rows of the datastore, and so the tokens of the training text,
             that say so; -1 where none does. None from a memory that has none.
+        scores: fp32 `[n, m]`, of the neighbours in these rows, larger is nearer and -inf where one
+            is missing. None from a memory without neighbours.
     """
 
     ids: Tensor
     probs: Tensor
     features: Mapping[str, Tensor] = {}
     rows: Tensor | None = None
+    scores: Tensor | None = None
 
     def some(self, which: Tensor | slice) -> "Distribution":
         """That of some of the places."""
         features = {name: column[which] for name, column in self.features.items()}
-        rows = None if self.rows is None else self.rows[which]
-        return Distribution(self.ids[which], self.probs[which], features, rows)
+        own = (None if x is None else x[which] for x in (self.rows, self.scores))
+        return Distribution(self.ids[which], self.probs[which], features, *own)
 
 
 class Memory(Protocol):

@@ -125,18 +125,21 @@ def stored_contexts(
     data: LMDataModule, memory: KNNMemory, asked: Scored, count: int, context: int
 ) -> list[StoredContext]:
     """The nearest neighbours of one token."""
-    found, weights = memory.neighbors(asked), memory.distribution(asked).probs
-    order = torch.argsort(weights[0], descending=True, stable=True)[:count].tolist()
+    said = memory.distribution(asked)
+    rows, ids, shares = said.rows[0].tolist(), said.ids[0].tolist(), said.probs[0].tolist()
+    sign = -1 if memory.similarity == "l2" else 1
+    distances = (sign * said.scores[0]).tolist()
+    order = torch.argsort(said.probs[0], descending=True, stable=True)[:count].tolist()
     return [
         StoredContext(
-            row := int(found.rows[0, place]),
-            text_before(data, "train", row, context),
-            data.dictionary.decode([int(found.values[0, place])]),
-            float(found.distances[0, place]),
-            weights[0, place].item(),
+            rows[place],
+            text_before(data, "train", rows[place], context),
+            data.dictionary.decode([ids[place]]),
+            distances[place],
+            shares[place],
         )
         for place in order
-        if found.rows[0, place] >= 0
+        if rows[place] >= 0
     ]
 
 

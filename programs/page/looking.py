@@ -23,7 +23,6 @@ from neighborlm.programs.page.tokens import (
 from neighborlm.programs.subject import Evaluated, Subject, score
 from neighborlm.retrieval.memories import KNNMemory, NGramMemory
 from neighborlm.retrieval.memories.cache_builder import nearest_first
-from neighborlm.retrieval.memories.knn import neighbor_scores
 from neighborlm.retrieval.memories.mixers import lm_opinion, weighed
 from neighborlm.retrieval.search.retriever import counts_of
 
@@ -121,7 +120,7 @@ def part_of(
     )
     for name, memory in memories.items():
         if isinstance(memory, KNNMemory):
-            part = replace(part, neighbors=neighbors_of(memory, asked, most))
+            part = replace(part, neighbors=neighbors_of(memory, said[name], most))
         if isinstance(memory, NGramMemory):
             lengths = opinions[name].features["suffix_length"].numpy().astype(np.int64)
             places = memory.occurrences(asked, OCCURRENCES).numpy()
@@ -135,13 +134,12 @@ def opinion_of(said: Distribution, targets: torch.Tensor) -> Opinion:
     return Opinion((said.probs.double() * hits).sum(dim=1).log(), said.features)
 
 
-def neighbors_of(memory: KNNMemory, asked: Scored, most: int) -> PageNeighbors:
+def neighbors_of(memory: KNNMemory, said: Distribution, most: int) -> PageNeighbors:
     """The nearest neighbours of some tokens, with the scores that weigh their votes."""
-    found = memory.neighbors(asked)
-    scores = neighbor_scores(found.distances, found.rows, memory.similarity).numpy()
-    counts = counts_of(found.rows, memory.weights)
-    columns = [found.rows, found.values.astype(np.int64), *([] if counts is None else [counts])]
-    scores, rows, values, *counts = (x[:, :most] for x in nearest_first(scores, *columns))
+    columns = [said.scores.numpy(), said.rows.numpy(), said.ids.numpy()]
+    if memory.weights is not None:
+        columns.append(counts_of(columns[1], memory.weights))
+    scores, rows, values, *counts = (x[:, :most] for x in nearest_first(*columns))
     own = counts[0].astype(np.float32) if counts else None
     return PageNeighbors(scores, rows, values, own, memory.temperature, memory.k)
 

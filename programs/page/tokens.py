@@ -96,13 +96,6 @@ class PageTokens:
     other: np.ndarray | None = None
     other_name: str = ""
 
-    @property
-    def mixture(self) -> np.ndarray:
-        """Log-probabilities of the tokens as evaluated, fp64 `[n]`."""
-        with np.errstate(divide="ignore"):
-            parts = [self.log_probs[name] + np.log(self.weights[name]) for name in self.log_probs]
-        return np.logaddexp.reduce(parts)
-
     def in_classes(self, data: LMDataModule, split: str | None) -> "PageTokens":
         """The same page with classes of its tokens, see `programs.kept_text.slices_of`.
 

@@ -156,12 +156,13 @@ class AdaptiveMemory(KNNMemory):
         searched, said = self._decided(self.features(asked))
         n = len(searched)
         ids, probs = torch.zeros(n, self.k, dtype=torch.int64), torch.zeros(n, self.k)
-        rows = torch.full_like(ids, -1)
+        rows, scores = torch.full_like(ids, -1), torch.full_like(probs, -torch.inf)
         if searched.any():
             found = super().distribution(asked.some(searched))
-            ids[searched], probs[searched], rows[searched] = found.ids, found.probs, found.rows
+            ids[searched], probs[searched] = found.ids, found.probs
+            rows[searched], scores[searched] = found.rows, found.scores
             self._fill(said, searched, found.features)
-        return Distribution(ids, probs, said, rows)
+        return Distribution(ids, probs, said, rows, scores)
 
     def _decided(self, features: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Which tokens are searched for, bool `[n]`, and the features of all, of which the

@@ -291,12 +291,13 @@ class KNNMemory(Memory):
         nearest, farthest = extremes(scores)
         sign = -1 if self.similarity == "l2" else 1
         features = {"nearest_distance": sign * nearest, "kth_distance": sign * farthest}
+        weighed = scores
         if self.weights is not None:
             weights = torch.from_numpy(counts_of(found.rows, self.weights).astype(np.float32))
-            scores = weighted_scores(scores, weights, self.temperature)
-        ids = torch.from_numpy(found.values.astype(np.int64))
-        weights = knn_weights(scores, self.temperature)
-        return Distribution(ids, weights, features, torch.from_numpy(found.rows))
+            weighed = weighted_scores(scores, weights, self.temperature)
+        ids, rows = torch.from_numpy(found.values.astype(np.int64)), torch.from_numpy(found.rows)
+        shares = knn_weights(weighed, self.temperature)
+        return Distribution(ids, shares, features, rows, scores)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
