@@ -1,13 +1,27 @@
-"""The entropy and the most probable tokens of a model's distributions over the vocabulary, computed
-a few rows at a time."""
+"""What a model says of a batch, by its hidden vectors. The entropy and the most probable tokens of
+its distributions are computed a few rows at a time."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from neighborlm.common.contracts import Want
+from neighborlm.common.contracts import Backbone, Batch, Scored, Want
 from neighborlm.models.adaptive import LOGITS_AT_ONCE
+
+
+def scored_by_hidden(model: Backbone, batch: Batch, want: Want) -> Scored:
+    """What is wanted of a batch's scored tokens, by a model whose hidden vectors decide on all of
+    it; see `common.contracts.LanguageModel.score`."""
+    hidden, keys = model.hidden(batch.tokens, want.keys)
+    hidden, targets = hidden[batch.scored], batch.targets[batch.scored]
+    return Scored(
+        batch.positions[batch.scored],
+        targets,
+        model.target_log_prob(hidden, targets) if want.log_probs else None,
+        {key_type: keys[key_type][batch.scored] for key_type in want.keys},
+        **entropy_and_top(model.log_prob, want, model.vocab_size, hidden),
+    )
 
 
 def entropy_and_top(

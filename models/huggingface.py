@@ -23,7 +23,7 @@ from neighborlm.common.contracts import Batch, Scored, Step, Want
 from neighborlm.common.errors import InputError
 from neighborlm.models.adaptive import OutputSoftmax
 from neighborlm.models.decoder import key_layer
-from neighborlm.models.distributions import entropy_and_top
+from neighborlm.models.distributions import scored_by_hidden
 from neighborlm.models.huggingface_state import HuggingFaceState
 from neighborlm.models.weights import content_hash
 
@@ -183,15 +183,7 @@ class HuggingFaceLM(nn.Module):
 
     def score(self, batch: Batch, want: Want) -> Scored:
         """See `common.contracts.LanguageModel.score`."""
-        hidden, keys = self.hidden(batch.tokens, want.keys)
-        hidden, targets = hidden[batch.scored], batch.targets[batch.scored]
-        return Scored(
-            batch.positions[batch.scored],
-            targets,
-            self.target_log_prob(hidden, targets) if want.log_probs else None,
-            {key_type: keys[key_type][batch.scored] for key_type in want.keys},
-            **entropy_and_top(self.log_prob, want, self.vocab_size, hidden),
-        )
+        return scored_by_hidden(self, batch, want)
 
     def step(self, tokens: Tensor, state: HuggingFaceState | None, want: Want) -> Step:
         """See `common.contracts.StepwiseModel.step`."""

@@ -16,7 +16,7 @@ from neighborlm.models.decoder import (
     SinusoidalPositions,
     key_layer,
 )
-from neighborlm.models.distributions import entropy_and_top
+from neighborlm.models.distributions import scored_by_hidden
 from neighborlm.models.trainable_lm import TrainableLM
 
 MORE_THAN_ZERO = (
@@ -245,15 +245,7 @@ class TransformerLM(TrainableLM):
 
     def score(self, batch: Batch, want: Want) -> Scored:
         """See `common.contracts.LanguageModel.score`."""
-        hidden, features = self.hidden(batch.tokens, want.keys)
-        hidden, targets = hidden[batch.scored], batch.targets[batch.scored]
-        return Scored(
-            batch.positions[batch.scored],
-            targets,
-            self.target_log_prob(hidden, targets) if want.log_probs else None,
-            {key_type: features[key_type][batch.scored] for key_type in want.keys},
-            **entropy_and_top(self.log_prob, want, self.vocab_size, hidden),
-        )
+        return scored_by_hidden(self, batch, want)
 
     def step(self, tokens: Tensor, state: AttentionCache | None, want: Want) -> Step:
         """See `common.contracts.StepwiseModel.step`.
