@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neighborlm.common.contracts import LanguageModel, StepwiseModel, Vocabulary
+from neighborlm.common.contracts import LanguageModel, StepwiseModel, Vocabulary, Want
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.dictionary import Dictionary
 from neighborlm.models.decoding import Chosen, Decoding, beam_search, sample
@@ -156,6 +156,13 @@ def ending(vocabulary: Vocabulary) -> int | None:
     return None if isinstance(vocabulary, Dictionary) else vocabulary.eos
 
 
+def reader_of(subject: Subject, want: Want) -> Reader:
+    """What reads texts as long as they may be, in rows such as those of an evaluation."""
+    window = min(subject.data.tokens_per_sample, subject.model.max_target_positions)
+    context = min(subject.data.context_window or window // 2, window - 1)
+    return Reader(subject.model, want, window, context)
+
+
 class Texts:
     """Texts that grow, and what the model and the memories say of them; see `decoding.Texts`.
 
@@ -180,9 +187,7 @@ class Texts:
     ) -> None:
         self.device = subject.run.device
         self.mixed = NextToken(*mixture)
-        window = min(subject.data.tokens_per_sample, subject.model.max_target_positions)
-        context = min(subject.data.context_window or window // 2, window - 1)
-        self.reader = Reader(subject.model, self.mixed.want, window, context)
+        self.reader = reader_of(subject, self.mixed.want)
         longest = max(map(len, prompts)) + decoding.max_new_tokens
         self.mixed.begin(len(prompts) * decoding.beams, longest)
         self.sources = sources

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from neighborlm.common.contracts import Scored
-from neighborlm.models.reader import Reader
-from neighborlm.programs.generation import ready
+from neighborlm.programs.generation import reader_of, ready
 from neighborlm.programs.kept_mixture import Mixture
 from neighborlm.programs.page.looking import joined, part_of
 from neighborlm.programs.page.tokens import MODEL_TOP, PageTokens
@@ -29,11 +28,8 @@ def page_of_text(
         ids: of the text; the first is only read.
         neighbors: of a token, at most.
     """
-    window = min(subject.data.tokens_per_sample, subject.model.max_target_positions)
-    context = min(subject.data.context_window or window // 2, window - 1)
-    mixed = NextToken(mixture.memories, mixture.mixer)
-    reader = Reader(subject.model, mixed.want, window, context)
-    parts = []
+    mixed = NextToken(*mixture)
+    reader, parts = reader_of(subject, mixed.want), []
     with ready(subject, mixture):
         mixed.begin(1, len(ids))
         for place, (token, target) in enumerate(pairwise(ids), start=1):
