@@ -13,11 +13,8 @@ from neighborlm.programs.effects import NEVER_SEARCH, check_effects, check_train
 from neighborlm.programs.named_run import with_settings_of_run
 from neighborlm.programs.places import check_folder
 from neighborlm.programs.run import run_of
-from neighborlm.programs.settings import KNNSettings, MemorySettings
+from neighborlm.programs.settings import MemorySettings
 from neighborlm.retrieval.memories import MEMORIES, MIXERS
-from neighborlm.retrieval.memories.adaptive import AdaptiveSettings
-from neighborlm.retrieval.memories.automaton import AutomatonSettings
-from neighborlm.retrieval.memories.recent import RecentSettings
 
 
 class MemoryCLI(ProgramCLI):
@@ -76,10 +73,8 @@ class MemoryCLI(ProgramCLI):
             f"--knn.lmbda gives the weight of knn alone: {', '.join(MIXERS)}, or the .npz of one "
             "that an earlier evaluation has fitted",
         )
-        parser.add_class_arguments(KNNSettings, "knn")
-        parser.add_class_arguments(RecentSettings, "recent")
-        parser.add_class_arguments(AutomatonSettings, "automaton")
-        parser.add_class_arguments(AdaptiveSettings, "adaptive")
+        for name, kind in MemorySettings.kinds().items():
+            parser.add_class_arguments(kind, name)
 
     @property
     def memories(self) -> list[str]:
@@ -111,12 +106,8 @@ class MemoryCLI(ProgramCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the settings, then the data module; the model comes from the checkpoint."""
-        self.settings = MemorySettings(
-            KNNSettings(**self.config.knn.as_dict()),
-            RecentSettings(**self.config.recent.as_dict()),
-            AutomatonSettings(**self.config.automaton.as_dict()),
-            AdaptiveSettings(**self.config.adaptive.as_dict()),
-        )
+        sections = {name: self.config[name].as_dict() for name in MemorySettings.kinds()}
+        self.settings = MemorySettings.of(sections)
         self.settings.check()
         self.check_flags()
         self.knn = self.settings.knn

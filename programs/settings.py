@@ -3,8 +3,9 @@ that need no file.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 
@@ -246,10 +247,25 @@ class MemorySettings:
     automaton: AutomatonSettings = field(default_factory=AutomatonSettings)
     adaptive: AdaptiveSettings = field(default_factory=AdaptiveSettings)
 
+    @classmethod
+    def kinds(cls) -> dict[str, type]:
+        """The class of each section, by its name."""
+        return {section.name: section.default_factory for section in fields(cls)}
+
+    @classmethod
+    def of(cls, sections: Mapping[str, Mapping[str, Any]]) -> "MemorySettings":
+        """From settings by section; those that are missing have their defaults.
+
+        >>> MemorySettings.of({"knn": {"k": 8}}).knn.k
+        8
+        """
+        kinds = cls.kinds()
+        return cls(**{name: kinds[name](**of) for name, of in sections.items() if name in kinds})
+
     def check(self) -> None:
         """Raises InputError where a value alone cannot be right."""
-        for section in (self.knn, self.recent, self.automaton, self.adaptive):
-            section.check()
+        for name in self.kinds():
+            getattr(self, name).check()
 
 
 def check_counts(section: str, settings: KNNSettings | NeighborSettings) -> None:

@@ -23,20 +23,10 @@ from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.generation import Source, source_of
 from neighborlm.programs.kept_mixture import Mixture, make_mixture
 from neighborlm.programs.run import Run
-from neighborlm.programs.settings import KNNSettings, MemorySettings
+from neighborlm.programs.settings import MemorySettings
 from neighborlm.programs.subject import Subject
 from neighborlm.retrieval.memories import ConstantMixer, KNNMemory
-from neighborlm.retrieval.memories.adaptive import AdaptiveSettings
-from neighborlm.retrieval.memories.automaton import AutomatonSettings
 from neighborlm.retrieval.memories.next_token import Mixed, NextToken
-from neighborlm.retrieval.memories.recent import RecentSettings
-
-SECTIONS = {
-    "knn": KNNSettings,
-    "recent": RecentSettings,
-    "automaton": AutomatonSettings,
-    "adaptive": AdaptiveSettings,
-}
 
 
 def with_memory(
@@ -252,9 +242,7 @@ def mixture_of_run(model: HuggingFaceLM, run: Path, lmbda: float | None) -> tupl
     """The model with the corpus of a run's latest evaluation with memories, and its mixture."""
     settings = settings_of_latest(run)
     names = (settings["memories"] or "knn").split(",")
-    memories = MemorySettings(
-        **{name: kind(**settings[name]) for name, kind in SECTIONS.items() if name in settings}
-    )
+    memories = MemorySettings.of(settings)
     made = Run(run, {"logger": False}, settings["seed_everything"])
     made.device = model.device
     subject = Subject.of(model, CorpusDataModule(**settings["data"]), made)
