@@ -77,6 +77,7 @@ def test_a_run_needs_no_config(workplace, monkeypatch, tmp_path):
     """It is that of the command with all settings, wherever the run was moved."""
     monkeypatch.chdir(workplace)
     run = shutil.copytree("runs/words", tmp_path / "moved")
+    before = set((run / "evaluations").glob("*"))
     quiet, found = ("--trainer.enable_progress_bar", "false", "--split", "valid"), []
     for named in (
         [*SMALL, "--data.corpus", "words"],
@@ -88,4 +89,4 @@ def test_a_run_needs_no_config(workplace, monkeypatch, tmp_path):
     assert found[0]["loss"] == found[1]["loss"] == found[2]["loss"]
     assert found[0]["window"] == found[1]["window"] == found[2]["window"]
     assert [r["checkpoint"] for r in found[1:]] == [str(run / "checkpoints/best.ckpt")] * 2
-    assert len(list((run / "evaluations").glob("valid-lm-*.json"))) == 2
+    assert len(set((run / "evaluations").glob("valid-lm-*.json")) - before) == 2
