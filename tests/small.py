@@ -44,6 +44,12 @@ def scalars(folder) -> dict[str, list]:
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
+def logged_by(results: dict[str, Any], folder: Path) -> Path:
+    """Where an evaluation has logged that a folder was the working directory of."""
+    record = folder / results["record"]
+    return record.parent.parent / "evaluate" / record.stem
+
+
 def hyperparameters(folder) -> tuple[dict[str, Any], set[str]]:
     """Settings that were logged below a folder, and the names of the figures that belong to
     them."""

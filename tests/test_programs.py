@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small import ROOT, SMALL, hyperparameters, scalars, write_corpus
+from small import ROOT, SMALL, hyperparameters, logged_by, scalars, write_corpus
 
 from neighborlm.programs import evaluate, train
 from neighborlm.programs.checkpoints import load_model
@@ -96,7 +96,7 @@ def test_tuning_beats_no_memory_and_is_logged(workplace, run_program):
     results = json.loads((workplace / "auto.json").read_text())
     assert results["knn"]["tuned"]
     assert results["knn"]["ppl"] < results["ppl"]
-    place = max((workplace / "runs/words/evaluate").glob("valid-lm-knn-*"))
+    place = logged_by(results, workplace)
     logged = scalars(place)
     assert {"valid/ppl", "valid/knn/ppl", "valid/knn/nearest_distance"} <= set(logged)
     curve = logged["tuning/valid_ppl_over_lmbda_percent"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from pytorch_lightning.loggers import CSVLogger
-from small import SMALL
+from small import SMALL, logged_by
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -26,7 +26,7 @@ def evaluated(workplace, tmp_path_factory):
         files = ("--output", folder / "out.json", "--token_scores", folder / "scores.npz")
         evaluate.main([*EVALUATING, *flags, *map(str, files)])
     results = json.loads((folder / "out.json").read_text())
-    events = EventAccumulator(str(max((workplace / "runs/words/evaluate").glob("*ngram-buckets*"))))
+    events = EventAccumulator(str(logged_by(results, workplace)))
     (keys,) = (workplace / "runs/words/keys").glob("board-store-*")
     return results, np.load(folder / "scores.npz"), events.Reload(), keys
 

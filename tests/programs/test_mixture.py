@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from small import SMALL, scalars
+from small import SMALL, logged_by, scalars
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
@@ -71,9 +71,8 @@ def test_one_table_from_one_pass_over_each_split(run, tmp_path, workplace):
     for row in table:
         assert row["bytes_on_disk"] == sum(on_disk[name] for name in row["memories"])
         assert row["searches"] == ("knn" in row["memories"]) * results["tokens"]
-    events = scalars(max((workplace / "runs/words/evaluate").glob("test-lm-knn+ngram+recent-*")))
-    logged = events["test/table/ngram/ppl"][-1].value
-    assert logged == pytest.approx(table[2]["ppl"])
+    logged = scalars(logged_by(results, workplace))["test/table/ngram/ppl"]
+    assert logged[-1].value == pytest.approx(table[2]["ppl"])
 
 
 def test_the_weight_of_one_memory_alone_is_the_best(run, tmp_path):
