@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Callable
 from functools import partial
+from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from pytorch_lightning.utilities import rank_zero_only
 
 from neighborlm.common.errors import Diverged, InputError
 from neighborlm.datamodules.lm import ResumableLoader
@@ -75,7 +78,11 @@ class Continuation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Has a validation that is owed begin anew; Lightning would take it as had. The update is
-        over, and of the validation's batches one has begun."""
+        over, and of the validation's batches one has begun. The best model is that of the run,
+        wherever it was moved."""
+        for saving in trainer.checkpoint_callbacks:
+            if saving.state_key in checkpoint["callbacks"]:
+                self._find_best(checkpoint["callbacks"][saving.state_key], Path(saving.dirpath))
         self.owes_validation = checkpoint["callbacks"].get(self.state_key, {}).get("owed", False)
         if not self.owes_validation:
             return
@@ -168,6 +175,27 @@ class Continuation(Callback):
         for counts in (progress.total, progress.current):
             counts.processed += counted
             counts.ready = counts.started = counts.completed = counts.processed
+
+    def _find_best(self, state: dict[str, Any], folder: Path) -> None:
+        """Has the state of a `ModelCheckpoint` name the best model by where it lies now. Lightning
+        would forget the score where a run was moved, and the next model, however bad, would take
+        the best one's place; of a model that is gone, or another run's, it would keep what the run
+        must not count on.
+
+        Args:
+            folder: of the run's checkpoints.
+        """
+        best, score = folder / Path(state["best_model_path"]).name, None
+        places = Path(self.ckpt_path).parent.resolve(), Path(state["dirpath"])
+        if state["best_model_path"] and folder.resolve() in places:
+            if best.is_file():
+                score = state["best_model_score"]
+            elif rank_zero_only.rank == 0:
+                print(f"{best}: is missing; the next model that is validated takes its place")
+        there = {} if score is None else {str(best): score}
+        state |= {"dirpath": str(folder), "best_model_score": score, "best_k_models": there}
+        state |= {"kth_value": torch.as_tensor(inf if score is None else score)}
+        state |= dict.fromkeys(("best_model_path", "kth_best_model_path"), "".join(there))
 
     def _validates(self, trainer: Trainer) -> bool:
         """Whether a validation is due at this update."""

@@ -127,10 +127,12 @@ def _train(
 ) -> Trained:
     """What `train` does where nobody else trains in the run's directory."""
     checkpoints = run.directory / "checkpoints"
-    if ckpt_path is None and (checkpoints / "last.ckpt").is_file():
+    here = ckpt_path is not None and Path(ckpt_path).parent.resolve() == checkpoints.resolve()
+    if not here and (checkpoints / "last.ckpt").is_file():
         raise InputError(
             f"{checkpoints / 'last.ckpt'}: there is a run already; expected it as the checkpoint "
-            "to go on from, or another directory"
+            f"to go on from{'' if ckpt_path is None else f', not {ckpt_path}'}, or another "
+            "directory (--trainer.default_root_dir)"
         )
     best = ModelCheckpoint(
         checkpoints,

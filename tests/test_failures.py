@@ -515,4 +515,6 @@ def test_checkpoints_that_do_not_fit(refused, workplace, tmp_path):
     torch.save(checkpoint, tmp_path / "other.ckpt")
     sentence = refused(train, *HERE, *place, tmp_path / "other.ckpt")
     assert "was trained with a dictionary of 48 symbols (another)" in sentence
+    elsewhere = shutil.copy(last, tmp_path)  # over a run that is there already
+    assert f"to go on from, not {elsewhere}" in refused(train, *HERE, "--ckpt_path", elsewhere)
     assert "seed_everything 1" in refused(train, *HERE, "--seed_everything", 2)

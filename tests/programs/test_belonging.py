@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from small import SMALL
 
 from neighborlm.common.errors import InputError
@@ -114,6 +115,25 @@ def test_a_moved_corpus_is_the_same(tmp_path, capsys):
     ):
         assert words in said
     assert (run / "checkpoints/best.ckpt").read_bytes() == before
+
+
+def test_a_moved_run_keeps_its_best_model_until_there_is_a_better_one(tmp_path, capsys):
+    run = shutil.copytree("runs/words", tmp_path / "moved")
+    best, last = run / "checkpoints/best.ckpt", run / "checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    (state,) = (s for s in checkpoint["callbacks"].values() if s.get("monitor"))
+    state["best_model_score"] = torch.tensor(1.5)  # which no other will have
+    torch.save(checkpoint, last)
+    before = best.read_bytes()
+    flags = [*SMALL, "--data.corpus", "words", "--trainer.default_root_dir", str(run)]
+    flags += ["--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "1"]
+    program.main([*flags, "--trainer.max_steps", "41"])
+    assert f"lowest validation perplexity 1.50: {best}" in capsys.readouterr().out
+    assert best.read_bytes() == before
+    best.unlink()
+    program.main([*flags, "--trainer.max_steps", "42"])
+    assert f"{best}: is missing; the next model that is validated" in capsys.readouterr().out
+    assert torch.load(best, weights_only=True)["global_step"] == 42
 
 
 @pytest.mark.parametrize(("seconds", "over"), [(59.0, False), (60.5, True)])
