@@ -62,7 +62,7 @@ clean: ## Remove build leftovers; leaves .venv, .cache/ (corpora), runs/ and dat
 distclean: clean ## As clean, and remove .venv and .cache/ too; leaves runs/ and datastores/
 	rm -rf .venv .cache
 
-$(STAMP)$(FAISS): pyproject.toml constraints.txt
+$(STAMP)$(FAISS): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 			echo "neighborlm needs Python 3.11 or newer, and '$(PYTHON)' is not one: name one with make PYTHON=..." >&2; \

@@ -24,6 +24,8 @@ for name, module in sys.modules.items():
     if name.partition(".")[0] == "neighborlm":
         print(module.__file__)
 """
+START = "neighborlm_lm_eval.pth"
+"""What Python runs when it starts."""
 ROOMS = (
     *("common", "datamodules", "models", "retrieval", "originals"),
     *("callbacks", "programs", "tools"),
@@ -37,7 +39,7 @@ def wheel(tmp_path_factory) -> Path:
     nothing_else = shutil.ignore_patterns("__pycache__")
     for name in (*ROOMS, "neighborlm"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=nothing_else)
-    for name in ("pyproject.toml", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
     quiet = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation")
     subprocess.run(
@@ -89,10 +91,35 @@ def test_every_module_is_in_it_and_nothing_else(wheel):
     }
     found = set(ZipFile(wheel).namelist())
     described = {name for name in found if name.split("/")[0].endswith(".dist-info")}
-    assert found - described == modules
+    assert found - described == modules | {START}
     assert {name.split("/")[0] for name in described} == {
         f"neighborlm-{neighborlm.__version__}.dist-info"
     }
+
+
+@pytest.mark.parametrize(
+    ("program", "is_it"),
+    [
+        ("python bin/lm_eval --tasks a", True),
+        ("python -u -m lm_eval --tasks a", True),
+        ("/usr/bin/lm-eval", True),
+        ("python bin/neighborlm lm_eval", False),
+        ("python -c lm_eval.x()", False),
+        ("python", False),
+        ("", False),
+    ],
+)
+def test_lm_eval_alone_is_told_of_the_model_when_it_starts(installed, program, is_it, monkeypatch):
+    whole = program.split()
+    place = next(
+        (i + 1 for i, word in enumerate(whole) if word in ("-m", "-c")), len(whole[:2]) - 1
+    )
+    monkeypatch.setattr(sys, "orig_argv", whole)
+    monkeypatch.setattr(sys, "argv", whole[place:] or [""])
+    told = []
+    monkeypatch.setattr("neighborlm.programs.lm_eval.register", lambda: told.append(True))
+    exec((installed / START).read_text())
+    assert told == [True] * is_it
 
 
 def test_every_room_of_the_checkout_is_known_here():

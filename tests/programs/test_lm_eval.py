@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from small import ROOT
 pytest.importorskip("lm_eval", reason="the extra hf is not installed")
 
 import lm_eval
+from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
 from small_with_memory import ALL, RUN, brute_force
 from transformers import AutoTokenizer
@@ -112,6 +114,20 @@ def test_memories_that_read_the_text_are_heard_too(tasks, own):
     ours, theirs = (x["results"]["local_rolling"][name] for x in (found, own))
     assert ours < theirs
     assert np.isfinite(ours)
+
+
+def test_the_program_lm_eval_knows_the_model(monkeypatch, capsys):
+    """Once `register` was called, with all others; bad input is told in one sentence."""
+    monkeypatch.setattr(model_registry, "_objs", {})
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.delitem(sys.modules, "lm_eval.models")
+    command.register()
+    assert model_registry.get("neighborlm") is lm_eval_model.NeighborLM
+    assert "hf" in model_registry
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert declared["lm_eval.models"] == {"neighborlm": command.MODEL}
+    sys.excepthook(InputError, InputError("no memory"), None)
+    assert capsys.readouterr().err == "error: no memory\n"
 
 
 def test_the_command(here, capsys, monkeypatch):
