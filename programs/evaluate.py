@@ -18,7 +18,7 @@ from neighborlm.programs.board import log_evaluation
 from neighborlm.programs.evaluation import evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.memory_cli import MemoryCLI
-from neighborlm.programs.page import check_choice, compared_with, page_of, write_page
+from neighborlm.programs.page import check_choice, compared_with_scores, page_of, write_page
 from neighborlm.programs.places import as_json, as_npz, check_writable, write_all
 from neighborlm.programs.records import Record
 from neighborlm.programs.reports import show
@@ -222,7 +222,7 @@ def show_memories(cli: EvaluateCLI, subject: Subject, evaluated: Evaluated) -> N
     config, split = cli.config, cli.config.split or "test"
     page = page_of(subject, evaluated, split, config.page_tokens, config.page_neighbors)
     if config.page_against is not None:
-        page = compared_with(page, Path(config.page_against))
+        page = compared_with_scores(page, Path(config.page_against))
     title = f"{cli.run_dir.name}: {' + '.join(cli.memories)}, {split} split"
     write_page(Path(config.page), page, subject.data, title, f"evaluation {cli.record.name}")
     print(f"page: {config.page}, {len(page.positions)} tokens")

@@ -19,7 +19,13 @@ from neighborlm.programs.kept_text import (
     corpus_of,
     mixed_by,
 )
-from neighborlm.programs.page import check_choice, compared_with, kept_tokens, write_page
+from neighborlm.programs.page import (
+    check_choice,
+    compared_with_cache,
+    compared_with_scores,
+    kept_tokens,
+    write_page,
+)
 from neighborlm.programs.places import check_writable
 from neighborlm.retrieval.memories.cache import RetrievalCache
 
@@ -37,7 +43,12 @@ def parsed(args: list[str] | None) -> Namespace:
     add("--tokens", default="2000", help="a number, a range such as 100:600, or gains:2000")
     add("--neighbors", type=int, default=16, help="of a token, at most (default: 16)")
     add_mixture_flags(parser)
-    add("--against", type=Path, help="--token_scores of another evaluation, to compare with")
+    add(
+        "--against",
+        type=Path,
+        help="another cache of the same split, or the --token_scores of another evaluation, to "
+        "compare with",
+    )
     options = parser.parse_args(args)
     check_choice(options.tokens)
     if options.neighbors < 1:
@@ -54,10 +65,16 @@ def main(args: list[str] | None = None) -> None:
     cache = RetrievalCache.open(options.cache)
     data = corpus_of(cache)
     lmbda, temperature = mixed_by(cache, options)
+    against = options.against
+    other = RetrievalCache.open(against) if against is not None and against.is_dir() else None
+    of_other = None if other is None else mixed_by(other, options)
     page = kept_tokens(cache, data, options.tokens, options.neighbors, lmbda, temperature)
-    if options.against is not None:
-        page = compared_with(page, options.against)
-    title = f"{data.name}: knn, {cache.manifest['made_from']['split']} split"
     made = f"from {cache.path}; lmbda {lmbda:.3g}, temperature {temperature:.3g}"
+    if other is not None:
+        page = compared_with_cache(page, other, *of_other)
+        made += f"; beside {other.path}; lmbda {of_other[0]:.3g}, temperature {of_other[1]:.3g}"
+    elif against is not None:
+        page = compared_with_scores(page, against)
+    title = f"{data.name}: knn, {cache.manifest['made_from']['split']} split"
     write_page(options.output, page, data, title, made)
     print(f"page: {options.output}, {len(page.positions)} tokens")

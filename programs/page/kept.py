@@ -8,9 +8,11 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.kept_text import kept_scores
 from neighborlm.programs.page.tokens import (
+    OtherResult,
     PageNeighbors,
     PageTokens,
     chosen,
+    compared_with,
     most_probable,
     most_probable_of_model,
 )
@@ -78,3 +80,25 @@ def kept_tokens(
         entropy=cache.entropy[positions].astype(np.float64),
     )
     return page.in_classes(data, split)
+
+
+def compared_with_cache(
+    page: PageTokens, cache: RetrievalCache, lmbda: float, temperature: float
+) -> PageTokens:
+    """The page beside what another cache of the split gives, such as one that was retrieved with
+    distances of another kind.
+
+    Args:
+        cache: the other one.
+        lmbda: weight of its p_kNN.
+        temperature: divides its scores.
+
+    Raises:
+        InputError: it lacks a token of the page, or has another one there.
+    """
+    scores = kept_scores(cache, temperature)
+    base = "LM" if cache.alone_log_prob is None else "GNN-LM"
+    said = {"lm": scores.lm, "knn": scores.knn, "mixture": scores.mixture(lmbda)}
+    other = OtherResult(cache.path.parent.name, base, said)
+    targets = cache.targets[scores.positions].astype(np.int64)
+    return compared_with(page, scores.positions, targets, other)

@@ -58,6 +58,21 @@ class PageNeighbors(NamedTuple):
     k: int
 
 
+class OtherResult(NamedTuple):
+    """What another evaluation says of n tokens.
+
+    Attributes:
+        name: what it is called.
+        base: `LM` or `GNN-LM`, what its memories are mixed with.
+        log_probs: natural-log probability of each token by source, and under `mixture` by all,
+            fp64 `[n]`.
+    """
+
+    name: str
+    base: str
+    log_probs: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class PageTokens:
     """The tokens of a page, in the order of the text. The sources are the model, under `lm`, and
@@ -77,8 +92,7 @@ class PageTokens:
         lm_alone: fp64 `[n]`, of the LM on which a graph network stands.
         entropy: fp64 `[n]`, of the model's distribution, in nats.
         slices: classes of the tokens.
-        other: fp64 `[n]`, log-probabilities of another result, to compare with.
-        other_name: what that is called.
+        other: another result for the same tokens, to compare with.
     """
 
     positions: np.ndarray
@@ -93,8 +107,7 @@ class PageTokens:
     lm_alone: np.ndarray | None = None
     entropy: np.ndarray | None = None
     slices: Sequence[Slices] = field(default_factory=tuple)
-    other: np.ndarray | None = None
-    other_name: str = ""
+    other: OtherResult | None = None
 
     def in_classes(self, data: LMDataModule, split: str | None) -> "PageTokens":
         """The same page with classes of its tokens, see `programs.kept_text.slices_of`.
@@ -145,31 +158,58 @@ def most_probable_of_model(
     return Candidates(ids[:, :CANDIDATES], probs[:, :CANDIDATES], ranks)
 
 
-def compared_with(page: PageTokens, scores: Path) -> PageTokens:
-    """The page beside another result for the same text.
+def compared_with(
+    page: PageTokens, positions: np.ndarray, targets: np.ndarray, other: OtherResult
+) -> PageTokens:
+    """The page beside another result.
 
     Args:
-        scores: the file of `--token_scores` of another evaluation.
+        positions: int64 `[m]`, of the other's tokens in the split, ascending.
+        targets: int64 `[m]`, these tokens.
+        other: what it says of all of them.
 
     Raises:
-        InputError: it cannot be read, or lacks a token of the page or has another one there.
+        InputError: it lacks a token of the page, or has another one there.
     """
-    expected = "expected the --token_scores of another evaluation of this split"
-    try:
-        with np.load(scores, allow_pickle=False) as file:
-            positions, targets = file["position"], file["target"]
-            lm = "gnn_log_prob" if "gnn_log_prob" in file else "lm_log_prob"
-            log_probs = file["log_prob" if "log_prob" in file else lm].astype(np.float64)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"--page_against {scores}: {error}; {expected}") from None
     at = np.searchsorted(positions, page.positions)
     inside = at < len(positions)
     at = np.where(inside, at, 0)
     same = inside & (positions[at] == page.positions) & (targets[at] == page.targets)
     if not same.all():
         missing = int(page.positions[~same][0])
-        raise InputError(f"--page_against {scores}: lacks token {missing} of the page; {expected}")
-    return replace(page, other=log_probs[at], other_name=scores.stem)
+        raise InputError(
+            f"{other.name}: lacks token {missing} of the page; expected a result "
+            "for the same part of this split"
+        )
+    of_page = {name: column[at] for name, column in other.log_probs.items()}
+    return replace(page, other=other._replace(log_probs=of_page))
+
+
+def compared_with_scores(page: PageTokens, path: Path) -> PageTokens:
+    """The page beside the result of another evaluation.
+
+    Args:
+        path: of its `--token_scores`.
+
+    Raises:
+        InputError: it cannot be read, or see `compared_with`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name in file.files}
+        positions, targets, lm = columns["position"], columns["target"], columns["lm_log_prob"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(
+            f"{path}: {error}; expected the --token_scores of another evaluation of this split"
+        ) from None
+    base = "GNN-LM" if "gnn_log_prob" in columns else "LM"
+    lm = columns.pop("gnn_log_prob", lm)
+    said = {"lm": lm, "mixture": columns.pop("log_prob", lm)}
+    for name, column in columns.items():
+        if name.endswith("_log_prob") and name != "lm_log_prob" and column.ndim == 1:
+            said[name.removesuffix("_log_prob")] = column
+    said = {name: column.astype(np.float64) for name, column in said.items()}
+    return compared_with(page, positions, targets, OtherResult(path.stem, base, said))
 
 
 # -- which tokens --------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from neighborlm.common.files import publishing
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.page.tokens import MODEL_TOP, PageTokens
 
+SCRIPTS = ("stored.js", "text.js", "token.js", "overview.js", "page.js")
+"""Parts of the page's script, in their order."""
 CONTEXT = 8
 """Tokens of the training text that a page shows before a neighbour."""
 FOLLOWING = 4
@@ -37,10 +39,11 @@ def write_page(path: Path, page: PageTokens, data: LMDataModule, title: str, mad
         InputError: it cannot be written.
     """
     folder = files(__package__)
-    style, script, template = (
+    style, template, *scripts = (
         (folder / name).read_text(encoding="utf-8")
-        for name in ("page.css", "page.js", "page.html.j2")
+        for name in ("page.css", "page.html.j2", *SCRIPTS)
     )
+    script = "\n".join(['"use strict";\n{', *scripts, "}\n"])  # a block keeps their names apart
     content = as_json(page, data) | {"title": title, "made": made}
     html = Template(template, autoescape=True).render(
         title=title,
@@ -120,12 +123,16 @@ def as_json(page: PageTokens, data: LMDataModule) -> dict[str, Any]:
         "context": CONTEXT,
         "following": FOLLOWING,
         "slices": [
-            {"name": of.name, "labels": list(of.labels), "which": packed(of.which, "i4")}
+            {"name": of.name, "labels": list(of.labels), "which": packed(of.which, "u1")}
             for of in page.slices
         ],
         "other": None
         if page.other is None
-        else {"name": page.other_name, "log_probs": packed(page.other, "f8")},
+        else {
+            "name": page.other.name,
+            "base": page.other.base,
+            "log_probs": {name: packed(of, "f8") for name, of in page.other.log_probs.items()},
+        },
     }
 
 

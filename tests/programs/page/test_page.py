@@ -86,7 +86,7 @@ def test_a_page_from_a_cache_is_that_of_the_evaluation(workplace, pages, run_pro
         "--neighbors",
         8,
     )
-    run_program(workplace, "neighborlm", *kept)
+    run_program(workplace, "neighborlm", *kept, "--against", "page-kept/test")  # beside itself
     found, expected = content_of(tmp_path / "kept.html"), content_of(pages / "knn.html")
     assert found["neighbors"]["temperature"] == expected["neighbors"]["temperature"]
     for name in ("tokens", "positions"):
@@ -97,6 +97,12 @@ def test_a_page_from_a_cache_is_that_of_the_evaluation(workplace, pages, run_pro
     for name in ("scores", "values"):
         both = (unpacked(of["neighbors"][name]) for of in (found, expected))
         np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
+    parts = (
+        unpacked(found["weights"][name]) * np.exp(unpacked(found["log_probs"][name]))
+        for name in ("lm", "knn")
+    )
+    other = unpacked(found["other"]["log_probs"]["mixture"])
+    np.testing.assert_allclose(np.log(sum(parts)), other, atol=1e-6)
 
 
 # -- in a browser --------------------------------------------------------------------------------
@@ -202,6 +208,36 @@ def test_the_keyboard_walks_and_classes_filter(pages, opened):
     assert page.locator("#text .dim").count() == (inside != label).sum()
     page.keyboard.press("Escape")
     assert page.locator("#text .dim").count() == 0
+
+
+def test_two_results_side_by_side(workplace, pages, opened, run_program, tmp_path):
+    """What the cache gives, beside the evaluation with all memories."""
+    scores, n = np.load(pages / "all.npz"), 300
+    kept = ("page", "--cache", "page-kept/test", "--tokens", n, "--output", tmp_path / "all.html")
+    run_program(workplace, "neighborlm", *kept, "--against", pages / "all.npz")
+    page = opened(tmp_path / "all.html")
+    own = np.log(total(page, "mixture"))
+    mixed = scores["log_prob"][:n].astype(np.float64)
+    gains = mixed - scores["lm_log_prob"][:n]
+    assert total(page, "other-mixture") == pytest.approx(np.exp(-mixed.mean()), rel=1e-5)
+    assert total(page, "other-gain") == pytest.approx(gains.mean(), abs=1e-5)
+    assert total(page, "other-hurt") == pytest.approx((gains < -0.01).mean(), abs=1e-9)
+    assert total(page, "over-gain") == pytest.approx(-mixed.mean() - own, abs=1e-5)
+    page.locator("#t40").click()
+    said = {
+        cells[0]: cells[-1]
+        for row in page.locator("#probabilities tbody tr").all()
+        for cells in [row.locator("td").all_inner_texts()]
+    }
+    for source in ("lm", "knn", "ngram", "recent"):
+        expected = np.exp(scores[f"{source}_log_prob"][40])
+        assert float(said[source.replace("lm", "LM")]) == pytest.approx(expected, rel=0.06)
+    assert float(said["mixture"]) == pytest.approx(np.exp(mixed[40]), rel=0.06)
+    slices = content_of(tmp_path / "all.html")["slices"][0]
+    figures = page.locator("#slices button").first.locator(".figure").all_inner_texts()
+    first = int(page.locator("#slices button").first.get_attribute("data-label"))
+    inside = unpacked(slices["which"]) == first
+    assert float(figures[1].replace("−", "-")) == pytest.approx(gains[inside].mean(), abs=0.006)
 
 
 HOSTILE = [
