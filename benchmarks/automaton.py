@@ -31,7 +31,7 @@ from neighborlm.common.contracts import NProbe, Retriever, Scored
 from neighborlm.common.errors import InputError
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.memories.automaton import AutomatonMemory, AutomatonSettings
 from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.memories.mixers import mixture
@@ -270,6 +270,7 @@ def run(
         output: JSON file for the figures.
         fixtures: reference outputs of the original program to be compared with instead.
     """
+    check_writable(output, "--output")
     if fixtures is not None:
         opened = Fixtures(fixtures)
         table = Table("case", "nats at most", "searches saved", "of the original")
@@ -297,7 +298,7 @@ def run(
         as_table(rows, tokens, f"{tokens:,} tokens, {opened.n_keys:,} keys")
     )
     if output is not None:
-        output.write_bytes(as_json({"tokens": tokens, "rows": rows}))
+        write_all({output: as_json({"tokens": tokens, "rows": rows})})
 
 
 if __name__ == "__main__":

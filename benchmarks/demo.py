@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, write_all
 
 CONFIGS = Path("configs/python_docs")
 RUN, GNN_RUN = Path("runs/python_docs"), Path("runs/python_docs-gnn_lm")
@@ -49,7 +49,7 @@ def main() -> None:
             sys.exit(done.returncode)
     mixtures = json.loads(MEMORIES.read_text())["table"]
     summary = summarize(*(read(run) for run in (RUN, GNN_RUN)), mixtures)
-    (RUN / "demo.json").write_bytes(as_json(summary))
+    write_all({RUN / "demo.json": as_json(summary)})
     console.print(as_table(summary))
     console.print(f"TensorBoard: tensorboard --logdir {RUN.parent}")
 

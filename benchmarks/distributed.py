@@ -24,7 +24,7 @@ from rich.console import Console
 
 from neighborlm.common.progress import progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.cluster.distributed import TOLERANCE, local_k, open_distributed
 from neighborlm.retrieval.cluster.ranks import HEADER_BYTES
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -217,6 +217,7 @@ def run(
     """
     from benchmarks.measuring import environment  # see `show`
 
+    check_writable(output, "--output")
     rows: list[dict[str, Any]] = []
     about = {"keys": keys, "dim": dim, "k": k, "shards": shards, "queries": queries}
     about |= {"index": index, "nprobe": nprobe, "at_once": at_once}
@@ -232,7 +233,7 @@ def run(
             rows += compare(task, ranks, threads, Path(folder), report)
     show(rows, f"{keys:,} keys of width {dim}, {shards} shards, {index}, k = {k}; by ranks")
     figures = {**environment(threads), **about, "rows": rows}
-    output.write_bytes(as_json(figures))
+    write_all({output: as_json(figures)})
 
 
 if __name__ == "__main__":

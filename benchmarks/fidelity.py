@@ -38,7 +38,7 @@ from neighborlm.programs.checkpoints import load_model
 from neighborlm.programs.cli import quiet
 from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.memories import KNNMemory
 from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
@@ -403,10 +403,11 @@ def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dic
         output: JSON file for the comparison.
         only: names of cases; all by default.
     """
+    check_writable(output, "--output")
     quiet()
     if (fixtures / "world.npz").is_file():
         compared = fidelity_gnn.compare(fixtures)
-        output.write_bytes(as_json(compared))
+        write_all({output: as_json(compared)})
         print(fidelity_gnn.as_markdown(compared))
         return verdict(compared["cases"], fidelity_gnn.TOLERANCES)
     if not (fixtures / "expected.json").is_file():
@@ -420,7 +421,7 @@ def run(fixtures: Path, output: Path, only: list[str] | None = None) -> list[dic
         rows = [compare(case, opened) for case in cases]
     if not rows:
         raise InputError(f"--fixtures {fixtures}: has no case to compare; expected one of --only")
-    output.write_bytes(as_json(rows))
+    write_all({output: as_json(rows)})
     print(as_markdown(rows))
     return verdict(rows, TOLERANCES)
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from neighborlm.common.errors import InputError
 from neighborlm.programs.evaluate import main as evaluate
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 
 CASE = re.compile(
     r"(?P<store>\w+)/(?P<kind>base|knn|reto)(_k(?P<k>\d+)_t(?P<temperature>[\d.]+))?"
@@ -180,6 +180,7 @@ def run(fixture: Path, cases: str = "", output: Path | None = None) -> None:
         cases: regular expression; only cases whose names contain it are compared.
         output: JSON file for the figures.
     """
+    check_writable(output, "--output")
     opened, found = Fixture(fixture), {}
     with TemporaryDirectory() as place, chdir(place):
         for name, case in opened.cases(cases):
@@ -196,7 +197,7 @@ def run(fixture: Path, cases: str = "", output: Path | None = None) -> None:
         table.add_row(name, *differences, *figures, *saved, "yes" if c.fits else "NO")
     Console(markup=False).print(table)
     if output is not None:
-        output.write_bytes(as_json({n: asdict(c) for n, c in found.items()}))
+        write_all({output: as_json({n: asdict(c) for n, c in found.items()})})
     if not found or not all(c.fits for c in found.values()):
         sys.exit(1)
 

@@ -26,7 +26,7 @@ from neighborlm.programs.corpora import CorpusDataModule
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.generation import ALONE, generate
 from neighborlm.programs.kept_mixture import make_mixture
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.programs.pretrained import load_pretrained
 from neighborlm.programs.run import Run
 from neighborlm.programs.settings import KNNSettings, MemorySettings, PretrainedSettings
@@ -109,6 +109,7 @@ def benchmark(
         turns: how often each way is measured, one after another; the first is not counted.
         threads: of torch and faiss.
     """
+    check_writable(output, "--output")
     quiet()
     used = threads or torch.get_num_threads()
     torch.set_num_threads(used)
@@ -127,7 +128,7 @@ def benchmark(
     measured = measure(subject, knn, batches, tokens, turns)
     rows = len(data.stream("train").tokens)
     found = {"keys": rows, "k": k, "nprobe": nprobe, "index": index, "tokens": tokens}
-    output.write_bytes(as_json({**found, "measured": measured, **environment(used)}))
+    write_all({output: as_json({**found, "measured": measured, **environment(used)})})
     title = f"{tokens} tokens, {rows:,} keys, k {k}, {nprobe} probes, {used} threads"
     table = new_table(title, "batch", "tokens/s", "of alone")
     for one in measured:

@@ -24,7 +24,8 @@ from rich.table import Table
 
 from neighborlm.datamodules.graphs import NeighborMemory, hetero_graph
 from neighborlm.models.hgt import HGT
-from neighborlm.programs.places import as_json
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json, check_writable, write_all
 
 ROWS = 1 << 20
 SHAPES = ((128, 32), (256, 128))
@@ -141,6 +142,7 @@ def in_own_process(**settings) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@exit_with_one_sentence
 def run(
     output: Path,
     widths: list[int] = [128, 1024],  # noqa: B006
@@ -160,6 +162,7 @@ def run(
         threads: of torch.
         paths: which computations.
     """
+    check_writable(output, "--output")
     table = Table(title=f"3 layers, context 2, {threads} threads, tokens per second")
     for column in ("width", "n", "k", "distinct", "", "graph", "forward", "+ backward", "peak GB"):
         table.add_column(column)
@@ -183,7 +186,7 @@ def run(
                     *(f"{rate:,.0f}" for rate in rates),
                     f"{found['peak_bytes'] / 1e9:.1f}",
                 )
-    output.write_bytes(as_json({"torch": torch.__version__, "rows": rows}))
+    write_all({output: as_json({"torch": torch.__version__, "rows": rows})})
     Console(markup=False).print(table)
 
 

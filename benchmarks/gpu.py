@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import CONFIGS, Data, MadeUp, apart, environment, new_table, program
-from neighborlm.programs.places import as_json
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json, check_writable, write_all
 
 
 @dataclass(frozen=True)
@@ -167,18 +168,20 @@ def as_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+@exit_with_one_sentence
 def main() -> None:
     """Measures what the command line says."""
     parser = ArgumentParser(description="What an accelerator does with every stage.")
     parser.add_class_arguments(Settings)
     settings = Settings(**parser.instantiate(parser.parse_args()))
+    check_writable(settings.output, "--output")
     output, console = settings.output.absolute(), Console(markup=False)
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         rows = measure(settings, Path(folder), console.print)
     device = torch.cuda.get_device_name() if settings.accelerator == "gpu" else settings.accelerator
     found = {"device": device, "environment": environment(settings.threads)}
     found |= {"settings": asdict(settings), "rows": rows}
-    output.write_bytes(as_json(found))
+    write_all({output: as_json(found)})
     console.print(as_table(rows))
 
 

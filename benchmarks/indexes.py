@@ -36,7 +36,7 @@ from neighborlm.common.contracts import Neighbors, NProbe, Retriever
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import Report, progress_bars
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.memories.mixers import mixture
 from neighborlm.retrieval.search import Search, open_retriever
 from neighborlm.retrieval.search.building import IndexBuilding
@@ -342,6 +342,8 @@ def run(
     """
     if plot_to is not None and scores is None:
         raise InputError(f"--plot_to {plot_to} shows perplexities; expected --scores with it")
+    check_writable(output, "--output")
+    check_writable(plot_to, "--plot_to")
     whole = Datastore.open(memory)
     questions = Questions.read(Datastore.open(queries), scores, limit, seed)
     rows: list[dict] = []
@@ -358,7 +360,7 @@ def run(
     about = {"faiss": faiss.__version__, "threads": faiss.omp_get_max_threads()}
     about |= {"compiled_for": faiss.get_compile_options(), "auto": {}}
     about["auto"] = {size: auto_factory(size, whole.dim) for size in sizes}
-    output.write_bytes(as_json({**about, "rows": rows}))
+    write_all({output: as_json({**about, "rows": rows})})
     if plot_to is not None:
         plot(rows, plot_to)
 

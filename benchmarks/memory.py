@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.measuring import CONFIGS, MadeUp, environment, new_table
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 
 STAGES = {
     "datastore": ["--save_datastore"],
@@ -78,6 +78,7 @@ def run(output: Path, rows: int = 100_000, width: int = 512, work_dir: Path | No
         width: of the keys.
         work_dir: where texts, models and datastores are made.
     """
+    check_writable(output, "--output")
     here = CONFIGS.parent.parent
     results, limit = [], None
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
@@ -109,7 +110,7 @@ def run(output: Path, rows: int = 100_000, width: int = 512, work_dir: Path | No
         table.add_row(result["stage"], f"{result['rows']:,}", *amounts)
     Console(markup=False).print(table)
     about = environment(os.cpu_count() or 1)
-    output.write_bytes(as_json({**about, "results": results}))
+    write_all({output: as_json({**about, "results": results})})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.hearing import Heard, hear
 from neighborlm.programs.knn_lm import tuned_temperature
 from neighborlm.programs.mixture import Mixing
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.programs.reports import as_markdown
 from neighborlm.programs.resources import MadeOnDemand
 from neighborlm.programs.settings import KNNSettings, MemorySettings
@@ -271,6 +271,7 @@ def run(
         turns: pairs of passes that are timed by turns, in place of the tables.
         output: JSON file for the figures.
     """
+    check_writable(output, "--output")
     settings = MemorySettings(KNNSettings(k=k))
     of_lm = Comparison(base.subject, "LM", settings)
     if turns:
@@ -293,7 +294,7 @@ def run(
     if output is not None:
         said = {"base": {**asdict(base), "corpus": base.part().name}, "methods": rows}
         said |= {"slices": split, "environment": environment(0)}
-        output.write_bytes(as_json(said))
+        write_all({output: as_json(said)})
 
 
 @exit_with_one_sentence

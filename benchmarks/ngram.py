@@ -21,7 +21,7 @@ from benchmarks.measuring import apart, environment, new_table
 from neighborlm.common.contracts import Scored
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.memories.ngram import NGramMemory
 from neighborlm.retrieval.memories.suffix_array import SuffixArray
 
@@ -159,6 +159,8 @@ def run(
         plot_to: PNG file.
         work_dir: where suffix arrays are made; needs four bytes a token.
     """
+    check_writable(output, "--output")
+    check_writable(plot_to, "--plot_to")
     rows = []
     with TemporaryDirectory(dir=work_dir) as folder:
         for number, size in enumerate([*sizes, *([] if corpus is None else [None])]):
@@ -193,7 +195,7 @@ def run(
             f"{row['has_target']:.2f}",
         )
     Console(width=max(Console(markup=False).width, 110), markup=False).print(table)  # a file has 80
-    output.write_bytes(as_json({**environment(threads), "rows": rows}))
+    write_all({output: as_json({**environment(threads), "rows": rows})})
     if plot_to is not None:
         plot(rows, plot_to)
 

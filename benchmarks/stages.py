@@ -37,7 +37,8 @@ from benchmarks.measuring import (
     summary,
 )
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.programs.places import as_json
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json, check_writable, write_all
 
 LM = ("evaluate.py", "--config", f"{CONFIGS}/lm.yaml", "--ckpt_path", "{lm}")
 KNN = (*LM, "--knn.datastore", "{stores}/train", "--knn.k", "{k}")
@@ -339,9 +340,11 @@ def parsed() -> Settings:
     return Settings(**parser.instantiate(parser.parse_args()))
 
 
+@exit_with_one_sentence
 def main() -> None:
     """Measures what the command line says."""
     settings = parsed()
+    check_writable(settings.output, "--output")
     console = Console(markup=False)
     with ExitStack() as stack:
         folder = settings.work_dir
@@ -357,7 +360,7 @@ def main() -> None:
         "vocabulary": workplace.vocab_size,
         "rows": rows,
     }
-    settings.output.write_bytes(as_json(found))
+    write_all({settings.output: as_json(found)})
     for table in as_tables(rows, settings.repeat):
         console.print(table)
 

@@ -20,7 +20,7 @@ from neighborlm.callbacks.index_builder import IndexBuilder
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.contracts import NProbe
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.programs.settings import KNNSettings
 from neighborlm.retrieval.memories.knn_memory import KNNMemory
 from neighborlm.retrieval.search.index import (
@@ -136,6 +136,7 @@ def run(
         nprobe: see --knn.nprobe.
         output: JSON file for the figures.
     """
+    check_writable(output, "--output")
     whole = base.subject.products(KNNSettings(index=index)).ensure_datastore("train")
     valid, test = base.texts("valid"), base.texts("test")
     memories = smaller(whole, index, merged, random, pca)
@@ -158,7 +159,7 @@ def run(
     Console(markup=False).print(table)
     if output is not None:
         said = {"tokens": len(test), "rows": rows, "environment": environment(0)}
-        output.write_bytes(as_json(said))
+        write_all({output: as_json(said)})
 
 
 @exit_with_one_sentence

@@ -36,7 +36,8 @@ from benchmarks.measuring import (
 )
 from neighborlm.datamodules.lm import LMBatch, LMDataModule
 from neighborlm.models.transformer_lm import TransformerLM
-from neighborlm.programs.places import as_json
+from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import as_json, check_writable, write_all
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -174,9 +175,11 @@ def parsed() -> Settings:
     return Settings(**parser.instantiate(parser.parse_args()))
 
 
+@exit_with_one_sentence
 def main() -> None:
     """Measures what the command line says."""
     settings = parsed()
+    check_writable(settings.output, "--output")
     console = Console(markup=False)
     with ExitStack() as stack:
         folder = settings.work_dir
@@ -201,7 +204,7 @@ def main() -> None:
             f"{row['peak_bytes'] / 1e6:,.0f}",
         )
     found = {"environment": environment(settings.threads), "settings": asdict(settings)}
-    settings.output.write_bytes(as_json({**found, "rows": rows}))
+    write_all({settings.output: as_json({**found, "rows": rows})})
     console.print(table)
 
 

@@ -12,8 +12,12 @@ from neighborlm.common.units import size_of
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space on the device, a quota, and a limit of a file's size."""
-NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-"""A place that this user cannot read or write, or that is something else than was expected."""
+NO_PLACE = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
+)
+"""A place that this user cannot read or write, that is something else than was expected, or whose
+disk fails."""
 NO_ROOM_WORDS = re.compile(
     "|".join(map(os.strerror, NO_ROOM)) + r"|\d+ requested and \d+ written|file write failed"
 )

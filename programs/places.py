@@ -20,17 +20,19 @@ from neighborlm.common.files import Lock, publishing
 from neighborlm.common.units import size_of
 
 
-def check_writable(path: Path, flag: str, kind: Literal["file", "folder"] = "file") -> None:
+def check_writable(path: Path | None, flag: str, kind: Literal["file", "folder"] = "file") -> None:
     """Refuses a place that cannot be written at; what is missing on the way to it is not made.
 
     Args:
-        path: what will be written.
+        path: what will be written; None for nothing.
         flag: that names it.
         kind: what will be there.
 
     Raises:
         InputError: it cannot.
     """
+    if path is None:
+        return
     named = f"{flag} {path}"
     try:
         if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):

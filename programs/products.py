@@ -28,6 +28,7 @@ from neighborlm.programs.made_with import (
     refuse_differences,
     remark_on,
 )
+from neighborlm.programs.places import check_writable
 from neighborlm.programs.plausibility import check_keys
 from neighborlm.programs.run import Run, run_of
 from neighborlm.programs.settings import KNNSettings, NeighborSettings
@@ -261,6 +262,7 @@ class Products:
                 f"--trainer.num_nodes is {self.run.hosts}; expected 1"
             )
         self.refuse_other(split)  # than the unfinished one that this command goes on with
+        check_writable(self.datastore_path(split), self.place_flag, "folder")
         rows = self.data.rows(split, self.data.context_window)
         n_tokens = len(self.data.stream(split).tokens)
         masked = (rows.behind_less_context(self.knn.min_context), rows.dropped(n_tokens))

@@ -8,10 +8,11 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
+from neighborlm.common.errors import InputError
 from neighborlm.originals.codes import import_codes
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.neighbors.codec import compare_codecs
 from neighborlm.retrieval.store.datastore import Datastore
 
@@ -36,6 +37,7 @@ def main(args: list[str] | None = None) -> None:
                 how much of a difference is chance.
             output: JSON file for the results; none by default.
         """
+        check_writable(output, "--output")
         results = compare_codecs(Datastore.open(datastore), codecs, seed)
         table = Table("codec", "bytes a row", "relative error", "seconds to train")
         for name, quality in results.items():
@@ -44,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
         Console(markup=False).print(table)
         if output is not None:
             found = {name: asdict(quality) for name, quality in results.items()}
-            output.write_bytes(as_json(found))
+            write_all({output: as_json(found)})
 
     def take_over(datastore: Path, codes: Path, quantizer: Path) -> None:
         """Takes over codes of the original GNN-LM for `--neighbors.codec imported`; copies nothing.
@@ -54,6 +56,9 @@ def main(args: list[str] | None = None) -> None:
             codes: the original's file of codes, uint8, raw or .npy.
             quantizer: the original's file of the faiss codec that made them.
         """
+        for flag, path in (("--codes", codes), ("--quantizer", quantizer)):
+            if not path.is_file():
+                raise InputError(f"{flag} {path}: no such file; expected one of the original")
         taken = import_codes(Datastore.open(datastore), codes, quantizer)
         error = taken.manifest["relative_error"]
         print(f"codes: {taken.path}, {len(taken.codes)} rows, relative error {error:.4f}")

@@ -10,6 +10,7 @@ from neighborlm.originals.conversion import convert, export
 from neighborlm.originals.databin import write_databin
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import check_writable
 
 
 def to_databin(
@@ -24,6 +25,7 @@ def to_databin(
             all.
         dictionary: an existing dict.txt to use in place of the training text's own.
     """
+    check_writable(output, "--output", "folder")
     source = BinarizedCorpus(CorpusSettings(corpus, "word", threshold, dictionary))
     for split in SPLITS:
         write_databin(source.stream(split), output / split, len(source.dictionary))

@@ -17,6 +17,7 @@ from neighborlm.common.progress import progress_bars
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import check_writable
 from neighborlm.programs.verification import products_at, verify_product
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search import Search
@@ -194,6 +195,7 @@ def _copy(source: Path, output: Path, shards: int, kind: Kind, block_rows: int) 
     for name, value in (("shards", shards), ("block_rows", block_rows)):
         if value < 1:
             raise InputError(f"--{name} is {value}; expected at least 1")
+    check_writable(output, "--output", "folder")
     opened = Datastore.open(source)
     if open_weights(opened) is not None:
         raise InputError(
@@ -213,6 +215,7 @@ def assemble(shards: list[Path], output: Path) -> None:
         shards: their directories, as '[DIR, DIR]'.
         output: directory for the manifest of the whole; give it again after moving shards.
     """
+    check_writable(output, "--output", "folder")
     print(line_of(put_together(shards, output).path))
 
 
@@ -235,6 +238,7 @@ def take_over(
         dtype: of the keys; by default what the size of the file implies.
         vocab_size: of the dictionary, to check the values against; by default they are not checked.
     """
+    check_writable(output, "--output", "folder")
     datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
     print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
     if len(datastore.masked):
@@ -264,6 +268,7 @@ def merge_entries(
         nprobe: inverted lists that such a search visits; see --knn.nprobe.
         table: neighbour table of the source in itself; by default one is made.
     """
+    check_writable(output, "--output", "folder")
     opened = Datastore.open(source)
     if table is None:
         search = Search(index, nprobe=nprobe)
@@ -290,6 +295,7 @@ def thin(source: Path, output: Path, share: float, seed: int = 1) -> None:
         share: share of the entries that is kept, such as .5.
         seed: of the draw of these entries.
     """
+    check_writable(output, "--output", "folder")
     opened = Datastore.open(source)
     rows = random_rows(opened, share, seed)
     described = {"method": "random", "share": share, "seed": seed}

@@ -20,7 +20,7 @@ from rich.table import Table
 from neighborlm.common.errors import InputError
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.programs.settings import NeighborSettings
 from neighborlm.retrieval.memories.cache import TOP
 from neighborlm.retrieval.neighbors.codec import check_codec
@@ -341,6 +341,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_class_arguments(Wanted)
     w = Wanted(**parser.parse_args(args).as_dict())
+    check_writable(w.output, "--output")
     show(w, Console(highlight=False, markup=False))
     if w.output:
         figures = {
@@ -353,4 +354,4 @@ def main(args: list[str] | None = None) -> None:
             "network_bytes_per_query": sent(w),
             "does_not_fit": advice(w),
         }
-        w.output.write_bytes(as_json(figures))
+        write_all({w.output: as_json(figures)})

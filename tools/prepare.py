@@ -24,6 +24,7 @@ from neighborlm.datamodules.corpora import tokenize as separate_punctuation
 from neighborlm.datamodules.documents import deal
 from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
+from neighborlm.programs.places import check_writable
 
 
 def prepare(
@@ -52,6 +53,7 @@ def prepare(
     shares = shares_of(split)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output}: is there already; expected a new folder")
+    check_writable(output, "--output", "folder")
     paths = text_files(files)
     sizes, first = measure(paths, separator)
     if len(sizes) < len(SPLITS):

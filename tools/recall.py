@@ -27,7 +27,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.progress import Report, progress_bars
 from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.search.building import IndexBuilding
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.index import (
@@ -438,6 +438,8 @@ def parsed(args: list[str] | None) -> Namespace:
 def main(args: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     options = parsed(args)
+    check_writable(options.output, "--output")
+    check_writable(options.plot, "--plot")
     pairs = [
         (Datastore.open(memory), Datastore.open(queries))
         for memory, queries in zip(options.memory, options.queries, strict=True)
@@ -462,9 +464,8 @@ def main(args: list[str] | None = None) -> None:
             )
     for _, of_pair in groupby(results, key=lambda result: (result.memory, result.queries)):
         Console(markup=False).print(as_table(list(of_pair)))
-    for path in filter(None, (options.output, options.plot)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if options.output is not None:
-        options.output.write_bytes(as_json([asdict(result) for result in results]))
+        write_all({options.output: as_json([asdict(result) for result in results])})
     if options.plot is not None:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(results, options.plot)

@@ -21,7 +21,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
 from neighborlm.programs.arguments import OneSentence
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.places import as_json
+from neighborlm.programs.places import as_json, check_writable, write_all
 from neighborlm.retrieval.memories.cache import RetrievalCache, Retrieved
 from neighborlm.retrieval.memories.tuning import octave_of, spread, sweep
 
@@ -111,6 +111,7 @@ def parsed(args: list[str] | None) -> Namespace:
 def main(args: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     options = parsed(args)
+    check_writable(options.output, "--output")
     cache = RetrievalCache.open(options.cache)
     if cache.n_scored == 0:
         raise InputError(f"{cache.path}: holds no scored token; expected some")
@@ -144,5 +145,4 @@ def main(args: list[str] | None = None) -> None:
     print(f"{cache.path}: perplexity {alone:.2f} of {cache.n_scored} tokens, {best:.2f} at best")
     Console(markup=False).print(as_table(results))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_bytes(as_json(results))
+        write_all({options.output: as_json(results)})

@@ -72,6 +72,20 @@ SLIPS = [
     ("datastore list", "--path is missing"),
     ("datastore list --path none", "--path none: no such folder"),
     ("plan --token 3", "--token: neighborlm plan has no such flag; did you mean --tokens?"),
+    # places to write at, before what is read is looked for
+    ("sweep --cache none --output .", "--output .: is a folder; expected a file to write"),
+    ("recall --memory none --queries none --plot empty.yaml/x", "empty.yaml is no folder"),
+    ("recall --memory none --queries none --output .", "--output .: is a folder"),
+    ("plan --tokens 5000 --output empty.yaml/x", "--output empty.yaml/x: empty.yaml is no folder"),
+    ("codec compare --datastore none --codecs [SQ8] --output .", "--output .: is a folder"),
+    ("codec import --datastore none --codes none --quantizer none", "--codes none: no such file"),
+    ("convert to_databin none empty.yaml", "--output empty.yaml: is no folder"),
+    ("prepare text.yaml --output empty.yaml/x", "--output empty.yaml/x: empty.yaml is no folder"),
+    ("datastore thin --source none --output empty.yaml --share .5", "empty.yaml: is no folder"),
+    ("datastore merge-entries --source none --output empty.yaml", "empty.yaml: is no folder"),
+    ("datastore merge --source none --output empty.yaml", "empty.yaml: is no folder"),
+    ("datastore assemble --shards [none] --output empty.yaml", "empty.yaml: is no folder"),
+    ("datastore import --source none --output empty.yaml", "empty.yaml: is no folder"),
     ("recall", "--memory and --queries are missing; neighborlm recall --help explains them"),
 ]
 

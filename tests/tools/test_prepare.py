@@ -115,7 +115,7 @@ def test_what_cannot_be_read_or_written(raw, tmp_path):
     assert "empty: holds no *.txt file" in refusal([tmp_path / "empty"], tmp_path / "c")
     assert "--separator LINE" in refusal([raw / "deep" / "1.txt"], tmp_path / "c")
     assert f"--output {raw}: is there already" in refusal([raw], raw)
-    assert "named as --output" in refusal([raw], raw / "deep" / "1.txt" / "c")
+    assert "1.txt is no folder" in refusal([raw], raw / "deep" / "1.txt" / "c")
     (raw / "deep" / "odd.txt").write_bytes(b"caf\xe9")
     assert "odd.txt: is not UTF-8" in refusal([raw], tmp_path / "c")
     assert not (tmp_path / "c").exists()
