@@ -7,12 +7,14 @@ distinct neighbour once and nothing that cannot reach a token.
 """
 
 import itertools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import HeteroData
+
+if TYPE_CHECKING:
+    from torch_geometric.data import HeteroData
 
 INTRA_TOKEN = ("token", "intra", "token")
 INTER = ("neighbor", "inter", "token")
@@ -28,7 +30,7 @@ def hetero_graph(
     left_context: int,
     right_context: int,
     intra_context: int | None = None,
-) -> HeteroData:
+) -> "HeteroData":
     """The graph of one block as the paper draws it, in which duplicates are nodes of their own.
 
     Nodes `token`: one per token, in order. Nodes `neighbor`: for each neighbour of each token the
@@ -45,6 +47,8 @@ def hetero_graph(
         intra_context: how many tokens a token attends to, itself included; None for itself and all
             before it, 0 for none.
     """
+    from torch_geometric.data import HeteroData  # takes seconds to load; no program asks for it
+
     tokens, ranks = np.nonzero(neighbors >= 0)
     centres = neighbors[tokens, ranks]
     offsets = np.array([0, *range(-left_context, 0), *range(1, right_context + 1)])

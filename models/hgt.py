@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import softmax
 
 from neighborlm.models.neighbor_states import NeighborStates
 
@@ -36,39 +34,24 @@ Nodes = Mapping[str, Tensor]
 Edges = Mapping[tuple[str, str, str], Tensor]
 
 
-class RelationAttention(MessagePassing):
-    """Attention over the edges of one type; messages are added up."""
+def attention_over_edges(
+    q: Tensor, k: Tensor, v: Tensor, edge_index: Tensor, dropout: float
+) -> Tensor:
+    """Messages `[N, heads, d]` over the edges of one type, added up.
 
-    def __init__(self) -> None:
-        super().__init__(aggr="add", node_dim=0)
+    Args:
+        q: `[N, heads, d]`, scaled.
+        k: `[M, heads, d]`.
+        v: `[M, heads, d]`.
+        edge_index: int64 `[2, E]`, from the M sources to the N targets.
+        dropout: on the attention weights.
+    """
+    # It takes seconds to load, and `HGT.fast`, by which all programs compute, does without it.
+    from torch_geometric.utils import scatter, softmax
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, edge_index: Tensor, dropout: float
-    ) -> Tensor:
-        """Messages `[N, heads, d]`.
-
-        Args:
-            q: `[N, heads, d]`, scaled.
-            k: `[M, heads, d]`.
-            v: `[M, heads, d]`.
-            edge_index: int64 `[2, E]`, from the M sources to the N targets.
-            dropout: on the attention weights.
-        """
-        return self.propagate(
-            edge_index,
-            q=(None, q),
-            k=(k, None),
-            v=(v, None),
-            size=(len(k), len(q)),
-            dropout=dropout,
-        )
-
-    def message(
-        self, q_i: Tensor, k_j: Tensor, v_j: Tensor, index: Tensor, size_i: int, dropout: float
-    ) -> Tensor:
-        """The message along each edge, `[E, heads, d]`."""
-        weight = softmax((q_i * k_j).sum(-1), index, num_nodes=size_i)
-        return F.dropout(weight, dropout)[..., None] * v_j
+    source, target = edge_index
+    weight = softmax((q[target] * k[source]).sum(-1), target, num_nodes=len(q))
+    return scatter(F.dropout(weight, dropout)[..., None] * v[source], target, 0, len(q))
 
 
 class ChainAttention(torch.autograd.Function):
@@ -168,7 +151,6 @@ class HGTLayer(nn.Module):
         self.prior = per_relation(heads)
         self.attention = per_relation(heads, head_width, head_width)
         self.message = per_relation(heads, head_width, head_width)
-        self.over_edges = RelationAttention()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -213,7 +195,7 @@ class HGTLayer(nn.Module):
             v = torch.einsum(
                 "nhi,hij->nhj", self._split(self.value[source](x[source])), self.message[relation]
             )
-            message = self.over_edges(q, k, v, edge_index, self._weight_dropout)
+            message = attention_over_edges(q, k, v, edge_index, self._weight_dropout)
             messages[target].append(message.flatten(1))
         return {
             node_type: self._update(states, torch.stack(messages[node_type]).mean(0), node_type)

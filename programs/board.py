@@ -6,11 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from torch.utils.tensorboard import SummaryWriter
 
 from neighborlm.callbacks.lightning_files import Events, errors_at
 from neighborlm.programs.evaluation import SEARCHING
@@ -19,6 +18,9 @@ from neighborlm.programs.run import Run
 from neighborlm.programs.subject import Evaluated, Subject
 from neighborlm.retrieval.memories import KNNMemory
 from neighborlm.retrieval.memories.tuning import Tuning
+
+if TYPE_CHECKING:  # Lightning loads it where something is logged
+    from torch.utils.tensorboard import SummaryWriter
 
 KEYS = 1000
 """Keys of a datastore that are shown as points."""
@@ -204,7 +206,7 @@ def figure_of(tuned: Tuning) -> Any:
 
 
 def log_histograms(
-    sample: Mapping[str, np.ndarray], split: str, step: int, writer: SummaryWriter
+    sample: Mapping[str, np.ndarray], split: str, step: int, writer: "SummaryWriter"
 ) -> None:
     """Logs how the distances of the nearest neighbours and the weights of the mixture are spread
     over sampled tokens; a weight that all have in common is left out."""

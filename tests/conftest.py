@@ -7,6 +7,7 @@ import os
 # are then those of ranks, which have one thread each, to the last bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from accelerators import ACCELERATORS, STANDIN, skip_without
-from running import Programs
+from running import IMPORTED, Programs
 from small import ROOT, SMALL, write_corpus
 
 from neighborlm.retrieval.store.datastore import Datastore, DatastoreBuilder
 
 # Processes that tests start take this checkout, even where another one is installed.
 os.environ["PYTHONPATH"] = str(ROOT)
+multiprocessing.set_forkserver_preload(IMPORTED)  # before any test starts the one server there is
 
 
 @pytest.fixture(params=["cpu", *ACCELERATORS], scope="session")

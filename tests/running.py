@@ -1,5 +1,6 @@
-"""Runs programs as processes that are forked from one which has imported the libraries: that takes
-longer than most of what the tests do with them."""
+"""Runs programs as processes that are forked from one which has imported them: that takes longer
+than most of what the tests do with them. Tests that are about the start itself make processes of
+their own."""
 
 import multiprocessing
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 from small import ROOT
 
-LIBRARIES = ["faiss", "jsonargparse", "pytorch_lightning.cli", "tensorboard", "torch_geometric.nn"]
-"""What takes long to import of what the programs import."""
+IMPORTED = [f"neighborlm.programs.{program}" for program in ("train", "evaluate", "generate")]
+"""By the process from which all others are forked: the programs, and what they import."""
 SECONDS = 240
 """That a program may take."""
 
@@ -47,7 +48,6 @@ class Programs:
         self.output = output
         self.started = 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(LIBRARIES)
 
     def __call__(
         self, cwd: Path, program: str | Path, *flags: object, status: int = 0

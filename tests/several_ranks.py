@@ -1,5 +1,5 @@
-"""Functions as the ranks of a gloo group, each in a process of its own: these import the module of
-the function, so that it had better import little."""
+"""Functions as the ranks of a gloo group, each in a process of its own, forked from one that has
+imported the programs."""
 
 import multiprocessing
 import os
@@ -17,7 +17,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 def start(count: int, folder: Path, function: Callable, *args) -> list:
     """Processes that call `function(rank, *args)`; what it returns or raises lies in the folder."""
-    CONTEXT.set_forkserver_preload(["neighborlm.retrieval.cluster.distributed"])
     folder.mkdir()
     processes = [
         CONTEXT.Process(target=work, args=(rank, count, folder, function, args), daemon=True)
