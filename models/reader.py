@@ -37,13 +37,18 @@ class Reader:
         want: its keys.
         window: longest row, in tokens.
         context: tokens that are read again, fewer than `window`.
+        start: id that rows begin with, in place of the first of these; None for that token itself.
+            A text brings the start of its first row along.
     """
 
-    def __init__(self, model: StepwiseModel, want: Want, window: int, context: int) -> None:
+    def __init__(
+        self, model: StepwiseModel, want: Want, window: int, context: int, start: int | None = None
+    ) -> None:
         self.model = model
         self.want = want
         self.window = window
         self.context = context
+        self.start = start
         self.state: State | None = None
         self.rows: Tensor | None = None
         """int64 `[B, columns]`, the tokens of the present rows, padded on the left."""
@@ -70,10 +75,13 @@ class Reader:
     def _begin_rows(self) -> None:
         """Lets full rows begin anew; all others are read again as they are."""
         lengths = (self.rows != NOTHING).sum(dim=1)
-        kept = torch.where(lengths == self.window, self.context, lengths)
+        is_full = lengths == self.window
+        kept = torch.where(is_full, self.context, lengths)
         columns = torch.arange(self.rows.shape[1], device=kept.device)
         is_kept = columns >= self.rows.shape[1] - kept[:, None]
         rows = self.rows.masked_fill(~is_kept, NOTHING)[:, self.rows.shape[1] - int(kept.max()) :]
+        if self.start is not None and self.context:
+            rows[is_full, rows.shape[1] - self.context] = self.start
         self.state, self.rows = None, rows[:, :0]
         if rows.shape[1]:
             self._step(rows)

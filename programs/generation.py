@@ -160,7 +160,7 @@ def reader_of(subject: Subject, want: Want) -> Reader:
     """What reads texts as long as they may be, in rows such as those of an evaluation."""
     window = min(subject.data.tokens_per_sample, subject.model.max_target_positions)
     context = min(subject.data.context_window or window // 2, window - 1)
-    return Reader(subject.model, want, window, context)
+    return Reader(subject.model, want, window, context, subject.data.window_start)
 
 
 class Texts:

@@ -20,13 +20,17 @@ def model() -> TransformerLM:
     return TransformerLM(VOCAB, **sizes, max_target_positions=WINDOW).eval()
 
 
-def row_by_row(model, text: list[int], context: int) -> tuple[torch.Tensor, torch.Tensor]:
+def row_by_row(
+    model, text: list[int], context: int, first: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities `[T, V]` and keys `[T, d]` after each token of a text, the first row of
-    which is full, while the next ones begin with context."""
+    which is full, while the next ones begin with context; the first token of a row is `first`, if
+    there is one."""
     log_probs, keys, begin, start = [], [], 0, 0
     while start < len(text):
         end = begin + WINDOW
-        hidden, features = model.hidden(torch.tensor([text[begin:end]]), (KEYS,))
+        row = text[begin:end] if first is None else [first, *text[begin + 1 : end]]
+        hidden, features = model.hidden(torch.tensor([row]), (KEYS,))
         log_probs.append(model.log_prob(hidden[0, start - begin :]))
         keys.append(features[KEYS][0, start - begin :])
         begin, start = end - context, end
@@ -44,19 +48,21 @@ def test_the_rows_are_those_of_an_evaluation(model):
     assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("context", [0, 3, 5])
+@pytest.mark.parametrize(("context", "first"), [(0, None), (3, None), (5, None), (3, 7), (7, 7)])
 @pytest.mark.parametrize("cuts", [[21], [1] * 21, [9, 1, 1, 10]], ids=["at once", "one by one", ""])
 @torch.inference_mode()
-def test_texts_in_a_batch_are_read_row_by_row(model, context, cuts):
+def test_texts_in_a_batch_are_read_row_by_row(model, context, first, cuts):
     texts = [torch.randint(VOCAB, (length,)).tolist() for length in (21, 14, 2)]
-    reader, read = Reader(model, Want(keys=(KEYS,)), WINDOW, context), 0
+    if first is not None:
+        texts = [[first, *text[1:]] for text in texts]
+    reader, read = Reader(model, Want(keys=(KEYS,)), WINDOW, context, first), 0
     for tokens in padded(texts).split(cuts, dim=1):
         log_probs, keys = reader.read(tokens)
         read += tokens.shape[1]
         for number, text in enumerate(texts):
             there = read - 21 + len(text)
             if there > 0:
-                expected, expected_keys = row_by_row(model, text, context)
+                expected, expected_keys = row_by_row(model, text, context, first)
                 newest = min(tokens.shape[1], there)
                 close = {"atol": 1e-5, "rtol": 0}
                 assert_close(log_probs[number], expected[there - 1], **close)
