@@ -54,10 +54,11 @@ def give_memory(model: PreTrainedModel, subject: Subject, mixture: Mixture) -> P
         mixture: the memories, and what weighs them.
     """
     kind = type(model)
+    signature = inspect.signature(kind.forward)
 
     @wraps(kind.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(kind.forward).bind(self, *args, **kwargs).arguments
+        given = signature.bind(self, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         del given["self"]
         return self.remembering.forward(kind.forward, self, given)
@@ -154,7 +155,7 @@ class Remembering:
         log_probs = logits.float().log_softmax(dim=-1)
         mixed = self.mixed.extend(tokens, keys, log_probs.flatten(0, 1), asked)
         if logits.shape[1] == 1:
-            self.steps.append(mixed._replace(log_probs=mixed.log_probs[:, :0]))
+            self.steps.append(mixed._replace(log_probs=mixed.log_probs[:, :0].clone()))
         elif self.steps or tokens.shape[1] > 1:
             self.lost = "several tokens were scored at once"
         return mixed.log_probs.view_as(logits)

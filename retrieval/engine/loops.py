@@ -266,14 +266,20 @@ def _shift_half(halves, shift, vector):
     """As `shift_halves`, of one vector; its squared length."""
     square = np.float32(0)
     for j in range(len(halves)):
-        half = np.int32(halves[j])
-        bits = np.int32(np.int32(half & np.int32(0x7FFF)) << np.int32(13))
-        finite = bits.view(np.float32) * np.float32(2.0**112)  # exponents have another middle
-        other = np.int32(bits | np.int32(0x7F800000)).view(np.float32)
-        number = finite if bits < np.int32(0x0F800000) else other
-        vector[j] = (number if half < np.int32(0x8000) else -number) + shift[j]
+        vector[j] = _number_of_half(halves[j]) + shift[j]
         square += vector[j] * vector[j]
     return square
+
+
+@register_jitable
+def _number_of_half(half):
+    """The number of which `half` are the bits, uint16."""
+    half = np.int32(half)
+    bits = np.int32(np.int32(half & np.int32(0x7FFF)) << np.int32(13))
+    finite = bits.view(np.float32) * np.float32(2.0**112)  # exponents have another middle
+    other = np.int32(bits | np.int32(0x7F800000)).view(np.float32)
+    number = finite if bits < np.int32(0x0F800000) else other
+    return number if half < np.int32(0x8000) else -number
 
 
 @summing
@@ -299,6 +305,47 @@ def shift_lists(stored, bounds, shifts, vectors, squares):
 
 
 # What a query visits
+
+
+@compiled
+def measure_halves(halves, begins, sizes, queries, numbers, similar, rows, buffer):
+    """Measures how far queries are from the half-precision vectors of lists.
+
+    Args:
+        halves: uint16, bits of all that a file has.
+        begins, sizes: int64 `[visits]`, where the first vector of a list begins there, and how
+            many there are.
+        queries: fp32 `[Q, d]`.
+        numbers: int64 `[visits]`, which of them visits the list.
+        similar: whether to write negative products, not squared distances.
+        rows: int64 `[visits]`, where the list's distances begin in the buffer.
+        buffer: fp32, to be written.
+    """
+    d = queries.shape[1]
+    for visit in range(len(begins)):
+        query, at = queries[numbers[visit]], begins[visit]
+        row = buffer[rows[visit] : rows[visit] + sizes[visit]]
+        for j in range(len(row)):
+            vector = halves[at : at + d]
+            row[j] = -_product(vector, query) if similar else _squared_distance(vector, query)
+            at += d
+
+
+@summing
+def _product(halves, query):
+    found = np.float32(0)
+    for j in range(len(query)):
+        found += _number_of_half(halves[j]) * query[j]
+    return found
+
+
+@summing
+def _squared_distance(halves, query):
+    found = np.float32(0)
+    for j in range(len(query)):
+        difference = _number_of_half(halves[j]) - query[j]
+        found += difference * difference
+    return found
 
 
 @compiled

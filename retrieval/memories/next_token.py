@@ -114,7 +114,8 @@ class NextToken:
             which = there if memory.in_order else wanted
             self.asked[name] = rows[which].numpy(), places[which].numpy()
             scored = self._scored(memory, which, keys, *self.asked[name])
-            said[name] = Distribution(*memory.distribution(scored)).some(wanted[which])
+            found = Distribution(*memory.distribution(scored))
+            said[name] = found.some(wanted[which]) if memory.in_order else found
         return self._mix(log_probs, wanted[:, asked].reshape(-1).to(log_probs.device), said)
 
     def _observe(self) -> None:
@@ -138,7 +139,8 @@ class NextToken:
 
     def _mix(self, log_probs: Tensor, which: Tensor, said: Mapping[str, Distribution]) -> Mixed:
         """Mixes in the places where memories were asked; elsewhere the model's own stays."""
-        of_model = log_probs[which]
+        everywhere = bool(which.all())
+        of_model = log_probs if everywhere else log_probs[which]
         opinions = {LM: Opinion(of_model[:, 0], self._model_features(of_model)), **said}
         weights = self.mixer.weights(features_of(opinions), len(of_model))
         if weights.shape[1] != len(opinions):
@@ -150,8 +152,10 @@ class NextToken:
         voted = torch.zeros(of_model.shape, dtype=torch.float64)
         for weight, found in zip(weights.unbind(dim=1)[1:], said.values(), strict=True):
             voted.scatter_add_(1, found.ids, weight[:, None] * found.probs)
-        of_memories = voted.log().to(log_probs)
+        of_memories = voted.to(log_probs).log_()
         mixed = torch.logaddexp(of_model + weights[:, :1].log().to(log_probs), of_memories)
+        if everywhere:
+            return Mixed(mixed, weights, said)
         whole = log_probs.clone()
         whole[which] = mixed
         return Mixed(whole, weights, said)

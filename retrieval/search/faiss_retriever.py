@@ -60,10 +60,12 @@ class FaissRetriever(BaseRetriever):
         """See `contracts.Retriever.search`."""
         queries = normalized(queries, self.metric)
         shared = self._shared(queries)
-        if shared is None:
-            distances, ids = self._by_faiss(queries, k)
-        else:
+        if shared is not None:
             distances, ids, _ = self.lists.search(shared, k, ordered)
+        elif self.lists is not None and self.lists.reads_halves:
+            distances, ids, _ = self.lists.search_each(self._transformed(queries), k, ordered)
+        else:
+            distances, ids = self._by_faiss(queries, k)
         found = Neighbors(distances, self._rows_of(ids))
         if not ordered:
             return found
@@ -85,6 +87,8 @@ class FaissRetriever(BaseRetriever):
         if self.lists is not None:
             one = np.zeros((1, self.lists.ivf.d), dtype=np.float32)
             self.lists.search(one, 1)
+            if self.lists.reads_halves:
+                self.lists.search_each(one, 1)
             nothing = np.broadcast_to(np.int32(0), self.index.ntotal)
             self.lists.vote(one, 1, nothing, np.zeros(1, dtype=np.int64), 1.0)
 

@@ -68,6 +68,30 @@ def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threa
     assert not left or np.concatenate(left).mean() < 0.02
 
 
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n", [1, 8, 20])
+def test_a_few_queries_find_what_faiss_finds(tmp_path, monkeypatch, metric, threads, n):
+    """Also where there are fewer than k vectors, and for a query that is not finite."""
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
+    keys[::100] *= 1e-6  # as halves these have fewer digits
+    index = opened(tmp_path, "IVF20,SQfp16", metric, keys=keys)
+    search, looking = searching(index), queries(n)
+    assert search.reads_halves
+    monkeypatch.setattr(faiss, "omp_get_max_threads", lambda: threads)
+    for k in (1, 70, 900):
+        expected = index.search(looking, k)
+        assert_same(search.search_each(looking, k), expected)
+        distances, ids, _ = search.search_each(looking, k, ordered=False)
+        order = np.argsort(distances if metric == faiss.METRIC_L2 else -distances, axis=1)
+        assert_same([np.take_along_axis(x, order, axis=1) for x in (distances, ids)], expected)
+    assert search.search_each(looking[:0], 5).rows.shape == (0, 5)
+    looking[0, 3] = np.nan
+    _, ids, _ = search.search_each(looking, 5)
+    assert (ids[0] == -1).all()
+    assert (ids[1:] >= 0).all()
+
+
 needs_exact_bytes = pytest.mark.skipif(
     not bytes_are_exact(), reason="this processor's products of bytes lose bits"
 )
