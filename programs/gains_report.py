@@ -1,13 +1,13 @@
 """What kNN-LM gains over its model by classes of tokens, with bootstrap intervals: the figures, and
-how people read them, as Markdown and as a picture."""
+how people read them, as Markdown; `gains_picture` draws them."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from neighborlm.common.errors import InputError
+from neighborlm.programs.calibration import Favourites, calibration, calibration_error
 from neighborlm.programs.kept_text import FREQUENCIES
 from neighborlm.programs.reports import as_markdown
 from neighborlm.retrieval.memories.slices import (
@@ -33,18 +33,24 @@ class Way(NamedTuple):
         lmbda: weight of p_kNN.
         temperature: divides the scores.
         losses: fp64 `[n]`, of every token, in nats.
+        favourites: its most probable tokens; None where they are not known.
     """
 
     lmbda: float
     temperature: float
     losses: np.ndarray
+    favourites: Favourites | None = None
 
 
 # -- what is found -------------------------------------------------------------------------------
 
 
 def findings(
-    of_lm: np.ndarray, ways: Mapping[str, Way], classes: Sequence[Slices], block: int
+    of_lm: np.ndarray,
+    ways: Mapping[str, Way],
+    classes: Sequence[Slices],
+    block: int,
+    favourites: Favourites | None = None,
 ) -> dict[str, Any]:
     """The figures of a report, JSON-able.
 
@@ -53,6 +59,7 @@ def findings(
         ways: one or two, by name, of the same n tokens.
         classes: of these tokens, those by frequency first.
         block: tokens of a block that the bootstrap draws.
+        favourites: of the model; None where they are not known.
 
     Raises:
         InputError: a way gives a token probability 0.
@@ -86,6 +93,13 @@ def findings(
         found["against"] = {"of": other, "over": one, "relative": as_figures(ratio, sure)}
     found["slices"] = rows
     found["long_tail"] = long_tail(losses, classes[0], block)
+    known = {LM: favourites} | {name: way.favourites for name, way in ways.items()}
+    found["calibration"] = {
+        name: {"error": calibration_error(parts), "parts": [part._asdict() for part in parts]}
+        for name, of in known.items()
+        if of is not None
+        for parts in [calibration(of)]
+    }
     return found
 
 
@@ -210,50 +224,49 @@ def markdown(found: Mapping[str, Any]) -> str:
             cells += [in_words(gain, "+.3f"), f"{gain['helped']:.0%}, {gain['hurt']:.0%}"]
         lines.append(cells)
     of_ways = [cell for name in ways for cell in (name, "helped, hurt")]
-    return "\n\n".join(
-        [
-            f"# What neighbours change: {found['corpus']}, {found['split']} split",
-            "\n".join(f"* {sentence}" for sentence in sentences(found)),
-            as_markdown(columns, rows),
-            "Nats by which the loss of a token falls, by what the token is:",
-            as_markdown(["", "tokens", "perplexity of the LM", *of_ways], lines),
-            f"{found['tokens']:,} tokens. In brackets are 95% intervals of a paired bootstrap over "
-            f"blocks of {found['block']} tokens; a class with tokens in fewer than "
-            f"{FEWEST_BLOCKS} blocks has none. Helped and hurt are the shares of tokens whose loss "
-            f"falls or rises by more than {MARGIN} nats.\n",
-        ]
+    return (
+        "\n\n".join(
+            [
+                f"# What neighbours change: {found['corpus']}, {found['split']} split",
+                "\n".join(f"* {sentence}" for sentence in sentences(found)),
+                as_markdown(columns, rows),
+                "Nats by which the loss of a token falls, by what the token is:",
+                as_markdown(["", "tokens", "perplexity of the LM", *of_ways], lines),
+                f"{found['tokens']:,} tokens. In brackets are 95% intervals of a paired bootstrap "
+                f"over blocks of {found['block']} tokens; a class with tokens in fewer than "
+                f"{FEWEST_BLOCKS} blocks has none. Helped and hurt are the shares of tokens whose "
+                f"loss falls or rises by more than {MARGIN} nats.",
+                *calibration_as_markdown(found["calibration"]),
+            ]
+        )
+        + "\n"
     )
 
 
-def picture(found: Mapping[str, Any]) -> bytes:
-    """The gains by classes, with their intervals, as PNG."""
-    from matplotlib.figure import Figure  # an extra
-
-    ways = [name for name in found["ways"] if name != LM]
-    by = list(dict.fromkeys(row["by"] for row in found["slices"]))
-    of_class = [[row for row in found["slices"] if row["by"] == name] for name in by]
-    sizes = [len(rows) + 1 for rows in of_class]
-    figure = Figure(figsize=(9, 1 + 0.32 * sum(sizes)), layout="constrained")
-    panels = figure.subplots(len(by), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
-    thickness = 0.8 / len(ways)
-    for panel, name, rows in zip(panels, by, of_class, strict=True):
-        for i, (way, color) in enumerate(zip(ways, ("#0072B2", "#E69F00"), strict=False)):
-            of = [row["gains"][way] for row in rows]
-            values = np.array([gain["value"] for gain in of])
-            ends = np.array([[gain["low"], gain["high"]] for gain in of]).T
-            places = np.arange(len(rows)) + (i - (len(ways) - 1) / 2) * thickness
-            panel.barh(places, values, thickness, color=color, label=way)
-            reach = np.maximum(np.abs(ends - values), 0)  # NaN draws nothing
-            panel.errorbar(values, places, xerr=reach, fmt="none", ecolor="black", capsize=2)
-        panel.set_yticks(range(len(rows)), [f"{row['label']} ({row['share']:.0%})" for row in rows])
-        panel.invert_yaxis()
-        panel.axvline(0, color="black", linewidth=0.8)
-        if name != rows[0]["label"]:
-            panel.set_title(name, loc="left", fontsize=10, fontweight="bold")
-    panels[-1].set_xlabel("nats that a token gains over the LM, with 95% intervals")
-    figure.suptitle(f"{found['corpus']}, {found['split']} split")
-    if len(ways) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
+def calibration_as_markdown(found: Mapping[str, Any]) -> list[str]:
+    """Paragraphs of how often the favourites were right, none where that is not known."""
+    if not found:
+        return []
+    columns = ["probability of the favourite"]
+    columns += [cell for name in found for cell in (f"{name}: tokens", "said", "right")]
+    parts = list(zip(*(of["parts"] for of in found.values()), strict=True))
+    lows = [row[0]["low"] for row in parts]
+    rows = [
+        [
+            f"{low:.1f} to {high:.1f}",
+            *(
+                format(part[name], form) if part["share"] else ""
+                for part in row
+                for name, form in (("share", ".1%"), ("said", ".3f"), ("right", ".3f"))
+            ),
+        ]
+        for row, low, high in zip(parts, lows, [*lows[1:], 1.0], strict=True)
+    ]
+    errors = "; ".join(f"{name} {of['error']:.4f}" for name, of in found.items())
+    return [
+        "Calibration, the probability that the most probable token was given against how often it "
+        "was right:",
+        as_markdown(columns, rows),
+        "Expected calibration error, by how much the two differ over all tokens (Guo et al., ICML "
+        f"2017): {errors}.",
+    ]

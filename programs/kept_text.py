@@ -3,6 +3,7 @@ corpus, what the model and its neighbours say of every token, and classes of tok
 reports are made of them."""
 
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.datamodules.binarized import CorpusSettings
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.corpora import CorpusDataModule
+from neighborlm.programs.places import check_folder
 from neighborlm.retrieval.memories.cache import RetrievalCache
 from neighborlm.retrieval.memories.knn_memory import opinion_from_cache
 from neighborlm.retrieval.memories.mixers import mixture
@@ -22,6 +24,7 @@ from neighborlm.retrieval.memories.slices import (
     by_truth,
     in_repeats,
 )
+from neighborlm.retrieval.memories.suffix_array import Matches, SuffixArray
 from neighborlm.retrieval.memories.tuning import tune
 from neighborlm.retrieval.store.arrays import token_counts
 
@@ -55,21 +58,31 @@ def corpus_of(cache: RetrievalCache) -> CorpusDataModule:
 
 
 def add_mixture_flags(parser: argparse.ArgumentParser) -> None:
-    """`--lmbda` and `--temperature`, see `check_mixture_flags` and `mixed_by`."""
+    """`--lmbda` and `--temperature`, and what else is said of a text, see `check_mixture_flags`,
+    `mixed_by` and `matched_suffixes`."""
     add = parser.add_argument
     add("--lmbda", type=float, help="weight of p_kNN (default: the best for DIR/valid)")
     add("--temperature", type=float, help="divides scores (default: the best for DIR/valid)")
+    add(
+        "--suffix_array",
+        type=Path,
+        help="the suffix array of the training text, such as "
+        "datastores/NAME/train-suffix_array, which is made if it is missing: tells how much of "
+        "each context the training text has",
+    )
 
 
 def check_mixture_flags(options: argparse.Namespace) -> None:
     """Raises InputError where lmbda and temperature are not both numbers that can be mixed by, or
-    both missing."""
+    both missing, or a suffix array cannot lie where it is said to."""
     if (options.lmbda is None) != (options.temperature is None):
         raise InputError("--lmbda and --temperature: one is missing; expected both or none")
     if options.lmbda is not None and not 0 <= options.lmbda <= 1:
         raise InputError(f"--lmbda is {options.lmbda}; expected a number from 0 to 1")
     if options.temperature is not None and not 0 < options.temperature < np.inf:
         raise InputError(f"--temperature is {options.temperature}; expected more than 0")
+    if options.suffix_array is not None:
+        check_folder(options.suffix_array, "--suffix_array")
 
 
 def mixed_by(cache: RetrievalCache, options: argparse.Namespace) -> tuple[float, float]:
@@ -127,6 +140,26 @@ def kept_scores(cache: RetrievalCache, temperature: float) -> KeptScores:
         knn = opinion_from_cache(block, temperature, similarity).log_probs.double()
         columns.append((block.positions.numpy(), block.lm_log_prob.double().numpy(), knn.numpy()))
     return KeptScores(*map(np.concatenate, zip(*columns, strict=True)))
+
+
+def matched_suffixes(
+    data: LMDataModule, split: str, positions: np.ndarray, path: Path
+) -> tuple[SuffixArray, Matches]:
+    """The longest suffix of each context that the training text has, followed by a token.
+
+    Args:
+        data: the corpus.
+        split: of the tokens.
+        positions: int64 `[n]`, of the tokens in the split.
+        path: of the training text's suffix array, which is built unless it is there.
+
+    Raises:
+        InputError: what lies there is of another text.
+    """
+    made_from = {"corpus": data.fingerprint("train"), "dictionary": data.dictionary.fingerprint}
+    train = data.stream("train").tokens
+    array = SuffixArray.ensure(path, train, data.vocab_size, made_from)
+    return array, array.longest(np.asarray(data.stream(split).tokens).reshape(-1), positions)
 
 
 def slices_of(

@@ -68,7 +68,8 @@ def main(args: list[str] | None = None) -> None:
     against = options.against
     other = RetrievalCache.open(against) if against is not None and against.is_dir() else None
     of_other = None if other is None else mixed_by(other, options)
-    page = kept_tokens(cache, data, options.tokens, options.neighbors, lmbda, temperature)
+    shown = (options.tokens, options.neighbors, lmbda, temperature, options.suffix_array)
+    page = kept_tokens(cache, data, *shown)
     made = f"from {cache.path}; lmbda {lmbda:.3g}, temperature {temperature:.3g}"
     if other is not None:
         page = compared_with_cache(page, other, *of_other)

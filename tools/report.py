@@ -17,13 +17,16 @@ import numpy as np
 
 from neighborlm.common.errors import InputError
 from neighborlm.programs.arguments import OneSentence
+from neighborlm.programs.calibration import favourites
 from neighborlm.programs.exits import exit_with_one_sentence
-from neighborlm.programs.gains_report import Way, findings, markdown, picture
+from neighborlm.programs.gains_picture import picture
+from neighborlm.programs.gains_report import Way, findings, markdown
 from neighborlm.programs.kept_text import (
     add_mixture_flags,
     check_mixture_flags,
     corpus_of,
     kept_scores,
+    matched_suffixes,
     mixed_by,
     slices_of,
 )
@@ -144,17 +147,22 @@ def main(args: list[str] | None = None) -> None:
     for name, cache in zip(names, caches, strict=True):
         lmbda, temperature = mixed_by(cache, options)
         scores = kept_scores(cache, temperature)
-        ways[name] = Way(lmbda, temperature, -scores.mixture(lmbda))
+        of_model, own = favourites(cache, lmbda, temperature) or (None, None)
+        ways[name] = Way(lmbda, temperature, -scores.mixture(lmbda), own)
     cache = caches[0]
     lm, positions = cache.lm_log_prob[scores.positions].astype(np.float64), scores.positions
     nearest = -cache.scores[positions, 0].astype(np.float64)
     entropy = None if cache.entropy is None else cache.entropy[positions]
     targets = cache.targets[positions].astype(np.int64)
-    classes = slices_of(data, targets, split, positions, nearest, entropy)
+    lengths = None
+    if options.suffix_array is not None:
+        _, matches = matched_suffixes(data, split, positions, options.suffix_array)
+        lengths = matches.lengths
+    classes = slices_of(data, targets, split, positions, nearest, entropy, lengths)
     about = {"cache": options.cache, "corpus": data.name, "split": split}
     if options.against is not None:
         about["other_cache"] = options.against
-    found = about | findings(-lm, ways, classes, options.block)
+    found = about | findings(-lm, ways, classes, options.block, of_model)
     text = markdown(found)
     print(text)
     making = {".md": text.encode, ".json": lambda: as_json(found), ".png": lambda: picture(found)}

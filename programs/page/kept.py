@@ -1,13 +1,17 @@
 """Reads the tokens of a page from a cache of what was retrieved, without the model and without a
 search."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.programs.kept_text import kept_scores
+from neighborlm.programs.kept_text import kept_scores, matched_suffixes
 from neighborlm.programs.page.tokens import (
+    OCCURRENCES,
     OtherResult,
     PageNeighbors,
     PageTokens,
@@ -27,6 +31,7 @@ def kept_tokens(
     neighbors: int,
     lmbda: float,
     temperature: float,
+    suffix_array: Path | None = None,
 ) -> PageTokens:
     """What a page shows of the model and its neighbours.
 
@@ -37,6 +42,8 @@ def kept_tokens(
         neighbors: of a token, at most.
         lmbda: weight of p_kNN.
         temperature: divides the neighbours' scores.
+        suffix_array: of the training text, see `kept_text.matched_suffixes`; None for a page
+            without matched suffixes.
 
     Raises:
         InputError: the cache keeps no rows or no candidates of the model.
@@ -79,6 +86,10 @@ def kept_tokens(
         lm_alone=None if alone is None else alone[positions].astype(np.float64),
         entropy=cache.entropy[positions].astype(np.float64),
     )
+    if suffix_array is not None:
+        array, matches = matched_suffixes(data, split, positions, suffix_array)
+        places = array.occurrences(matches, OCCURRENCES)
+        page = replace(page, suffix_lengths=matches.lengths, occurrences=places)
     return page.in_classes(data, split)
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from neighborlm.programs.corpora import CorpusDataModule
+from neighborlm.retrieval.memories.cache import Extent
 from neighborlm.retrieval.memories.cache_builder import RetrievalCacheBuilder
 from neighborlm.tools import report as report_module
 from neighborlm.tools.report import main
 
-K, BLOCK = 6, 10
+K, BLOCK, TOP = 6, 10, 4
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,15 @@ def make_cache(corpus, path, frequent_gain: bool, further: float = 0.0, **made_f
     about |= {"distances": "exact", "index": "flat", **made_from}
     text = {name: str(of) for name, of in asdict(corpus.settings).items() if of is not None}
     sizes = (len(targets), K, corpus.vocab_size)
-    builder = RetrievalCacheBuilder(path, *sizes, about, text=text)
-    builder.write(np.arange(len(targets)), targets, lm, scores, values)
+    top_ids = np.stack([rng.permutation(corpus.vocab_size)[:TOP] for _ in targets])
+    likely = (rng.random(len(targets)) < 0.3) & ~(top_ids == targets[:, None]).any(axis=1)
+    top_ids[likely, 0] = targets[likely]
+    top_log_probs = np.log(-np.sort(-rng.dirichlet(np.ones(TOP + 1), len(targets))))[:, :TOP]
+    extent = Extent(datastore_rows=9, top=TOP)
+    builder = RetrievalCacheBuilder(path, *sizes, about, extent, text=text)
+    others = {"top_ids": top_ids, "top_log_probs": top_log_probs.astype(np.float32)}
+    others |= {"entropy": np.ones(len(targets)), "rows": np.zeros(values.shape, dtype=int)}
+    builder.write(np.arange(len(targets)), targets, lm, scores, values, **others)
     builder.sync()
     return builder.finish()
 
@@ -80,6 +88,74 @@ def gains_one_by_one(cache, lmbda=0.25, temperature=2.0) -> np.ndarray:
         knn = sum(hits) / sum(votes)
         found.append(math.log(lmbda * knn + (1 - lmbda) * math.exp(lm)) - lm)
     return np.array(found)
+
+
+def favourites_one_by_one(cache, lmbda=0.25, temperature=2.0) -> list[tuple[float, bool]]:
+    """Of kNN-LM: what its most probable token was given, and whether that came."""
+    found = []
+    for target, scores, values, ids, log_probs in zip(
+        *(cache.targets, cache.scores, cache.values, cache.top_ids, cache.top_log_probs),
+        strict=True,
+    ):
+        mixed = {}
+        for token, log_prob in zip(ids.tolist(), log_probs, strict=True):
+            mixed[token] = (1 - lmbda) * math.exp(log_prob)
+        votes = [math.exp((score - max(scores)) / temperature) for score in scores]
+        for token, vote in zip(values.tolist(), votes, strict=True):
+            mixed[token] = mixed.get(token, 0) + lmbda * vote / sum(votes)
+        best = max(mixed, key=mixed.get)
+        found.append((mixed[best], best == target))
+    return found
+
+
+def test_how_often_favourites_are_right(cache, tmp_path):
+    main(flags_of(cache, "--output", tmp_path / "r.json"))
+    found = json.loads((tmp_path / "r.json").read_text())["calibration"]
+    expected = {
+        "LM": list(
+            zip(
+                np.exp(cache.top_log_probs[:, 0]), cache.top_ids[:, 0] == cache.targets, strict=True
+            )
+        ),
+        "kNN-LM": favourites_one_by_one(cache),
+    }
+    assert list(found) == list(expected)
+    for name, favourites in expected.items():
+        error = 0.0
+        for part in found[name]["parts"]:
+            inside = [(p, right) for p, right in favourites if int(10 * p) == int(10 * part["low"])]
+            assert part["share"] == pytest.approx(len(inside) / len(favourites))
+            if inside:
+                said, right = np.mean(inside, axis=0)
+                assert part["said"] == pytest.approx(said, rel=1e-5)
+                assert part["right"] == pytest.approx(right)
+                error += part["share"] * abs(said - right)
+        assert found[name]["error"] == pytest.approx(error, rel=1e-5)
+
+
+def test_classes_by_what_the_training_text_has(corpus, cache, tmp_path):
+    """Each suffix of each context is looked for in the training text as it is written."""
+    array, output = tmp_path / "array", tmp_path / "r.json"
+    main(flags_of(cache, "--suffix_array", array, "--output", output))
+    rows = json.loads(output.read_text())["slices"]
+    rows = [row for row in rows if row["by"] == "longest suffix in the training text"]
+    train = " ".join(map(str, corpus.stream("train").tokens[:-1]))  # a token must follow
+    text = corpus.stream("test").tokens.tolist()
+    lengths = np.zeros(len(text), dtype=int)
+    for i in range(len(text)):
+        length = 1
+        while length <= i and f" {' '.join(map(str, text[i - length : i]))} " in f" {train} ":
+            length += 1
+        lengths[i] = length - 1
+    shares = {"0 to 1": lengths < 2, "2": lengths == 2, "3 to 4": (lengths > 2) & (lengths < 5)}
+    each = gains_one_by_one(cache)
+    assert {"2", "3 to 4"} <= {row["label"] for row in rows} <= {*shares, "5 to 8", "9 or more"}
+    for row in rows:
+        if row["label"] in shares:
+            inside = shares[row["label"]]
+            assert row["share"] == pytest.approx(inside.mean())
+            gain = row["gains"]["kNN-LM"]["value"]
+            assert gain == pytest.approx(each[inside].mean(), abs=1e-5)
 
 
 def test_what_each_class_gains(corpus, cache, tmp_path, capsys):

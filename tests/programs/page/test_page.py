@@ -86,7 +86,8 @@ def test_a_page_from_a_cache_is_that_of_the_evaluation(workplace, pages, run_pro
         "--neighbors",
         8,
     )
-    run_program(workplace, "neighborlm", *kept, "--against", "page-kept/test")  # beside itself
+    array = ("--suffix_array", tmp_path / "suffix_array")
+    run_program(workplace, "neighborlm", *kept, "--against", "page-kept/test", *array)  # itself
     found, expected = content_of(tmp_path / "kept.html"), content_of(pages / "knn.html")
     assert found["neighbors"]["temperature"] == expected["neighbors"]["temperature"]
     for name in ("tokens", "positions"):
@@ -97,6 +98,9 @@ def test_a_page_from_a_cache_is_that_of_the_evaluation(workplace, pages, run_pro
     for name in ("scores", "values"):
         both = (unpacked(of["neighbors"][name]) for of in (found, expected))
         np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
+    with_ngrams = content_of(pages / "all.html")
+    assert found["suffix_lengths"] == with_ngrams["suffix_lengths"]
+    assert found["occurrences"] == with_ngrams["occurrences"]
     parts = (
         unpacked(found["weights"][name]) * np.exp(unpacked(found["log_probs"][name]))
         for name in ("lm", "knn")
