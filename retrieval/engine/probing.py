@@ -29,13 +29,14 @@ class Probing:
     Args:
         ivf: a trained index; its nprobe is set.
         nprobe: see `NProbe`.
-        sample: centroids on which the mean distance to the nearest other one is measured.
+        sample: centroids on which their middle and the mean distance to the nearest other one are
+            measured.
         block: distances to centroids that are computed at a time, so that they stay in the cache.
 
     Attributes:
         most: the largest number of lists that a query visits.
         similar: whether a large distance is near, as with inner products.
-        middle: fp32 `[d]`, of all centroids, or zeros for inner products.
+        middle: fp32 `[d]`, amid the centroids, or zeros for inner products.
         centroids: fp32 `[nlist, d]`, relative to the middle.
         slack: squared distance, for inner products half of one; infinite where every query visits
             `most` lists. It scales with the keys as distances do, and is the same for indexes with
@@ -54,7 +55,8 @@ class Probing:
         self.centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
         self.middle = np.zeros(ivf.d, dtype=np.float32)
         if not self.similar:  # distances from far away would lose their digits
-            self.middle = self.centroids.mean(0)
+            # Of a sample, and the median, which a few centroids far out do not move.
+            self.middle = np.median(self.centroids[:: -(-ivf.nlist // sample)], axis=0)
             self.centroids -= self.middle
         self.compares_all = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat)
         if nprobe == "auto" and self.most > FEWEST:

@@ -75,6 +75,7 @@ def test_a_few_queries_find_what_faiss_finds(tmp_path, monkeypatch, metric, thre
     """Also where there are fewer than k vectors, and for a query that is not finite."""
     keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
     keys[::100] *= 1e-4  # many halves below 2**-14, which have fewer digits
+    keys[7] = 6e4  # a centroid far out
     index = opened(tmp_path, "IVF20,SQfp16", metric, keys=keys)
     search, looking = searching(index), queries(n)
     assert search.reads_halves
