@@ -63,10 +63,10 @@ class FaissRetriever(BaseRetriever):
         if shared is not None:
             distances, ids, _ = self.lists.search(shared, k, ordered)
         elif self.lists is not None and self.lists.reads_halves:
-            distances, ids, _ = self.lists.search_each(self._transformed(queries), k, ordered)
+            distances, ids, _ = self.lists.search_each(self.transformed(queries), k, ordered)
         else:
             distances, ids = self._by_faiss(queries, k)
-        found = Neighbors(distances, self._rows_of(ids))
+        found = Neighbors(distances, self.rows_of(ids))
         if not ordered:
             return found
         return self.checked(self._missing_last(found))
@@ -96,9 +96,10 @@ class FaissRetriever(BaseRetriever):
         """The queries as the lists see them; None where they are too few to share lists."""
         if self.lists is None or not self.lists.pays(len(queries)):
             return None
-        return self._transformed(queries)
+        return self.transformed(queries)
 
-    def _transformed(self, queries: np.ndarray) -> np.ndarray:
+    def transformed(self, queries: np.ndarray) -> np.ndarray:
+        """Queries, or keys, as the inverted lists see them."""
         if isinstance(self.index, faiss.IndexPreTransform):
             for number in range(self.index.chain.size()):
                 queries = self.index.chain.at(number).apply(queries)
@@ -107,11 +108,12 @@ class FaissRetriever(BaseRetriever):
     def _by_faiss(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.probing is None or self.probing.slack == np.inf:
             return self.index.search(queries, k)
-        queries = self._transformed(queries)
+        queries = self.transformed(queries)
         distances, lists = self.probing.nearest(queries, faiss.omp_get_max_threads())
         return self.probing.ivf.search_preassigned(queries, k, lists, distances)
 
-    def _rows_of(self, ids: np.ndarray) -> np.ndarray:
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the datastore by the index's ids; -1 where there is no key."""
         if not self.counts_rows:
             return self.datastore.rows_of(ids)
         if self.finds_masked:
@@ -138,4 +140,4 @@ class ByIds:
         self.of_rows = of_rows
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        return self.of_rows(self.retriever._rows_of(ids))
+        return self.of_rows(self.retriever.rows_of(ids))

@@ -22,7 +22,7 @@ from neighborlm.common.errors import InputError
 from neighborlm.retrieval.engine import stores_halves
 from neighborlm.retrieval.search.factory import check_factory, check_lists, lists_of
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
-from neighborlm.retrieval.search.index_check import check_belongs, check_file
+from neighborlm.retrieval.search.index_check import check_belongs, check_centroids, check_file
 from neighborlm.retrieval.search.index_file import list_file_of, open_file
 from neighborlm.retrieval.search.retriever import FAISS_METRICS, FlatRetriever, faiss_reason
 from neighborlm.retrieval.search.sharded_retriever import ShardedRetriever
@@ -204,6 +204,8 @@ def open_faiss(datastore: Datastore, search: Search) -> FaissRetriever:
         "faiss metric type": FAISS_METRICS[metric],
     }
     refuse_mismatch(path, found, at_hand)
+    if "files" not in described:
+        check_centroids(opened, str(path))
     retriever = FaissRetriever(opened, datastore, metric, search.nprobe, str(path))
     if "files" not in described:
         check_belongs(retriever)

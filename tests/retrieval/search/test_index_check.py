@@ -114,6 +114,24 @@ def test_lists_are_those_beside_the_index(store, tmp_path, monkeypatch):
         opened(store, copy)
 
 
+@pytest.mark.parametrize("factory", ["IVF7,SQ8", "IVF7,SQfp16", "IVF7,PQ4x4"])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(40.0, "does not fit the centroid of its list, 3"), (np.inf, "of list 3 is not finite")],
+)
+def test_a_damaged_centroid(store, tmp_path, untried, factory, number, said):
+    """Its list would be visited for the wrong queries, and no query be refused."""
+    copy = alone(IndexBuilding(store, factory, "l2").run(), tmp_path / "x" / "x.faiss")
+    index = opened(store, copy).index
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    centroids = faiss.downcast_index(ivf.quantizer).reconstruct_n(0, 7)
+    data, before = copy.read_bytes(), centroids.tobytes()
+    centroids[3, 5] = number
+    copy.write_bytes(data.replace(before, centroids.tobytes()))
+    with pytest.raises(InputError, match=f"x.faiss: is damaged.*{said}"):
+        opened(store, copy)
+
+
 LARGE = struct.pack("<q", 1 << 60)
 
 
@@ -142,8 +160,9 @@ def test_numbers_that_cannot_be_right(store, tmp_path, place, put, said):
         opened(store, copy)
 
 
-def test_what_ends_the_process_ends_another(store, tmp_path, monkeypatch):
-    """And a file is tried out once, but for what this program has written."""
+def test_what_ends_the_process_ends_another(store, tmp_path, monkeypatch, capsys):
+    """And a file is tried out once, but for what this program has written; where no other process
+    can be started, it is used untried."""
     path = IndexBuilding(store, "IVF7,SQ8", "l2").run()
     copy = alone(path, tmp_path / "x" / "x.faiss")
     program = tmp_path / "dies.py"
@@ -158,3 +177,6 @@ def test_what_ends_the_process_ends_another(store, tmp_path, monkeypatch):
     read_index(copy)
     with pytest.raises(InputError, match="cannot be read as a codec"):
         FeatureCodec.read(alone(path, tmp_path / "x" / "y.faiss"))
+    monkeypatch.setattr(index_check.sys, "executable", str(tmp_path / "none"))
+    assert read_index(alone(path, tmp_path / "x" / "z.faiss")).ntotal == store.n_keys
+    assert "z.faiss: is opened without having been tried out" in capsys.readouterr().out
