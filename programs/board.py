@@ -195,7 +195,7 @@ def figure_of(tuned: Tuning) -> Any:
         vmin=ppl.min(),
         vmax=max(ppl[0, 0], ppl.min() * 1.001),
     )
-    axes.plot(tuned.lmbda, tuned.temperature, "r+", markersize=14)
+    axes.plot(tuned.lmbda, tuned.temperature, "k+", markersize=14)
     axes.set(xlabel="lmbda", ylabel="temperature", yscale="log")
     axes.set_title(
         f"best: lmbda {tuned.lmbda:.2f}, temperature {tuned.temperature:.4g}, "

@@ -43,6 +43,10 @@ from neighborlm.retrieval.store.artifact import Job, refuse_mismatch, share_out
 from neighborlm.retrieval.store.datastore import Datastore
 
 QUERIES_AT_ONCE = 2048
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+"""Of a picture: the colour-blind tell them apart (Okabe and Ito, 2008)."""
+MARKERS = "osD^vP*X"
+"""Of a picture: as many as are not the colours, so that both together tell 56 searches apart."""
 
 
 @dataclass(frozen=True)
@@ -335,21 +339,21 @@ def name_of(result: Recall) -> str:
 
 def plot(results: Sequence[Recall], path: Path) -> None:
     """A picture of two panels: recall over k, and what an index loses for its speed."""
-    from matplotlib import colormaps  # an extra
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # an extra
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     ks = list(results[0].recall)
     for i, result in enumerate(results):
-        color = colormaps["tab20"](i % 20)
+        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         label = f"{result.memory}: {name_of(result)}"
-        left.plot(ks, list(result.recall.values()), marker=".", color=color, label=label)
-        right.plot([result.milliseconds], [result.index_recall[ks[-1]]], "o", color=color)
+        left.plot(ks, list(result.recall.values()), markersize=5, label=label, **style)
+        right.plot([result.milliseconds], [result.index_recall[ks[-1]]], markersize=8, **style)
     left.set(xscale="log", xlabel="k", ylabel="recall of the target")
     left.set_xticks(ks, [str(k) for k in ks])
     left.minorticks_off()
     right.set(xscale="log", xlabel="milliseconds a query", ylabel=f"share of the exact {ks[-1]}")
+    right.xaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, format="png")
 
