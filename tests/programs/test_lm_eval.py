@@ -7,6 +7,7 @@ import tomllib
 import numpy as np
 import pytest
 import yaml
+from accelerators import ACCELERATORS, skip_without
 from small import ROOT
 
 pytest.importorskip("lm_eval", reason="the extra hf is not installed")
@@ -14,7 +15,7 @@ pytest.importorskip("lm_eval", reason="the extra hf is not installed")
 import lm_eval
 from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
-from small_with_memory import ALL, RUN, brute_force
+from small_with_memory import ALL, RUN, brute_force, load
 from transformers import AutoTokenizer
 
 from neighborlm.common.errors import InputError
@@ -57,10 +58,10 @@ def own(folder, runs_with_memory) -> dict:
         return evaluated(folder, "hf")
 
 
-def evaluated(tasks, model: str, names=TASKS, **settings) -> dict:
+def evaluated(tasks, model: str, names=TASKS, pretrained="gpt2", **settings) -> dict:
     return lm_eval.simple_evaluate(
         model=model,
-        model_args={"pretrained": "gpt2", "add_bos_token": False, **settings},
+        model_args={"pretrained": pretrained, "add_bos_token": False, **settings},
         tasks=list(names),
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         batch_size=2,
@@ -114,6 +115,20 @@ def test_memories_that_read_the_text_are_heard_too(tasks, own):
     ours, theirs = (x["results"]["local_rolling"][name] for x in (found, own))
     assert ours < theirs
     assert np.isfinite(ours)
+
+
+@pytest.mark.parametrize("device", ACCELERATORS)
+def test_an_accelerator_gives_the_same_figures(tasks, device):
+    skip_without(device)
+    here, there = (
+        evaluated(tasks, "neighborlm", TASKS[1:], load().to(place), memory=ALL)["samples"]
+        for place in ("cpu", device)
+    )
+    for found, expected in zip(there["local_choice"], here["local_choice"], strict=True):
+        likelihoods = (np.array(one["filtered_resps"], dtype=float) for one in (found, expected))
+        np.testing.assert_allclose(*likelihoods, atol=1e-3)
+    for found, expected in zip(there["local_until"], here["local_until"], strict=True):
+        assert found["filtered_resps"] == expected["filtered_resps"]
 
 
 def test_the_program_lm_eval_knows_the_model(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerators import ACCELERATORS, skip_without
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -90,6 +91,30 @@ def test_transformers_generates_what_generate_py_does(here, tmp_path, how):
     theirs = found[:, inputs["input_ids"].shape[1] :].tolist()
     width = max(map(len, theirs))
     assert theirs == [tokens + [0] * (width - len(tokens)) for tokens in ours]
+
+
+@pytest.mark.parametrize("device", ACCELERATORS)
+def test_an_accelerator_generates_the_same(here, device):
+    """With all memories; also what a text was drawn from, and its loss."""
+    skip_without(device)
+    _, inputs = tokenized()
+    texts, others = [], []
+    for place in ("cpu", device):
+        model = neighborlm.with_memory(load().to(place), ALL)
+        given = {name: x.to(place) for name, x in inputs.items()}
+        for how in HOW.values():
+            torch.manual_seed(0)
+            text = model.generate(**given, max_new_tokens=4, pad_token_id=0, **how)
+            texts.append(text.cpu().tolist())
+            if "num_beams" not in how:
+                weights = [one.weight for text in model.sources(3) for of in text for one in of]
+                others.append(weights)
+        text = given["input_ids"][:1]
+        others.append([model(text, labels=text).loss.item()])
+    half = len(HOW)
+    assert texts[half:] == texts[:half]
+    for found, expected in zip(others[half:], others[:half], strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_tokens_that_are_taken_back(here):
