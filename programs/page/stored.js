@@ -1,13 +1,15 @@
 // What a page holds, and the mixture of it under settings: numbers alone, nothing that is seen.
-// An array is unpacked when it is first read, as most are read for a chosen token only.
+// An array stands in an element of its own and is unpacked when it is first read, as most are read for a
+// chosen token only; those elements stand behind the script and are there when all is read.
 const ARRAYS = { f8: Float64Array, f4: Float32Array, i4: Int32Array, u1: Uint8Array, u2: Uint16Array, u4: Uint32Array };
 const LARGE = 1, MARGIN = 0.01; // nats: a large gain; what counts as helped or hurt
 
 function unpack(packed) {
+  const data = document.getElementById(packed.element).textContent;
   let bytes;
-  if (Uint8Array.fromBase64) bytes = Uint8Array.fromBase64(packed.data);
+  if (Uint8Array.fromBase64) bytes = Uint8Array.fromBase64(data);
   else {
-    const raw = atob(packed.data);
+    const raw = atob(data);
     bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
   }
@@ -19,7 +21,7 @@ function lazily(value) { // the same, with arrays for what is packed
   if (value === null || typeof value !== "object") return value;
   const found = {};
   for (const [name, of] of Object.entries(value)) {
-    if (!of || of.data === undefined) { found[name] = lazily(of); continue; }
+    if (!of || of.element === undefined) { found[name] = lazily(of); continue; }
     let array = null;
     Object.defineProperty(found, name, { enumerable: true, get: () => (array ??= unpack(of)) });
   }

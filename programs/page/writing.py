@@ -1,5 +1,7 @@
 """Makes one HTML file of the tokens of a page: it opens from disk, asks for nothing from elsewhere,
-and holds its numbers as base64 and its text as JSON, which the page's script shows as text only."""
+and holds its text as JSON and its numbers as base64, which the page's script shows as text only.
+What the text and the totals need stands before the script, so that they are seen while a browser
+still reads the rest."""
 
 import base64
 import hashlib
@@ -19,6 +21,8 @@ from neighborlm.programs.page.tokens import MODEL_TOP, PageTokens
 
 SCRIPTS = ("stored.js", "text.js", "token.js", "overview.js", "page.js")
 """Parts of the page's script, in their order."""
+EARLY = ("tokens", "positions", "log_probs", "weights", "lm_alone", "other", "suffix_lengths")
+"""Parts of the content whose arrays stand before the script."""
 CONTEXT = 8
 """Tokens of the training text that a page shows before a neighbour."""
 FOLLOWING = 4
@@ -45,6 +49,11 @@ def write_page(path: Path, page: PageTokens, data: LMDataModule, title: str, mad
     )
     script = "\n".join(['"use strict";\n{', *scripts, "}\n"])  # a block keeps their names apart
     content = as_json(page, data) | {"title": title, "made": made}
+    early, late = [], []
+    content = {
+        name: apart(part, early if name in EARLY else late, "e" if name in EARLY else "l")
+        for name, part in content.items()
+    }
     html = Template(template, autoescape=True).render(
         title=title,
         made=made,
@@ -52,9 +61,31 @@ def write_page(path: Path, page: PageTokens, data: LMDataModule, title: str, mad
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         content=Markup(as_script(content)),
+        early=early,
+        late=late,
     )
     with publishing(path) as making:
         making.write_text(html, encoding="utf-8")
+
+
+def apart(content: Any, arrays: list[tuple[str, str]], prefix: str) -> Any:
+    """The same with the name of each packed array instead of its bytes. An array stands in an
+    element of its own: browsers take long to read one large element.
+
+    Args:
+        content: JSON-able.
+        arrays: where names and bytes are put.
+        prefix: of the names.
+    """
+    if isinstance(content, list):
+        return [apart(each, arrays, prefix) for each in content]
+    if not isinstance(content, dict):
+        return content
+    if "data" in content:
+        name = f"{prefix}{len(arrays)}"
+        arrays.append((name, content["data"]))
+        return {"type": content["type"], "element": name}
+    return {name: apart(part, arrays, prefix) for name, part in content.items()}
 
 
 def as_script(content: dict[str, Any]) -> str:

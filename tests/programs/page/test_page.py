@@ -29,13 +29,19 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def content_of(page) -> dict:
-    """What a page holds."""
-    found = re.search(r'type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)
-    return json.loads(found[1])
+    """What a page holds, its arrays with their bytes."""
+    text = page.read_text()
+    found = re.search(r'type="application/json">(.*?)</script>', text, re.DOTALL)
+    arrays = dict(re.findall(r'<script id="(\w+)" type="text/plain">(.*?)</script>', text))
+    return json.loads(found[1], object_hook=lambda of: with_data(of, arrays))
+
+
+def with_data(content: dict, arrays: dict[str, str]) -> dict:
+    return {**content, "element": arrays[content["element"]]} if "element" in content else content
 
 
 def unpacked(packed: dict) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(packed["data"]), dtype=packed["type"])
+    return np.frombuffer(base64.b64decode(packed["element"]), dtype=packed["type"])
 
 
 @pytest.fixture(scope="module")
