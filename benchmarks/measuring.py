@@ -129,7 +129,7 @@ def in_child(send: Connection, log: Path, function: Callable, args: tuple) -> No
 def apart(log: Path, function: Callable, *args) -> tuple[dict, int]:
     """What a function gives in a fresh process, and that process's peak of memory in bytes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.measuring"])
+    context.set_forkserver_preload(["benchmarks.measuring", "torch_geometric.data"])
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=in_child, args=(send, log, function, args))
     process.start()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.data import HeteroData  # noqa: F401  it is loaded before anything is timed
 
 from neighborlm.datamodules.dictionary import PAD
 from neighborlm.datamodules.graphs import hetero_graph

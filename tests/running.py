@@ -5,18 +5,26 @@ their own."""
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 from small import ROOT
 
-IMPORTED = [f"neighborlm.programs.{program}" for program in ("train", "evaluate", "generate")]
-"""By the process from which all others are forked: the programs, and what they import."""
+IMPORTED = [
+    *(f"neighborlm.programs.{program}" for program in ("train", "evaluate", "generate")),
+    "torch_geometric.data",
+]
+"""By the process from which all others are forked: the programs and what they import, and what
+benchmarks import besides."""
 SECONDS = 240
 """That a program may take."""
 
@@ -25,6 +33,10 @@ def as_program(
     cwd: Path, program: str, flags: list[str], output: Path, environment: dict[str, str]
 ) -> None:
     """What a process does that is to run `python PROGRAM.py …` or `python -m MODULE …`."""
+    # Its own processes are started in Python's usual way, and not as it was itself.
+    multiprocessing.set_start_method(None, force=True)
+    # Where the tests run in the background, interrupts are ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -75,20 +87,27 @@ class Programs:
         flags = [list(map(str, (*flags_of(number), *trainer))) for number in range(2)]
         self.run_ranks(cwd, program, flags, 2, 0)
 
-    def run_ranks(
-        self, cwd: Path, program: str, flags: Sequence[list[str]], hosts: int, status: int
-    ) -> subprocess.CompletedProcess:
-        """A process for each list of flags; what the first prints, and the worst status."""
+    def start(
+        self, cwd: Path, program: str, flags: Sequence[Sequence[object]], hosts: int = 1
+    ) -> list[BaseProcess]:
+        """A process for each list of flags, its name the folder of what it prints."""
         environments = [{}] if len(flags) == 1 else environments_of(len(flags), hosts)
-        processes, places = [], []
+        processes = []
         for own, environment in zip(flags, environments, strict=True):
             place = self.output / str(self.started)
             place.mkdir()
             self.started += 1
-            arguments = (cwd, program, own, place, environment)
-            processes.append(self.context.Process(target=as_program, args=arguments))
-            places.append(place)
-            processes[-1].start()
+            arguments = (cwd, program, list(map(str, own)), place, environment)
+            process = self.context.Process(target=as_program, args=arguments, name=str(place))
+            process.start()
+            processes.append(process)
+        return processes
+
+    def run_ranks(
+        self, cwd: Path, program: str, flags: Sequence[list[str]], hosts: int, status: int
+    ) -> subprocess.CompletedProcess:
+        """A process for each list of flags; what the first prints, and the worst status."""
+        processes = self.start(cwd, program, flags, hosts)
         deadline = time.monotonic() + SECONDS
         for process in processes:
             process.join(max(deadline - time.monotonic(), 0))
@@ -96,12 +115,41 @@ class Programs:
             for process in processes:
                 process.kill()
             pytest.fail(f"{program} {' '.join(flags[0])}: still runs after {SECONDS} seconds")
-        said = [(places[0] / name).read_text() for name in ("stdout", "stderr")]
+        said = [text_of(processes[0], name) for name in ("stdout", "stderr")]
         found = max((process.exitcode for process in processes), key=abs)
         assert found == status, "\n".join(
-            (place / name).read_text() for place in places for name in ("stdout", "stderr")
+            text_of(process, name) for process in processes for name in ("stdout", "stderr")
         )
         return subprocess.CompletedProcess([program, *flags[0]], found, *said)
+
+
+def text_of(process: BaseProcess, name: Literal["stdout", "stderr"]) -> str:
+    """What a process of `Programs` has printed."""
+    return (Path(process.name) / name).read_text()
+
+
+def half_written(store: Path) -> bool:
+    """Whether keys have come into a datastore that is not complete."""
+    if not (store / "written.npy").exists():
+        return False
+    return bool(np.load(store / "keys.npy", mmap_mode="r").any())
+
+
+def kill_last_when(condition: Callable[[], bool], processes: list[BaseProcess]) -> None:
+    """Kills the last rank once the condition holds; the others must end of themselves then."""
+    deadline = time.monotonic() + SECONDS / 2
+    try:
+        while not condition():
+            assert processes[-1].is_alive(), "the program ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        processes[-1].kill()
+        for process in processes:
+            process.join(timeout=30)
+            assert process.exitcode not in (0, None)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def environments_of(ranks: int, hosts: int) -> list[dict[str, str]]:

@@ -5,16 +5,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from running import half_written, kill_last_when
 from small import ROOT, SMALL, scalars, without_digests, write_corpus
 
 from neighborlm.callbacks.lightning_internals import Continuation
@@ -252,38 +250,13 @@ def test_no_room_on_disk(refused, monkeypatch, tmp_path):
     assert "the disk has 1 kB free" in sentence
 
 
-def start(cwd, program, *flags) -> subprocess.Popen:
-    """A program that is going to be killed."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / program), *map(str, flags)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Where the tests run in the background, interrupts are ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until the condition holds while the process still runs."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the process ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_killed_datastore_goes_on_to_the_same_bytes(workplace, run_program, tmp_path):
     """Small batches make the dump slow enough to be killed in the middle."""
     flags = (*HERE, *CKPT, "--save_datastore", "--data.max_tokens", 24)
     run_program(workplace, "evaluate.py", *flags, "--knn.datastore", tmp_path / "whole")
     cut = tmp_path / "cut"
-    process = start(workplace, "evaluate.py", *flags, "--knn.datastore", cut)
-    wait_for(lambda: (cut / "written.npy").exists(), process)
-    wait_for(np.load(cut / "keys.npy", mmap_mode="r").any, process)
-    process.kill()
-    process.wait()
+    processes = run_program.start(workplace, "evaluate.py", [(*flags, "--knn.datastore", cut)])
+    kill_last_when(lambda: half_written(cut), processes)
     assert not json.loads((cut / "manifest.json").read_text())["complete"]
     run_program(workplace, "evaluate.py", *flags, "--knn.datastore", cut)
     for name in ("keys.npy", "values.npy"):

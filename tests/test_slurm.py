@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,11 @@ echo "$number;cluster"
 """Runs the job at once."""
 SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n'
 """Runs one task."""
+PYTHON = """#!/bin/bash
+printf '%s\\0' "$OMP_NUM_THREADS" "$@" >> commands
+echo >> commands
+"""
+"""Keeps what it was to run, to be run by a process that need not import all again."""
 
 
 @pytest.fixture
@@ -37,8 +41,7 @@ def cluster(workplace, tmp_path) -> Path:
     for name in ("train.py", "evaluate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
-    python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
-    for name, script in (("sbatch", SBATCH), ("srun", SRUN), ("python", python)):
+    for name, script in (("sbatch", SBATCH), ("srun", SRUN), ("python", PYTHON)):
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "submitted").touch()
@@ -58,7 +61,7 @@ def submit(folder: Path, *options: str, **variables: str) -> subprocess.Complete
     )
 
 
-def test_jobs_wait_for_one_another_and_do_their_part(cluster):
+def test_jobs_wait_for_one_another_and_do_their_part(cluster, run_program):
     done = submit(
         cluster,
         "--partition=short",
@@ -83,6 +86,10 @@ def test_jobs_wait_for_one_another_and_do_their_part(cluster):
     nodes = [next(o for o in job if o.startswith("--nodes")) for job in jobs]
     assert nodes == [f"--nodes={n}" for n in (2, 1, 2, 2, 2)]
     assert all({"--parsable", "--partition=short"} <= set(job) for job in jobs)
+    for command in (cluster / "commands").read_text().splitlines():
+        threads, program, *flags = command.split("\0")[:-1]
+        assert threads == "1"
+        run_program(cluster, program, *flags)
     for results in (cluster / "lm.json", cluster / "gnn/results.json"):
         assert json.loads(results.read_text())["knn"]["tuned"]
     assert (cluster / "datastores/words/train/IVF8_SQ8-l2.faiss").is_file()

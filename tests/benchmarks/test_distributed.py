@@ -4,13 +4,15 @@ import json
 
 import pytest
 
+from benchmarks.distributed import run
+
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_server")
 @pytest.mark.parametrize("index", ["flat", "IVF4,SQfp16"])
-def test_what_is_sent_is_what_is_expected(tmp_path, run_program, index):
-    sizes = ("--keys", 2000, "--dim", 8, "--queries", 64, "--k", 9, "--at_once", 20)
-    flags = (*sizes, "--ranks", "[1,2]", "--index", index, "--nprobe", 2)
-    run_program(tmp_path, "benchmarks.distributed", "--output", "d.json", *flags)
+def test_what_is_sent_is_what_is_expected(tmp_path, index):
+    sizes = {"keys": 2000, "dim": 8, "queries": 64, "k": 9, "at_once": 20}
+    run(tmp_path / "d.json", ranks=[1, 2], index=index, nprobe=2, **sizes)
     rows = json.loads((tmp_path / "d.json").read_text())["rows"]
     assert [(row["placement"], row["ranks"]) for row in rows] == [
         ("contiguous", 1),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import stages, training
+
 pytestmark = pytest.mark.slow
 
 SMALL = (
@@ -13,10 +15,9 @@ SMALL = (
 )
 
 
-def test_every_stage_beside_its_plain_way(tmp_path: Path, run_program):
-    run_program(
-        tmp_path,
-        "benchmarks.stages",
+def test_every_stage_beside_its_plain_way(tmp_path: Path, measure):
+    measure(
+        stages,
         *("--output", "stages.json", *SMALL, "--made_up.updates", 2, "--updates", 20),
         *("--index", "IVF8,PQ2", "--nprobe", 4, "--k", 8),
     )
@@ -48,10 +49,9 @@ def test_every_stage_beside_its_plain_way(tmp_path: Path, run_program):
     assert found["environment"]["threads"] == 1
 
 
-def test_stages_that_were_asked_for(tmp_path: Path, run_program):
-    run_program(
-        tmp_path,
-        "benchmarks.stages",
+def test_stages_that_were_asked_for(tmp_path: Path, measure):
+    measure(
+        stages,
         *("--output", "stages.json", *SMALL, "--made_up.updates", 2, "--without_plain", "true"),
         *("--only", "lm", "datastore"),
     )
@@ -60,10 +60,9 @@ def test_stages_that_were_asked_for(tmp_path: Path, run_program):
     assert "plain" not in rows[0]
 
 
-def test_training_beside_a_bare_loop(tmp_path: Path, run_program):
-    run_program(
-        tmp_path,
-        "benchmarks.training",
+def test_training_beside_a_bare_loop(tmp_path: Path, measure):
+    measure(
+        training,
         *("--output", "training.json", *SMALL, "--max_tokens", 512, "--first", 1, "--updates", 3),
         *("--variants", "no-clipping", "no-bar"),
     )

@@ -79,7 +79,6 @@ def test_a_rank_that_dies_before_there_is_a_group(tmp_path, killed):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    CONTEXT.set_forkserver_preload(["neighborlm.retrieval.cluster.rank_watch"])
     ranks = [
         CONTEXT.Process(target=join, args=(rank, port, tmp_path, rank != killed), daemon=True)
         for rank in range(2)

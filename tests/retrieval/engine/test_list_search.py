@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 import faiss
 import numpy as np
@@ -10,19 +11,32 @@ from neighborlm.common.contracts import Votes
 from neighborlm.retrieval.engine import Limits, ListSearch, sieve, visit
 from neighborlm.retrieval.engine.processor import bytes_are_exact
 from neighborlm.retrieval.search.index import make_index, read_index
+from neighborlm.retrieval.search.index_check import is_sound
 
 N, DIM = 3000, 16
 FEW = Limits(sieve_from=12, sieve_from_in_all=0)
 """So that there are sieves where few vectors are visited, as in these tests."""
 
 
-def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
-    if keys is None:
-        keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32) + shift
+def filled(factory, metric, keys):
     index = make_index(DIM, factory, "l2" if metric == faiss.METRIC_L2 else "ip")
     index.train(keys)
     index.add(keys)
+    return index
+
+
+@cache
+def of_random_keys(factory, metric, shift):
+    keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
+    return filled(factory, metric, keys + shift)
+
+
+def opened(tmp_path, factory, metric=faiss.METRIC_L2, shift=0.0, keys=None):
+    index = (
+        of_random_keys(factory, metric, shift) if keys is None else filled(factory, metric, keys)
+    )
     faiss.write_index(index, str(tmp_path / "x.faiss"))
+    is_sound(tmp_path / "x.faiss")  # so that no process tries it out
     index = read_index(tmp_path / "x.faiss")
     index.nprobe = 5
     return index

@@ -5,6 +5,7 @@ import pytest
 from neighborlm.retrieval.engine.probing import FEWEST, MOST, NEIGHBORHOOD, SLACK, Probing
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.index import make_index, read_index
+from neighborlm.retrieval.search.index_check import is_sound
 
 N, DIM, LISTS = 4000, 16, 64
 
@@ -32,6 +33,7 @@ def opened(folder, keys, factory, metric, nprobe):
     index.train(keys)
     index.add(keys)
     faiss.write_index(index, str(folder / "x.faiss"))
+    is_sound(folder / "x.faiss")  # so that no process tries it out
     return FaissRetriever(read_index(folder / "x.faiss"), Store(keys), metric, nprobe)
 
 

@@ -2,17 +2,12 @@
 piece."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from small import ROOT, SMALL, without_digests
+from running import kill_last_when
+from small import SMALL, without_digests
 
 from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.errors import InputError
@@ -444,29 +439,21 @@ def ranks(count):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the other rank under /proc")
 def test_a_killed_rank_and_a_restart_with_other_ranks(workplace, run_program, tmp_path):
     """The second of two ranks is killed while both write; three go on."""
     flags = (*HERE, "--data.max_tokens", 24, "--data.break_mode", "complete")
     run_program(workplace, "evaluate.py", *flags, "--knn.datastore", tmp_path / "whole")
     cut = tmp_path / "cut"
-    command = (sys.executable, ROOT / "evaluate.py", *flags, *ranks(2), "--knn.datastore", cut)
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=workplace,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    command = (*flags, *ranks(2), "--knn.datastore", cut)
+    processes = run_program.start(workplace, "evaluate.py", [command] * 2)
+    written = cut / shard_name(0, 2)
+    kill_last_when(
+        lambda: (
+            (written / "checksums.npy").exists()
+            and np.load(written / "keys.npy", mmap_mode="r").any()
+        ),
+        processes,
     )
-    keys = cut / shard_name(0, 2) / "keys.npy"
-    deadline = time.monotonic() + 120
-    while not (keys.parent / "checksums.npy").exists() or not np.load(keys, mmap_mode="r").any():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    assert process.wait(timeout=120) != 0
     assert not Datastore.is_complete(cut)
     run_program(workplace, "evaluate.py", *flags, *ranks(3), "--knn.datastore", cut)
     assert files(cut) == files(tmp_path / "whole")
