@@ -17,6 +17,7 @@ from neighborlm.programs.page.tokens import (
     PageTokens,
     chosen,
     compared_with,
+    mixture_ranks,
     most_probable,
     most_probable_of_model,
 )
@@ -66,7 +67,15 @@ def kept_tokens(
     shares = knn_weights(scores, temperature).numpy()
     knn = most_probable(values.astype(np.int64), shares, targets)
     top_ids = cache.top_ids[positions].astype(np.int64)
-    model = most_probable_of_model(top_ids, cache.top_log_probs[positions], targets)
+    top_log_probs = cache.top_log_probs[positions]
+    model = most_probable_of_model(top_ids, top_log_probs, targets)
+    mixed = lmbda * np.exp(of_knn[shown]) + (1 - lmbda) * np.exp(of_lm[shown])
+    of_model = (1 - lmbda) * np.exp(top_log_probs.astype(np.float64))
+    ranks = mixture_ranks(
+        *map(torch.from_numpy, (targets, mixed)),
+        (torch.from_numpy(top_ids), torch.from_numpy(of_model)),
+        [(torch.from_numpy(values.astype(np.int64)), lmbda * torch.from_numpy(shares))],
+    )
     alone = cache.alone_log_prob
     page = PageTokens(
         positions,
@@ -85,6 +94,8 @@ def kept_tokens(
         ),
         lm_alone=None if alone is None else alone[positions].astype(np.float64),
         entropy=cache.entropy[positions].astype(np.float64),
+        ranks=ranks,
+        model_top=top_ids.shape[1],
     )
     if suffix_array is not None:
         array, matches = matched_suffixes(data, split, positions, suffix_array)

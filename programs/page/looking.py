@@ -17,6 +17,7 @@ from neighborlm.programs.page.tokens import (
     PageNeighbors,
     PageTokens,
     chosen,
+    mixture_ranks,
     most_probable,
     most_probable_of_model,
 )
@@ -90,6 +91,7 @@ def part_of(
     asked: Scored,
     said: Mapping[str, Distribution],
     most: int,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> PageTokens:
     """All that is said of some tokens.
 
@@ -99,11 +101,13 @@ def part_of(
         asked: what the model says, its most probable tokens included.
         said: by memory.
         most: neighbours of a token to keep.
+        weights: by source, fp64 `[n]`; None for those that the mixer gives.
     """
     targets = asked.targets.numpy()
     opinions = {name: opinion_of(of, asked.targets) for name, of in said.items()}
     sources = {"lm": lm_opinion(asked), **opinions}
-    _, weights = weighed(sources, mixer)
+    if weights is None:
+        _, weights = weighed(sources, mixer)
     model = asked.top_ids.numpy(), asked.top_log_probs.numpy(), targets
     candidates = {"lm": most_probable_of_model(*model)}
     for name, of in said.items():
@@ -117,6 +121,8 @@ def part_of(
         candidates,
         lm_alone=None if asked.lm_log_probs is None else asked.lm_log_probs.double().numpy(),
         entropy=asked.entropy.double().numpy(),
+        ranks=ranks_of(asked, said, sources, weights),
+        model_top=asked.top_ids.shape[1],
     )
     for name, memory in memories.items():
         if isinstance(memory, KNNMemory):
@@ -126,6 +132,19 @@ def part_of(
             places = memory.occurrences(asked, OCCURRENCES).numpy()
             part = replace(part, suffix_lengths=lengths, occurrences=places)
     return part
+
+
+def ranks_of(
+    asked: Scored,
+    said: Mapping[str, Distribution],
+    sources: Mapping[str, Opinion],
+    weights: Mapping[str, torch.Tensor],
+) -> np.ndarray:
+    """See `mixture_ranks`."""
+    probs = sum(weights[name] * of.log_probs.double().exp() for name, of in sources.items())
+    model = asked.top_ids, weights["lm"][:, None] * asked.top_log_probs.double().exp()
+    memories = [(of.ids, weights[name][:, None] * of.probs.double()) for name, of in said.items()]
+    return mixture_ranks(asked.targets, probs, model, memories)
 
 
 def opinion_of(said: Distribution, targets: torch.Tensor) -> Opinion:

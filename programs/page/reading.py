@@ -46,9 +46,9 @@ def page_of_text(
                 top.indices,
                 top.values,
             ).on_cpu()
-            part = part_of(mixture.memories, mixture.mixer, asked, found.said, neighbors)
-            weights = dict(zip(part.weights, found.weights.T.numpy(), strict=True))
-            parts.append(replace(part, weights=weights))
+            weights = dict(zip(("lm", *mixture.memories), found.weights.T, strict=True))
+            said = (asked, found.said, neighbors, weights)
+            parts.append(part_of(mixture.memories, mixture.mixer, *said))
     page = joined(parts)
     page = replace(page, positions=np.arange(len(page.targets)))
     return page.in_classes(subject.data, None)

@@ -85,7 +85,9 @@ function probabilitiesOf(i, mixed) { // of the token, by every source of both re
   if (content.lm_alone) rows.unshift(["LM", probability(Math.exp(content.lm_alone[i])), "", "", ""]);
   const others = other ? Object.keys(other.log_probs).filter((name) => name !== "mixture" && !sources.includes(name)) : [];
   for (const name of others) rows.push([name, "", "", "", said(name)]);
-  rows.push(["mixture", probability(Math.exp(mixture[i])), place < 0 ? "–" : `≈ ${place + 1}`, "", said("mixture")]);
+  const known = isEvaluated() && content.ranks ? content.ranks[i] : 0; // of all tokens; the lists know only some
+  const rank = known > 0 ? String(known) : known < 0 ? `≥ ${-known}` : place < 0 ? "–" : `≈ ${place + 1}`;
+  rows.push(["mixture", probability(Math.exp(mixture[i])), rank, "", said("mixture")]);
   const width = other ? 5 : 4, table = tableOf(["", "probability", "rank", "weight", other ? other.name : ""].slice(0, width),
     rows.map((cells, r) => ({ cells: cells.slice(0, width), target: r === rows.length - 1 })));
   table.id = "probabilities";

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
@@ -16,8 +18,12 @@ from neighborlm.retrieval.memories.slices import Slices
 
 CANDIDATES = 10
 """Most probable tokens of each source that a page lists."""
-MODEL_TOP = 16
-"""Tokens that a model is asked for; a target beyond them has no known rank."""
+MODEL_TOP = 1024
+"""Most probable tokens that a model is asked for, so that ranks are known up to about there."""
+CELLS = 1 << 22
+"""Probabilities that are compared with a target's at a time."""
+TIE = 1e-6
+"""Share by which one probability must exceed another to count as larger."""
 OCCURRENCES = 4
 """Places of the training text that a page shows of a matched suffix."""
 
@@ -91,6 +97,8 @@ class PageTokens:
         occurrences: int64 `[n, OCCURRENCES]`, rows of the training text that follow that suffix.
         lm_alone: fp64 `[n]`, of the LM on which a graph network stands.
         entropy: fp64 `[n]`, of the model's distribution, in nats.
+        ranks: int64 `[n]`, place of the token under the mixture, see `mixture_ranks`.
+        model_top: most probable tokens that the model was asked for.
         slices: classes of the tokens.
         other: another result for the same tokens, to compare with.
     """
@@ -106,6 +114,8 @@ class PageTokens:
     occurrences: np.ndarray | None = None
     lm_alone: np.ndarray | None = None
     entropy: np.ndarray | None = None
+    ranks: np.ndarray | None = None
+    model_top: int = 0
     slices: Sequence[Slices] = field(default_factory=tuple)
     other: OtherResult | None = None
 
@@ -156,6 +166,56 @@ def most_probable_of_model(
     ranks = np.where(same.any(axis=1), 1 + same.argmax(axis=1), 0)
     probs = np.exp(log_probs.astype(np.float32))
     return Candidates(ids[:, :CANDIDATES], probs[:, :CANDIDATES], ranks)
+
+
+def mixture_ranks(
+    targets: Tensor,
+    probs: Tensor,
+    model: tuple[Tensor, Tensor],
+    memories: Sequence[tuple[Tensor, Tensor]],
+) -> np.ndarray:
+    """The place of each target among all tokens of the vocabulary under a mixture; ties share one.
+
+    What the model says of a token that is not among its most probable ones is not known, but at
+    most what it says of the last of these: where that decides, there is only a lower bound.
+
+    Args:
+        targets: int64 `[n]`.
+        probs: fp64 `[n]`, theirs under the mixture.
+        model: its most probable tokens, int64 `[n, top]`, most probable first, and their
+            probabilities times its weight, fp64 `[n, top]`.
+        memories: the same of each, `[n, m]`, with all tokens that it does not give probability 0;
+            one that stands there several times has the sum, and one of share 0 may be -1.
+
+    Returns:
+        int64 `[n]`, 1 for the most probable token; -r where the place is r or larger; 0 for a
+        target of probability 0.
+
+    >>> model = torch.tensor([[2, 0]]), torch.tensor([[0.4, 0.2]], dtype=torch.float64)
+    >>> memory = torch.tensor([[1, 3]]), torch.tensor([[0.25, 0.15]], dtype=torch.float64)
+    >>> mixture_ranks(torch.tensor([1]), torch.tensor([0.45]), model, [memory])
+    array([1])
+    >>> mixture_ranks(torch.tensor([1]), torch.tensor([0.25]), model, [memory])  # token 3: unknown
+    array([-2])
+    """
+    width = 1 + max(int(ids.max()) for ids in (targets, *(ids for ids, _ in (model, *memories))))
+    columns = (targets[:, None], probs[:, None], *model, *(x for of in memories for x in of))
+    found = []
+    for rows in zip(*(column.split(max(CELLS // width, 1)) for column in columns), strict=True):
+        target, own, ids, shares, *others = rows
+        mixed = torch.zeros(len(target), width, dtype=torch.float64)
+        for of_memory, its_shares in zip(others[::2], others[1::2], strict=True):
+            mixed.scatter_add_(1, of_memory.clamp(min=0), its_shares.double())
+        mixed.scatter_add_(1, ids, shares)
+        unknown = torch.ones(mixed.shape, dtype=torch.bool).scatter_(1, ids, False)
+        unknown.scatter_(1, target, False)
+        mixed.scatter_(1, target, 0.0)
+        limit, rest = own * (1 + TIE), shares[:, -1:]
+        least = 1 + (mixed > limit).sum(dim=1, keepdim=True)
+        most = 1 + (mixed + rest * unknown > limit).sum(dim=1, keepdim=True)
+        is_exact = (least == most) & (rest <= limit)
+        found.append(torch.where(is_exact, least, -least) * (own > 0))
+    return torch.cat(found)[:, 0].numpy()
 
 
 def compared_with(

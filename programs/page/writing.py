@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from neighborlm.common.files import publishing
 from neighborlm.datamodules.lm import LMDataModule
-from neighborlm.programs.page.tokens import MODEL_TOP, PageTokens
+from neighborlm.programs.page.tokens import PageTokens
 
 SCRIPTS = ("stored.js", "text.js", "token.js", "overview.js", "page.js")
 """Parts of the page's script, in their order."""
@@ -150,7 +150,8 @@ def as_json(page: PageTokens, data: LMDataModule) -> dict[str, Any]:
             "lengths": packed(lengths, "i4"),
             "tokens": numbers(window_tokens),
         },
-        "model_top": MODEL_TOP,
+        "model_top": page.model_top,
+        "ranks": optional(page.ranks, "i4"),
         "context": CONTEXT,
         "following": FOLLOWING,
         "slices": [

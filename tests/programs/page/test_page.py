@@ -186,6 +186,9 @@ def test_a_token_that_is_clicked_explains_itself(pages, opened):
         said = row.locator("td").all_inner_texts()
         p = np.exp(scores[f"{source}_log_prob"][chosen])
         assert float(said[1]) == pytest.approx(p, rel=0.06, abs=6e-5)
+    said, rank = cells[len(content["sources"])], unpacked(content["ranks"])[chosen]
+    assert said.locator("td").all_inner_texts()[2] == str(rank)
+    assert rank >= 1
     near = content["neighbors"]
     rows = unpacked(near["rows"]).reshape(-1, near["kept"])[chosen]
     shown = [
@@ -197,6 +200,8 @@ def test_a_token_that_is_clicked_explains_itself(pages, opened):
     followed = page.locator(".neighbors tbody tr").first.locator("b").inner_text()
     values = values.reshape(-1, near["kept"])[chosen]
     assert followed in {word.replace("\n", "↵") for word in values}
+    page.locator("#on-ngram").click()
+    assert said.locator("td").all_inner_texts()[2].startswith("≈")
 
 
 def test_the_keyboard_walks_and_classes_filter(pages, opened):

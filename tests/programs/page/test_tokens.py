@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from neighborlm.common.errors import InputError
-from neighborlm.programs.page.tokens import CANDIDATES, chosen, most_probable
+from neighborlm.programs.page.tokens import CANDIDATES, chosen, mixture_ranks, most_probable
 
 
 def test_candidates_are_those_of_a_dictionary():
@@ -27,6 +28,29 @@ def test_candidates_are_those_of_a_dictionary():
         own = sums.get(int(targets[i]), 0.0)
         rank = 1 + sum(p > own + 1e-9 for p in sums.values()) if own > 0 else 0
         assert found.ranks[i] == rank
+
+
+@pytest.mark.parametrize("top", [40, 12])
+def test_ranks_are_those_of_the_whole_vocabulary(top):
+    """Where the model's 12 most probable tokens do not decide, there is a lower bound."""
+    rng, n, size = np.random.default_rng(1), 300, 40
+    model, recent = rng.dirichlet(np.full(size, 0.2), (2, n))
+    recent[:, rng.random(size) < 0.7] = 0
+    mixed, targets = 0.6 * model + 0.4 * recent, rng.integers(0, size, n)
+    own = mixed[np.arange(n), targets]
+    ranks = 1 + (mixed > own[:, None]).sum(axis=1)
+    best = np.argsort(-model, axis=1)[:, :top]
+    halves = np.tile(np.arange(size), 2), np.tile(0.2 * recent, 2)  # each token twice
+    found = mixture_ranks(
+        *map(torch.from_numpy, (targets, own)),
+        (torch.from_numpy(best), torch.from_numpy(np.take_along_axis(0.6 * model, best, 1))),
+        [(torch.from_numpy(halves[0]).expand(n, -1), torch.from_numpy(halves[1]))],
+    )
+    known = found > 0
+    np.testing.assert_array_equal(found[known], ranks[known])
+    assert (-found[~known] <= ranks[~known]).all()
+    assert known.all() == (top == size)
+    assert known.mean() > 0.1
 
 
 GAINS = np.array([0.0, 0.1, 5.0, 0.0, 0.2, 0.3, 9.0])
