@@ -16,6 +16,9 @@ from neighborlm.common.errors import InputError, causes, free_at
 from neighborlm.common.files import publishing
 from neighborlm.common.units import size_of
 
+BYTES_OF_FIGURES = 1 << 20
+"""About what the figures of a stage take."""
+
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that others see whole or not at all. Lightning moves them from `TMPDIR`, which on
@@ -94,6 +97,7 @@ def errors_at(place: Path | str) -> Iterator[None]:
         for cause in causes(error):
             if isinstance(cause, OSError):
                 cause.filename = cause.filename or str(place)
+                cause.needed = BYTES_OF_FIGURES
         raise
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import xxhash
 
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import digest_of, publishing
+from neighborlm.common.files import digest_of, write_whole
 from neighborlm.common.progress import progress_bars
 
 ALGORITHM = "xxh3_64"
@@ -205,8 +205,7 @@ def keep_stamps(
         with suppress(OSError):
             if place != stamps:
                 place.parent.mkdir(parents=True, exist_ok=True)
-            with publishing(place) as making:
-                making.write_text(content, encoding="utf-8")
+            write_whole(place, content)
             return
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ def publishing(path: Path) -> Iterator[Path]:
         _remove(making)
 
 
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Writes a file; a reader sees the old one or the new one, see `publishing`."""
+    content = content.encode() if isinstance(content, str) else content
+    with publishing(path) as making, needing(len(content), making):
+        making.write_bytes(content)
+
+
 def _place_of(error: Exception, making: Path, path: Path) -> str:
     """Where an error has happened, by the name that somebody knows."""
     found = getattr(error, "filename", None)
@@ -60,6 +67,7 @@ def publish_folder(
     make: Callable[[Path], None],
     flag: str,
     is_whole: Callable[[Path], bool] = Path.is_dir,
+    needed: float | None = None,
 ) -> None:
     """Makes a folder unless it exists; of several processes one makes it. One that exists may be on
     a read-only file system. What killed processes have left of any folder beside it is removed.
@@ -69,6 +77,7 @@ def publish_folder(
         make: fills an empty folder, which is then renamed.
         flag: the setting that chooses the place, for messages.
         is_whole: whether an existing folder is complete.
+        needed: about how many bytes it takes, if that is known.
 
     Raises:
         InputError: the place cannot be written to, or is full.
@@ -85,7 +94,8 @@ def publish_folder(
             if is_whole(folder):
                 return
             _remove_leftovers(folder.parent)
-            with publishing(folder) as making:
+            told = nullcontext() if needed is None else needing(needed, folder)
+            with publishing(folder) as making, told:
                 making.mkdir()
                 make(making)
 
@@ -151,16 +161,17 @@ class Lock(FileLock):
             ) from None
 
 
-class DiskFull(OSError):
-    """A file does not fit on the disk.
-
-    Attributes:
-        needed: about how many bytes the whole file takes.
-    """
-
-    def __init__(self, cause: OSError, needed: float) -> None:
-        super().__init__(cause.errno, cause.strerror)
-        self.needed = needed
+@contextmanager
+def needing(n_bytes: float, path: Path) -> Iterator[None]:
+    """Has an error that says that the disk is full say also about how many bytes are `needed` and
+    for which file, unless it does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            error.needed = getattr(error, "needed", n_bytes)
+            error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager
@@ -177,7 +188,7 @@ def sentences_about(place: Path, flag: str) -> Iterator[None]:
         where = Path(error.filename) if isinstance(error.filename, str) else place
         if error.errno in NO_ROOM:
             found = f"{size_of(free_at(place))} free"
-            if isinstance(error, DiskFull):
+            if hasattr(error, "needed"):
                 found += f", about {size_of(error.needed)} needed"
             raise InputError(
                 f"{place}: has no more room ({found}); make room there or name another place as "

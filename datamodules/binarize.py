@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib.format import write_array_header_1_0
 
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import NO_ROOM, DiskFull
+from neighborlm.common.files import needing
 from neighborlm.common.progress import tracked
 from neighborlm.datamodules.dictionary import (
     BYTE_ORDER_MARK,
@@ -99,7 +99,7 @@ def binarize(
 
     Raises:
         InputError: the file cannot be read, is not UTF-8 or has no tokens.
-        DiskFull: the tokens do not fit on the disk.
+        OSError: the tokens do not fit on the disk.
     """
     dtype = smallest_unsigned(len(dictionary))
     encode = partial(_encode_chunk, path, dictionary=dictionary, dtype=dtype, ids=ids)
@@ -145,16 +145,12 @@ class NpyWriter:
             expected: about how many items the file will hold in the end.
 
         Raises:
-            DiskFull: the items do not fit on the disk.
+            OSError: the items do not fit on the disk.
         """
         left = memoryview(np.ascontiguousarray(items, self.dtype)).cast("B")
-        try:
+        with needing(expected * self.dtype.itemsize, Path(self.file.name)):
             while left:
                 left = left[self.file.write(left) :]
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            raise DiskFull(error, expected * self.dtype.itemsize) from None
         self.length += len(items)
 
     def __exit__(self, *failure: object) -> None:

@@ -20,7 +20,7 @@ from neighborlm.common.contracts import TextSize
 from neighborlm.common.contracts import TokenStream as AnyTokenStream
 from neighborlm.common.digests import compare_once
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import digest_of, publish_folder
+from neighborlm.common.files import digest_of, publish_folder, write_whole
 from neighborlm.datamodules.binarize import (
     TokenStream,
     binarize,
@@ -34,6 +34,8 @@ Protocol = Literal["neighborlm", "knn-transformers"]
 """How a text becomes rows: every token is scored once, or as in the program of this name."""
 CACHE_VERSION = 1  # raise it when the meaning of the files changes
 ARRAYS = ("tokens.npy", "line_starts.npy")
+FILES_OF_SPLIT = 4 << 12
+"""Bytes that a disk gives the files of a split and of the corpus besides their contents."""
 STAMPS = ".stamps"
 """Of arrays that have been compared with their fingerprints."""
 MUCH_UNKNOWN = 0.1
@@ -102,7 +104,11 @@ class BinarizedCorpus:
         """The folder of the binarised corpus, made if it is missing."""
         folder = self.settings.cache_dir / f"{self.name}-{self._fingerprint_of_input()}"
         publish_folder(
-            folder, self._make, "--data.cache_dir", lambda f: (f / "meta.json").is_file()
+            folder,
+            self._make,
+            "--data.cache_dir",
+            lambda f: (f / "meta.json").is_file(),
+            sum(self.files.split(s).stat().st_size + FILES_OF_SPLIT for s in self.files.splits),
         )
         return folder
 
@@ -278,7 +284,7 @@ class BinarizedCorpus:
 
 def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
     """Writes meta.json with a digest of the rest of it."""
-    (folder / "meta.json").write_text(json.dumps({**meta, "digest": _digest_of_meta(dict(meta))}))
+    write_whole(folder / "meta.json", json.dumps({**meta, "digest": _digest_of_meta(dict(meta))}))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import publishing
+from neighborlm.common.files import write_whole
 
 Level = Literal["word", "char", "byte"]
 """What a token is: a word between white space, a character or a byte."""
@@ -185,11 +185,9 @@ class Dictionary:
         for symbol, n in zip(self.symbols[first:], self.counts[first:], strict=True):
             lines.append(f"{symbol} {n} {OVERWRITE}\n" if symbol in before else f"{symbol} {n}\n")
             before.add(symbol)
-        with publishing(path) as making:
-            making.write_bytes("".join(lines).encode())
+        write_whole(path, "".join(lines))
         recorded = {"level": self.level, "sha256": _sha256(path)}
-        with publishing(_record_of(path)) as making:
-            making.write_text(json.dumps(recorded))
+        write_whole(_record_of(path), json.dumps(recorded))
 
 
 class _IdLookup(dict):

@@ -142,7 +142,7 @@ class TokenizedCorpus(BinarizedCorpus):
 
         Raises:
             InputError: it has no text.
-            DiskFull: it does not fit on the disk.
+            OSError: it does not fit on the disk.
         """
         dtype = smallest_unsigned(len(self.dictionary))
         starts, total, changed = [np.zeros(1, dtype=np.int64)], np.zeros(2, dtype=np.int64), 0

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import Timeout
 
 from neighborlm.common.errors import InputError, free_at
-from neighborlm.common.files import Lock, publishing
+from neighborlm.common.files import Lock, write_whole
 from neighborlm.common.units import size_of
 
 
@@ -104,8 +104,7 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
             if path.exists() and not path.is_file():  # a device or a pipe
                 path.write_bytes(content)
             else:
-                with publishing(path) as making:
-                    making.write_bytes(content)
+                write_whole(path, content)
         except OSError as error:
             needed = f"about {size_of(len(content))} needed, {size_of(free_at(path))} free"
             failed.append(f"{path} ({error.strerror}; {needed})")

@@ -19,7 +19,7 @@ from neighborlm.callbacks.lightning_internals import Continuation
 from neighborlm.callbacks.random_numbers import RandomNumbers
 from neighborlm.callbacks.throughput import Throughput
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import Lock, publishing
+from neighborlm.common.files import Lock, write_whole
 from neighborlm.common.interrupts import interrupts_held
 from neighborlm.datamodules.corpora import SPLITS
 from neighborlm.datamodules.lm import LMDataModule
@@ -161,8 +161,7 @@ def _train(
         if trainer.is_global_zero:
             run.directory.mkdir(parents=True, exist_ok=True)
             described = config or described_run(model, data, run, checkpoint_every, neighbors)
-            with publishing(run.directory / "config.yaml") as making:
-                making.write_text(described)
+            write_whole(run.directory / "config.yaml", described)
             data.dictionary.save(run.directory / "dict.txt")
         trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
         trainer.save_checkpoint(checkpoints / "last.ckpt")
@@ -180,8 +179,7 @@ def _train(
             figures = asdict(trained) | {"checkpoint": str(trained.checkpoint)}
             figures["seconds"] = throughput.trained_seconds
             figures["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
-            with publishing(summary) as making:
-                making.write_bytes(as_json(figures))
+            write_whole(summary, as_json(figures))
             if score is not None:
                 best_ppl = {"val/best_ppl": score.item()}
                 settings = yaml.safe_load(described)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from running import half_written, kill_last_when
 from small import ROOT, SMALL, scalars, without_digests, write_corpus
 
 from neighborlm.callbacks.lightning_internals import Continuation
-from neighborlm.common.files import Lock, publishing
+from neighborlm.common.files import Lock, write_whole
 from neighborlm.datamodules.lm import ResumableLoader
 from neighborlm.programs import evaluate, places, train, training
 from neighborlm.programs.checkpoints import load_model
@@ -161,14 +160,12 @@ def test_a_file_in_the_place_of_a_folder_and_the_reverse(refused, broken, progra
 def test_the_table_comes_before_a_disk_that_is_full(workplace, monkeypatch, capsys, tmp_path):
     """And what can be written is written."""
 
-    @contextmanager
-    def full(path):
+    def full(path, content):
         if path.name == "scores.npz":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with publishing(path) as making:
-            yield making
+        write_whole(path, content)
 
-    monkeypatch.setattr(places, "publishing", full)
+    monkeypatch.setattr(places, "write_whole", full)
     monkeypatch.chdir(workplace)
     files = ("--output", tmp_path / "r.json", "--token_scores", tmp_path / "scores.npz")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (*HERE, *CKPT, *files))])

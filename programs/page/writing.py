@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Template
 from markupsafe import Markup
 
-from neighborlm.common.files import publishing
+from neighborlm.common.files import write_whole
 from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.programs.page.tokens import PageTokens
 
@@ -64,8 +64,7 @@ def write_page(path: Path, page: PageTokens, data: LMDataModule, title: str, mad
         early=early,
         late=late,
     )
-    with publishing(path) as making:
-        making.write_text(html, encoding="utf-8")
+    write_whole(path, html)
 
 
 def apart(content: Any, arrays: list[tuple[str, str]], prefix: str) -> Any:

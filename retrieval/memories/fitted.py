@@ -17,7 +17,7 @@ import torch
 
 from neighborlm.common.contracts import Mixer, Opinion
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import publishing
+from neighborlm.common.files import needing, publishing
 from neighborlm.retrieval.store.artifact import refuse_mismatch
 
 FORMAT = 1
@@ -150,7 +150,8 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
     """Writes arrays and what they are; a reader sees the old file or the new one, never a part."""
     text = np.array(json.dumps({"format": FORMAT, **about}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with publishing(path) as making, open(making, "wb") as file:
+    needed = sum(array.nbytes for array in arrays.values())
+    with publishing(path) as making, needing(needed, making), open(making, "wb") as file:
         np.savez(file, **{ABOUT: text}, **arrays)
 
 

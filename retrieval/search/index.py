@@ -283,7 +283,10 @@ def write_index(index: faiss.Index, path: Path) -> None:
         with open(path, "wb") as file:
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     except OSError as error:
-        error.needed = index.ntotal * (index.sa_code_size() + 8)
+        if index.ntotal == 0:  # a codec, or one that is only trained
+            error.needed = len(faiss.serialize_index(index))
+        else:
+            error.needed = index.ntotal * (index.sa_code_size() + 8)
         raise
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from neighborlm.common.errors import NO_ROOM, InputError
-from neighborlm.common.files import publishing
+from neighborlm.common.files import needing, publishing
 from neighborlm.common.units import size_of
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -97,7 +97,7 @@ def map_raw(path: Path, layout: Layout) -> tuple[np.ndarray, int]:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes a small array, whole or not at all."""
-    with publishing(path) as making, open(making, "wb") as file:
+    with publishing(path) as making, needing(array.nbytes, making), open(making, "wb") as file:
         np.save(file, array)
 
 
@@ -112,13 +112,16 @@ def make_room(folder: Path, layouts: Mapping[str, Layout], kind: str, advice: st
 
     Raises:
         InputError: the disk has no room.
+        OSError: others have taken it meanwhile.
     """
     for name in layouts:
         (folder / name).unlink(missing_ok=True)  # somebody may still have it mapped
     check_room({folder: bytes_of(layouts.values())}, kind, advice)
-    for name, (dtype, shape) in layouts.items():
-        open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape).flush()
-        _take_room(folder / name)
+    for name, layout in layouts.items():
+        with needing(layout.nbytes, folder / name):
+            dtype, shape = layout
+            open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape).flush()
+            _take_room(folder / name)
 
 
 def _take_room(path: Path) -> None:
@@ -131,9 +134,7 @@ def _take_room(path: Path) -> None:
         except OSError as error:
             if error.errno not in NO_ROOM:
                 return  # the file system cannot do it
-            raise InputError(
-                f"{path}: the disk has no room for its {size_of(size)} ({error.strerror})"
-            ) from None
+            raise
 
 
 def bytes_of(layouts: Iterable[Layout]) -> int:
@@ -163,7 +164,7 @@ def check_room(needed: Mapping[Path, int], kind: str, advice: str) -> None:
             what = f"its {kind} needs" if count == 1 else f"{count} shards on its disk need"
             raise InputError(
                 f"{path}: {what} {size_of(total[device])} but the disk has {size_of(free)} free; "
-                f"{advice}"
+                f"{advice}; the same command then goes on"
             )
 
 

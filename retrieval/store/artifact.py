@@ -31,7 +31,7 @@ from neighborlm.common.digests import (
     stamps_of,
 )
 from neighborlm.common.errors import InputError
-from neighborlm.common.files import Lock, publishing
+from neighborlm.common.files import Lock, write_whole
 from neighborlm.common.names import named, names_in, recall
 from neighborlm.retrieval.store.arrays import Layout, make_room, open_array
 
@@ -206,8 +206,7 @@ class Artifact:
         if digests:
             manifest["files"] = digests
         manifest["digest"] = _digest_of(as_read(manifest))
-        with publishing(self.manifest) as making:
-            making.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_whole(self.manifest, json.dumps(manifest, indent=1))
         expected = dict(zip(stamps, (said[ALGORITHM] for said in digests.values()), strict=True))
         keep_stamps(self.stamps, stamps, expected)
 

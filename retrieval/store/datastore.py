@@ -54,7 +54,7 @@ SHARDED_VERSION = 2
 """Format version of a manifest that names shards; one that names none has version 1."""
 FIELDS = ("complete", "rows", "dim", "dtype", "value_dtype", "masked", "made_from")
 FORMAT = Format("datastore", SHARDED_VERSION, FIELDS, ("torch", "numpy"))
-ADVICE = "--knn.dtype fp16 halves it, --knn.datastore moves it"
+ADVICE = "--knn.datastore moves it"
 DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 NAMES = ("keys", "values")
@@ -511,7 +511,8 @@ class DatastoreBuilder:
         return open_array(path, layout, "r+")
 
     def _create(self, layouts: Mapping[str, Layout]) -> None:
-        make_room(self.path, layouts, FORMAT.kind, ADVICE)
+        halves = "--knn.dtype fp16 halves it, " if self.fields["dtype"] == "fp32" else ""
+        make_room(self.path, layouts, FORMAT.kind, f"{halves}{ADVICE}")
         (self.path / "checksums.npy").unlink(missing_ok=True)
         if len(self.masked):
             save_array(self.path / "masked.npy", self.masked)

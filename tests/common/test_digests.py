@@ -93,21 +93,21 @@ def test_stamps_that_cannot_lie_beside_the_product_are_in_the_user_s_cache(
     opened, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = digests.publishing
+    real = digests.write_whole
 
-    def publishing(path):
+    def write_whole(path, content):
         if path.parent == tmp_path / "product":
             raise PermissionError
-        return real(path)
+        real(path, content)
 
-    monkeypatch.setattr(digests, "publishing", publishing)
+    monkeypatch.setattr(digests, "write_whole", write_whole)
     assert [opened(), opened()] == [True, False]
     assert os.listdir(tmp_path / "product") == ["x"]
     (kept,) = (tmp_path / "cache").rglob("*.json")
     for damage in (b"", b"[1]", b'{"x": 1}'):
         kept.write_bytes(damage)
         assert opened()
-    monkeypatch.setattr(digests, "publishing", lambda _: (_ for _ in ()).throw(OSError))
+    monkeypatch.setattr(digests, "write_whole", lambda *_: (_ for _ in ()).throw(OSError))
     kept.unlink()
     assert [opened(), opened()] == [True, True]
 

@@ -15,9 +15,9 @@ from filelock import FileLock, Timeout
 
 from neighborlm.common.errors import InputError
 from neighborlm.common.files import (
-    DiskFull,
     Lock,
     digest_of,
+    needing,
     publish_folder,
     publishing,
     sentences_about,
@@ -164,7 +164,8 @@ def test_a_place_without_locks(tmp_path, monkeypatch):
 
 def test_a_full_disk_says_what_is_needed_in_a_unit_that_fits(tmp_path):
     def full(folder):
-        raise DiskFull(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2_345_678)
+        with needing(2_345_678, folder / "a"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     message = refusal(tmp_path / "one", full)
     assert message.startswith(f"{tmp_path}: has no more room (")

@@ -36,7 +36,7 @@ def test_what_can_be_written_is_and_the_rest_is_named(tmp_path):
 
 def test_a_device_is_written_and_stays(monkeypatch):
     """A rename would put a file in its place."""
-    monkeypatch.setattr(places, "publishing", None)
+    monkeypatch.setattr(places, "write_whole", None)
     check_writable(Path("/dev/null"), "--output")
     write_all({Path("/dev/null"): b"{}"})
 
