@@ -80,9 +80,11 @@ function tableOf(head, rows) {
 function probabilitiesOf(i, mixed) { // of the token, by every source of both results
   const place = mixed.findIndex(({ id }) => id === tokens[i]);
   const said = (name) => (other && other.log_probs[name] ? probability(Math.exp(other.log_probs[name][i])) : "");
-  const rows = sources.map((name, s) => ["lm" === name && other && other.base !== baseName ? `${baseName}, ${other.base}` : nameOf(name),
-    probability(Math.exp(logProbOf(name)[i])), rankOf(name, i), weights[s][i].toFixed(3), said(name)]);
-  if (content.lm_alone) rows.unshift(["LM", probability(Math.exp(content.lm_alone[i])), "", "", ""]);
+  const ofBase = (name) => (other && other.base === name ? said("lm") : ""); // two models may be compared
+  const rows = sources.map((name, s) => [nameOf(name), probability(Math.exp(logProbOf(name)[i])), rankOf(name, i), weights[s][i].toFixed(3),
+    name === "lm" ? ofBase(baseName) : said(name)]);
+  if (content.lm_alone) rows.unshift(["LM", probability(Math.exp(content.lm_alone[i])), "", "", ofBase("LM")]);
+  else if (ofBase("GNN-LM")) rows.push(["GNN-LM", "", "", "", said("lm")]);
   const others = other ? Object.keys(other.log_probs).filter((name) => name !== "mixture" && !sources.includes(name)) : [];
   for (const name of others) rows.push([name, "", "", "", said(name)]);
   const known = isEvaluated() && content.ranks ? content.ranks[i] : 0; // of all tokens; the lists know only some

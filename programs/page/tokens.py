@@ -269,7 +269,7 @@ def compared_with_scores(page: PageTokens, path: Path) -> PageTokens:
         if name.endswith("_log_prob") and name != "lm_log_prob" and column.ndim == 1:
             said[name.removesuffix("_log_prob")] = column
     said = {name: column.astype(np.float64) for name, column in said.items()}
-    return compared_with(page, positions, targets, OtherResult(path.stem, base, said))
+    return compared_with(page, positions, targets, OtherResult(path.name, base, said))
 
 
 # -- which tokens --------------------------------------------------------------------------------
