@@ -69,4 +69,4 @@ def draw_calibration(panel: Any, found: Mapping[str, Any]) -> None:
         panel.plot(said, right, line, marker=marker, markersize=4, color=color, label=label)
     panel.set(xlabel="probability of the favourite", ylabel="share that was right", aspect="equal")
     panel.set_title("calibration", loc="left", fontsize=10, fontweight="bold")
-    panel.legend(fontsize="small", loc="upper left")
+    panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.15))
