@@ -24,7 +24,8 @@ NO_ROOM_WORDS = re.compile(
 """As faiss, numpy and torch say it where they give no number."""
 NO_MEMORY_WORDS = re.compile(
     "Cannot allocate memory|can't allocate memory|std::bad_alloc|out of memory"
-    "|can't start new thread|unable to mmap|worker .* is killed by signal|exited unexpectedly"
+    "|can't start new thread|unable to mmap|failed to map segment"
+    "|worker .* is killed by signal|exited unexpectedly"
 )
 """As torch, the loader of libraries and threads say it."""
 
@@ -90,6 +91,13 @@ def memory_is_full(error: BaseException) -> bool:
         return True
     told = isinstance(error, RuntimeError | OSError | ImportError)
     return told and bool(NO_MEMORY_WORDS.search(str(error)))
+
+
+def raise_no_memory(error: BaseException) -> None:
+    """Raises an error again that says that there was no memory: it says nothing of what was being
+    read, which must not be taken for damaged."""
+    if memory_is_full(error):
+        raise error
 
 
 def sentence_about_disk(error: BaseException, place: Path | str | None = None) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from neighborlm.common.contracts import TextSize
 from neighborlm.common.contracts import TokenStream as AnyTokenStream
 from neighborlm.common.digests import compare_once
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import InputError, raise_no_memory
 from neighborlm.common.files import digest_of, publish_folder, write_whole
 from neighborlm.datamodules.binarize import (
     TokenStream,
@@ -143,7 +143,8 @@ class BinarizedCorpus:
             folder, expected = self.folder / split, self.fingerprint(split)
             try:
                 stream = TokenStream.open(folder)
-            except (OSError, ValueError, EOFError):
+            except (OSError, ValueError, EOFError) as error:
+                raise_no_memory(error)
                 raise damage_in(self.folder, split) from None
             stamps = self.folder / STAMPS
             files = dict.fromkeys(arrays_of(folder), expected)
@@ -298,7 +299,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if meta.pop("digest", None) not in (None, _digest_of_meta(meta)):
             raise ValueError("not what was written")
         return {**meta, "fingerprints": dict(meta["fingerprints"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_no_memory(error)
         raise damage_in(folder, "meta.json") from None
 
 
@@ -316,7 +318,8 @@ def verify_folder(folder: Path) -> None:
     for split, expected in meta["fingerprints"].items():
         try:
             found = fingerprint_of_tokens(TokenStream.open(folder / split))
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError) as error:
+            raise_no_memory(error)
             found = None
         if found != expected:
             raise damage_in(folder, split)

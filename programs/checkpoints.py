@@ -9,7 +9,7 @@ import torch
 
 from neighborlm.common.contracts import Backbone
 from neighborlm.common.digests import compare_once
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import InputError, raise_no_memory
 from neighborlm.common.extras import module_of_extra
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.trainable_lm import TrainableLM
@@ -72,7 +72,8 @@ def _read(path: Path) -> TransformerLM | GNNLM:
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
-    """In a few words, why a file is no checkpoint that can be read."""
+    """In a few words, why a file is no checkpoint that can be read; not for want of memory."""
+    raise_no_memory(error)
     if not path.is_file() or path.stat().st_size == 0:
         return "it is empty" if path.is_file() else "there is no such file"
     forbidden = re.search(r"GLOBAL (\S+)", str(error))
@@ -109,6 +110,7 @@ def verify_checkpoint(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:
+        raise_no_memory(error)
         damaged = f"{type(error).__name__}: {error}"
     if damaged is not None:
         raise InputError(

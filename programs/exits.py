@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
+from neighborlm.common.aborts import explain_aborts
 from neighborlm.common.errors import (
     InputError,
     LostRank,
@@ -49,9 +50,11 @@ def run_program(module: str, *args: list[str]) -> None:
     threading.excepthook = _tell_of_thread
     ENDING.follow_starter()
     try:
+        explain_aborts()
         main = import_module(f"neighborlm.{module}").main
-    except (MemoryError, ImportError, OSError, RuntimeError) as error:
-        if not any(map(memory_is_full, causes(error))):
+    except (MemoryError, ImportError, OSError, RuntimeError, SystemError) as error:
+        # A SystemError is what the interpreter makes of a module that has failed without a word.
+        if not isinstance(error, SystemError) and not any(map(memory_is_full, causes(error))):
             raise
         os.write(sys.__stderr__.fileno(), b"error: out of memory for the libraries\n")
         os._exit(2)  # there is none to clean up by, either

@@ -24,6 +24,7 @@ from neighborlm.callbacks.lightning_internals import (
     watch_ranks,
 )
 from neighborlm.callbacks.stage_progress import StageProgress
+from neighborlm.common.aborts import explain_aborts
 from neighborlm.common.contracts import LanguageModel, Want
 from neighborlm.common.errors import InputError
 from neighborlm.common.log import keep_log
@@ -163,6 +164,7 @@ class Run:
             raise InputError(f"--trainer.*: Lightning cannot do this here: {reason}") from error
         take_named_checkpoints_only(trainer)
         watch_ranks(trainer, self.lost_after)
+        explain_aborts()
         self.device = trainer.strategy.root_device
         return trainer
 

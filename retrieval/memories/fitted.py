@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from neighborlm.common.contracts import Mixer, Opinion
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import InputError, raise_no_memory
 from neighborlm.common.files import needing, publishing
 from neighborlm.retrieval.store.artifact import refuse_mismatch
 
@@ -170,6 +170,7 @@ def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.nda
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {expected}") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise_no_memory(error)
         raise InputError(f"{path}: cannot be read ({error}); {expected}") from None
     if found != FORMAT:
         raise InputError(f"{path}: has format {found}; this program reads {FORMAT}")

@@ -18,7 +18,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import InputError, raise_no_memory
 from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.progress import Report
 from neighborlm.retrieval.search.factory import check_factory
@@ -96,6 +96,7 @@ class FeatureCodec:
         try:
             return cls(faiss.read_index(str(path)))
         except RuntimeError as error:
+            raise_no_memory(error)
             raise InputError(f"{path}: cannot be read as a codec ({faiss_reason(error)})") from None
 
     def write(self, path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from neighborlm.common.contracts import Metric, NProbe, Retriever
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import InputError, raise_no_memory
 from neighborlm.retrieval.engine import stores_halves
 from neighborlm.retrieval.search.factory import check_factory, check_lists, lists_of
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
@@ -267,6 +267,7 @@ def read_index(path: Path) -> faiss.Index:
     try:
         return open_file(path)
     except RuntimeError as error:
+        raise_no_memory(error)
         raise InputError(
             f"{path}: cannot be read as a faiss index ({faiss_reason(error)})"
         ) from None

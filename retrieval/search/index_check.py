@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 
 from neighborlm.common.digests import compare_once, keep_stamps, stamps_of
-from neighborlm.common.errors import InputError
+from neighborlm.common.errors import NO_MEMORY_WORDS, InputError
 from neighborlm.retrieval.search import index_file
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.index_file import files_of
@@ -77,6 +77,8 @@ def _try_out(path: Path, kind: str) -> None:
         return
     if done.returncode == 0:
         return
+    if NO_MEMORY_WORDS.search(done.stderr):
+        raise MemoryError(done.stderr.strip())
     *_, reason = ("it says nothing", *done.stderr.strip().splitlines())
     if done.returncode < 0:
         reason = f"faiss ends with {signal.Signals(-done.returncode).name}"

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from neighborlm.common.errors import NO_ROOM, InputError
+from neighborlm.common.errors import NO_ROOM, InputError, raise_no_memory
 from neighborlm.common.files import needing, publishing
 from neighborlm.common.units import size_of
 
@@ -45,6 +45,7 @@ def open_array(path: Path, layout: Layout, mode: Literal["r", "r+"] = "r") -> np
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; its manifest promises it") from None
     except (ValueError, EOFError, OSError) as error:
+        raise_no_memory(error)
         raise InputError(
             f"{path}: has {path.stat().st_size} bytes, expected more than {layout.nbytes} for "
             f"{layout} ({error})"

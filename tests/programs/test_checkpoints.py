@@ -14,6 +14,7 @@ from neighborlm.datamodules.lm import LMDataModule
 from neighborlm.models.gnn_lm import GNNLM
 from neighborlm.models.transformer_lm import TransformerLM
 from neighborlm.programs.checkpoints import load_model
+from neighborlm.programs.training import read_checkpoint
 
 SMALL = {
     **{"width": 8, "ffn_width": 12, "layers": 2, "heads": 2, "dropout": 0.3},
@@ -119,6 +120,18 @@ def test_what_is_no_checkpoint(saved, name):
         load_model(saved)
     assert str(saved) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [load_model, read_checkpoint])
+def test_a_want_of_memory_is_no_damage(saved, monkeypatch, read):
+    """Else a training would go on from its best checkpoint in the place of the last."""
+
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        read(saved)
 
 
 def test_one_that_is_replaced_meanwhile_is_the_old_one_or_the_new(saved, tmp_path):

@@ -167,6 +167,24 @@ def test_libraries_that_find_a_disk_full(tmp_path, capsys, write):
     assert "making" not in said
 
 
+def test_a_library_that_aborts_where_memory_is_limited(tmp_path):
+    """As C++ does of what nobody catches; the thread may hold what Python needs."""
+    code = "import ctypes\nctypes.PyDLL('libstdc++.so.6')._ZSt9terminatev()\n"
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 45, 1 << 45))\n"
+    (tmp_path / "program.py").write_text(f"def main():\n    {code.replace(chr(10), ';')}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", limit + PROGRAM, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: a library has ended the program, most likely for want")
+    assert "ulimit -v allows 35.2 TB" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_defect_keeps_its_traceback():
     @exit_with_one_sentence
     def main() -> None:
