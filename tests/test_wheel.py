@@ -86,9 +86,7 @@ def test_every_module_is_in_it_and_nothing_else(wheel):
         for path in ROOT.glob(f"{room}/**/*.py")
     }
     modules |= {f"neighborlm/{path.name}" for path in (ROOT / "neighborlm").glob("*.py")}
-    modules |= {
-        f"neighborlm/{path.relative_to(ROOT)}" for path in ROOT.glob("programs/page/page.*")
-    }
+    modules |= {f"neighborlm/{path.relative_to(ROOT)}" for path in ROOT.glob("programs/page/*.*")}
     found = set(ZipFile(wheel).namelist())
     described = {name for name in found if name.split("/")[0].endswith(".dist-info")}
     assert found - described == modules | {START}
