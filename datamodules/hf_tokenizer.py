@@ -28,7 +28,7 @@ class HuggingFaceVocabulary:
             where the tokenizer puts nothing in front.
 
     Raises:
-        InputError: it is none of the `tokenizers` library, or has no end token.
+        InputError: it is none of the `tokenizers` library, or has no tokens or no end token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer") -> None:
@@ -37,6 +37,12 @@ class HuggingFaceVocabulary:
             raise InputError(
                 f"{name}: is a {type(tokenizer).__name__}, which the tokenizers library cannot "
                 "run; expected one with a tokenizer.json"
+            )
+        if backend.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            # What transformers makes of a config where there are no files of a tokenizer.
+            raise InputError(
+                f"{name}: has no tokenizer; expected a directory with a tokenizer.json, or a name "
+                "on the Hugging Face hub"
             )
         end = tokenizer.eos_token_id
         if end is None:

@@ -37,8 +37,10 @@ CLOSE = {torch.float32: 1e-3}
 """How far apart the same log-probabilities may be, computed in two ways, by the type of the logits;
 `ROUGHLY` in half precision."""
 ROUGHLY = 0.25
-ALIKE = 0.01
-"""How much vectors of equal contexts may differ, in parts of what those of different ones do."""
+ALIKE = {torch.float32: 1e-3}
+"""How much vectors of equal contexts may differ, in parts of what those of different ones do, by
+the type of the weights; `ROUGHLY_ALIKE` in half precision."""
+ROUGHLY_ALIKE = 0.01
 
 
 class HuggingFaceLM(nn.Module):
@@ -89,7 +91,7 @@ class HuggingFaceLM(nn.Module):
         self.width, self.vocab_size = hidden.shape[-1], logits.shape[-1]
         self.softmax.columns = self.vocab_size
         own = logits.float().log_softmax(dim=-1)
-        if not differ_at_the_end_alone(own):
+        if not differ_at_the_end_alone(own, self.alike):
             raise InputError(
                 f"{self.name}: what it says of a token depends on tokens behind it, as in an "
                 "encoder; expected a causal language model"
@@ -103,6 +105,11 @@ class HuggingFaceLM(nn.Module):
                 f"its last hidden vectors alone (they differ by {apart:.2g} nats); expected a "
                 "model whose head is the last that it computes"
             )
+
+    @property
+    def alike(self) -> float:
+        """See `ALIKE`."""
+        return ALIKE.get(self.model.dtype, ROUGHLY_ALIKE)
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +139,7 @@ class HuggingFaceLM(nn.Module):
         tokens = torch.tensor([[1, 2], [1, 3]], device=self.device)
         with torch.no_grad():
             keys = self.hidden(tokens, (key_type,))[1][key_type].float()
-        if keys.shape[:2] == tokens.shape and differ_at_the_end_alone(keys):
+        if keys.shape[:2] == tokens.shape and differ_at_the_end_alone(keys, self.alike):
             self.key_places[key_type] = f"{point} of {module}"
             return keys.shape[-1]
         raise InputError(
@@ -205,10 +212,11 @@ class HuggingFaceLM(nn.Module):
         return "cache" if "cache" in self.parameters_of_network else "past_key_values"
 
 
-def differ_at_the_end_alone(rows: Tensor) -> bool:
-    """Whether vectors `[2, T, d]` of two rows of tokens differ at the last token and not before."""
+def differ_at_the_end_alone(rows: Tensor, alike: float) -> bool:
+    """Whether vectors `[2, T, d]` of two rows of tokens differ at the last token and not before,
+    where they may by `alike` in parts of that."""
     apart = (rows[0] - rows[1]).abs().amax(dim=-1)
-    return bool(rows.isfinite().all() and apart[-1] > 0 and apart[:-1].max() <= ALIKE * apart[-1])
+    return bool(rows.isfinite().all() and apart[-1] > 0 and apart[:-1].max() <= alike * apart[-1])
 
 
 def refuse_encoders(config: Any, name: str) -> None:

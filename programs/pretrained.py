@@ -76,12 +76,18 @@ def check_directory(settings: PretrainedSettings) -> None:
             f"--model.pretrained {name}: has no config.json; expected a directory that a model of "
             "transformers was saved to"
         )
-    if settings.allow_pickle or any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")):
         return
     pickles = sorted(found.name for pattern in PICKLES for found in path.glob(pattern))
+    if not pickles:
+        raise InputError(
+            f"--model.pretrained {name}: has no weights; expected *.safetensors beside config.json"
+        )
+    if settings.allow_pickle:
+        return
     raise InputError(
-        f"--model.pretrained {name}: has {pickles[0] if pickles else 'no weights'}, but no "
-        "*.safetensors; expected these, or --model.allow_pickle true for files that you trust"
+        f"--model.pretrained {name}: has {pickles[0]}, but no *.safetensors; expected these, or "
+        "--model.allow_pickle true for files that you trust"
     )
 
 

@@ -137,6 +137,11 @@ REFUSED = {
         lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
         "has pytorch_model.bin, but no *.safetensors; expected these, or --model.allow_pickle",
     ),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no weights; expected"),
+    "no tokenizer": (
+        lambda m: [file.unlink() for file in m.glob("*token*")],
+        "--data.tokenizer .*: has no tokenizer; expected a directory with a tokenizer.json",
+    ),
     "a config of another size": (
         lambda m: change_config(m, n_layer=3),
         "its files lack 12 of the weights of a GPT2LMHeadModel, such as transformer.h.2.attn",

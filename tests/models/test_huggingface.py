@@ -159,8 +159,13 @@ def test_the_fingerprint_is_of_weights_and_config():
 
 def test_encoders_are_refused():
     bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with pytest.raises(InputError, match="depends on tokens behind it, as in an encoder"):
-        HuggingFaceLM(small("bert", intermediate_size=32, **bert))
+    untrained = transformers.BertConfig(vocab_size=V, intermediate_size=32, **bert)
+    for model in (
+        small("bert", intermediate_size=32, **bert),
+        transformers.AutoModelForCausalLM.from_config(untrained),  # looks around itself but little
+    ):
+        with pytest.raises(InputError, match="depends on tokens behind it, as in an encoder"):
+            HuggingFaceLM(model)
     bart = transformers.BartConfig(d_model=16, vocab_size=V)
     with pytest.raises(InputError, match="is a bart, an encoder with a decoder"):
         huggingface.refuse_encoders(bart, "here")
