@@ -108,7 +108,8 @@ class BinarizedCorpus:
             self._make,
             "--data.cache_dir",
             lambda f: (f / "meta.json").is_file(),
-            sum(self.files.split(s).stat().st_size + FILES_OF_SPLIT for s in self.files.splits),
+            sum(path.stat().st_size for path in self.files.paths)
+            + FILES_OF_SPLIT * len(self.files.splits),
         )
         return folder
 

@@ -67,6 +67,11 @@ class CorpusFiles:
         """The file of a split; None where there is none."""
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
 
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        return [path for path in map(self.split, SPLITS) if path is not None]
+
 
 def resolve_corpus(corpus: str, cache_dir: Path) -> CorpusFiles:
     """The files of a corpus, made or downloaded if they are missing.

@@ -101,12 +101,17 @@ class Documents:
         """Whether nothing says which text belongs to which split."""
         return set(self._saved if self.is_saved_dataset else self.files) == {"all"}
 
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        if self.is_saved_dataset:
+            return sorted(self.folder.rglob("*.arrow"))
+        return [path for paths in self.files.values() for path in paths]
+
     def fingerprint(self) -> str:
         """Identifies the files and what is read of them."""
         digest = hashlib.blake2b(repr((self.separator, self.column)).encode(), digest_size=8)
-        files = self.files
-        if self.is_saved_dataset:
-            files = {"saved": sorted(self.folder.rglob("*.arrow"))}
+        files = {"saved": self.paths} if self.is_saved_dataset else self.files
         for split, paths in files.items():
             digest.update(split.encode())
             for path in paths:

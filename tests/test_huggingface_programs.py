@@ -140,7 +140,7 @@ REFUSED = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no weights; expected"),
     "no tokenizer": (
         lambda m: [file.unlink() for file in m.glob("*token*")],
-        "--data.tokenizer .*: has no tokenizer; expected a directory with a tokenizer.json",
+        "has no tokenizer; expected a directory with a tokenizer.json",
     ),
     "a config of another size": (
         lambda m: change_config(m, n_layer=3),
