@@ -54,6 +54,11 @@ def parsed(args: list[str] | None) -> Namespace:
     if options.neighbors < 1:
         raise InputError(f"--neighbors is {options.neighbors}; expected at least 1")
     check_mixture_flags(options)
+    if options.against is not None and not options.against.exists():
+        raise InputError(
+            f"--against {options.against}: no such file or folder; expected another cache, or the "
+            "--token_scores of another evaluation"
+        )
     check_writable(options.output, "--output")
     return options
 

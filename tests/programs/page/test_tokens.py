@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from neighborlm.common.errors import InputError
-from neighborlm.programs.page.tokens import CANDIDATES, chosen, mixture_ranks, most_probable
+from neighborlm.programs.page.tokens import (
+    CANDIDATES,
+    OtherResult,
+    PageTokens,
+    chosen,
+    compared_with,
+    compared_with_scores,
+    mixture_ranks,
+    most_probable,
+)
 
 
 def test_candidates_are_those_of_a_dictionary():
@@ -77,3 +86,18 @@ def test_tokens_are_chosen(which, expected):
 def test_a_choice_that_holds_nothing(which):
     with pytest.raises(InputError, match="--page_tokens"):
         chosen(which, GAINS, POSITIONS, LINES)
+
+
+def test_another_result_has_the_tokens_of_the_page(tmp_path):
+    log_probs = np.log([0.5, 0.25, 0.125])
+    other = OtherResult("other", "LM", {"lm": log_probs, "mixture": log_probs / 2})
+    page = PageTokens(np.array([4, 6]), np.array([1, 3]), {}, {}, True, {})
+    found = compared_with(page, np.array([4, 5, 6]), np.array([1, 2, 3]), other).other
+    np.testing.assert_array_equal(found.log_probs["mixture"], log_probs[[0, 2]] / 2)
+    for positions, targets in (([4, 5, 7], [1, 2, 3]), ([4, 5, 6], [1, 2, 9])):
+        with pytest.raises(InputError, match="other: lacks token 6 of the page"):
+            compared_with(page, np.array(positions), np.array(targets), other)
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("text.npz", "missing.npz"):
+        with pytest.raises(InputError, match=f"{name}: .*expected the --token_scores of another"):
+            compared_with_scores(page, tmp_path / name)
