@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import ROOT
 
-STANDIN = ROOT.parent / "shared" / "standin"
+STANDIN = (ROOT.parent / "shared" / "standin").resolve()
 """An accelerator of host memory that refuses CPU tensors, where it lies beside the checkout."""
 ACCELERATORS = ["standin", pytest.param("cuda", marks=pytest.mark.gpu)]
 """As parameters of a fixture, which calls `skip_without`."""

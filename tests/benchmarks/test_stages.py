@@ -10,7 +10,7 @@ from benchmarks import stages, training
 pytestmark = pytest.mark.slow
 
 SMALL = (
-    *("--made_up.train_tokens", 9000, "--made_up.test_tokens", 1500, "--made_up.words", 800),
+    *("--made_up.train_tokens", 5000, "--made_up.test_tokens", 1000, "--made_up.words", 800),
     *("--made_up.width", 16, "--made_up.layers", 2, "--repeat", 1, "--threads", 1),
 )
 
@@ -18,7 +18,7 @@ SMALL = (
 def test_every_stage_beside_its_plain_way(tmp_path: Path, measure):
     measure(
         stages,
-        *("--output", "stages.json", *SMALL, "--made_up.updates", 2, "--updates", 20),
+        *("--output", "stages.json", *SMALL, "--made_up.updates", 2, "--updates", 8),
         *("--index", "IVF8,PQ2", "--nprobe", 4, "--k", 8),
     )
     found = json.loads((tmp_path / "stages.json").read_text())
