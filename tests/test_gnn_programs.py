@@ -212,6 +212,7 @@ def test_ranks_take_the_same_path(trained, run_program):
     are shared out too."""
     joint = ("--model.unfreeze", "[layers]", "--model.lm_path_probability", 0.5)
     joint = (*joint, "--neighbors.token_features", "online", "--trainer.devices", 2)
+    joint = (*joint, "--trainer.max_steps", 8, "--trainer.val_check_interval", 4)
     best = []
     for strategy in ("ddp", "fsdp"):
         run = ("--trainer.strategy", strategy, "--trainer.default_root_dir", f"runs/{strategy}")
