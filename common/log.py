@@ -29,7 +29,7 @@ def log(line: str, make: bool = True) -> None:
         begins = not path.exists()
         with open(path, "a", encoding="utf-8") as file:
             if begins or path not in _begun:
-                file.write(_stamped(f"command: {shlex.join(sys.argv)}"))
+                file.write(_stamped(f"command: {shlex.join(sys.argv)}", _began))
             file.write(_stamped(line))
         _begun.add(path)
     except OSError:  # a full disk, or a run that others may only read
@@ -38,7 +38,10 @@ def log(line: str, make: bool = True) -> None:
 
 _begun: set[Path] = set()
 """Logs to which this process has written."""
+_began = time.localtime()
+"""When the command did, about: this is loaded before the libraries."""
 
 
-def _stamped(line: str) -> str:
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
+def _stamped(line: str, moment: time.struct_time | None = None) -> str:
+    moment = moment or time.localtime()
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', moment)} {line}\n"

@@ -141,7 +141,7 @@ def open_databin(prefix: Path | str) -> TokenStream:
     if n_bytes != n_tokens * dtype.itemsize:
         raise InputError(
             f"{data_path}: has {n_bytes} bytes; expected {n_tokens * dtype.itemsize}, for the "
-            f"{n_tokens} tokens of type {dtype.name} in {index_path.name}"
+            f"{n_tokens:,} tokens of type {dtype.name} in {index_path.name}"
         )
     if n_tokens == 0:
         raise InputError(f"{data_path}: has no tokens; expected at least one")
@@ -162,7 +162,7 @@ def check_ids(stream: TokenStream, vocab_size: int, name: Path | str) -> None:
             if not 0 <= found < vocab_size:
                 raise InputError(
                     f"{name}: has token id {found}; expected 0 to {vocab_size - 1}, the ids of a "
-                    f"dictionary of {vocab_size} symbols"
+                    f"dictionary of {vocab_size:,} symbols"
                 )
 
 
@@ -193,7 +193,7 @@ def write_databin(
     check_ids(stream, vocab_size, prefix)
     sizes = np.diff(stream.line_starts)
     if sizes.max(initial=0) > np.iinfo(np.int32).max:
-        raise InputError(f"{prefix}: has a line of {sizes.max()} tokens; expected below 2^31")
+        raise InputError(f"{prefix}: has a line of {sizes.max():,} tokens; expected below 2^31")
     index_path, data_path = _paths(prefix)
     index_path.parent.mkdir(parents=True, exist_ok=True)
     with publishing(data_path) as making, open(making, "wb") as file:
@@ -234,7 +234,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int]:
         )
     if size != HEADER.size + 12 * lines:
         raise InputError(
-            f"{path}: has {size} bytes; expected {HEADER.size + 12 * lines} for {lines} lines"
+            f"{path}: has {size} bytes; expected {HEADER.size + 12 * lines} for {lines:,} lines"
         )
     return np.dtype(DTYPES[code]), lines
 

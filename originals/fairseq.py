@@ -183,7 +183,7 @@ def _check_bands(
     for side, bands in (("input", input_bands), ("softmax", softmax_bands)):
         if bands and min(bands) >= vocab_size:
             raise InputError(
-                f"{path}: --adaptive-{side}-cutoff is {bands} for {vocab_size} words; expected "
+                f"{path}: --adaptive-{side}-cutoff is {bands} for {vocab_size:,} words; expected "
                 "a cutoff below that"
             )
     if softmax_bands and "decoder.adaptive_softmax.version" not in stored:

@@ -92,6 +92,6 @@ def _check_rows(path: Path, rows: np.ndarray, memory: Datastore, report: Report)
         if lowest < -1 or highest >= len(memory):
             raise InputError(
                 f"{path}: holds rows from {lowest} to {highest} for tokens {first} to {last - 1}; "
-                f"expected -1 or below the {len(memory)} of {memory.path}"
+                f"expected -1 or below the {len(memory):,} of {memory.path}"
             )
         report("checking", last, len(rows))

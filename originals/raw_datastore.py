@@ -189,7 +189,7 @@ def _check_values(values: np.ndarray, path: Path, vocab_size: int | None) -> Non
         raise InputError(f"{path}: holds the value {lowest}; expected token ids from 0 on")
     if vocab_size is not None and highest >= vocab_size:
         raise InputError(
-            f"{path}: holds the value {highest}, but the dictionary has only {vocab_size} symbols"
+            f"{path}: holds the value {highest}, but the dictionary has only {vocab_size:,} symbols"
         )
 
 

@@ -64,7 +64,7 @@ def _compare_dictionaries(
     run = run_of(name)
     own = f"{run}/dict.txt" if run and (run / "dict.txt").is_file() else "its run's dict.txt"
     raise InputError(
-        f"{name}: was trained with a dictionary of {size} symbols ({fingerprint or 'unknown'}), "
+        f"{name}: was trained with a dictionary of {size:,} symbols ({fingerprint or 'unknown'}), "
         f"but {of_corpus} gives one of {data.vocab_size} ({found}); expected {own} as "
         "--data.dictionary, or the text that it was trained on"
     )
@@ -134,7 +134,7 @@ def remark_on_end(checkpoint: Mapping[str, Any], trainer: Trainer, run: Run) -> 
             flag = f"--trainer.max_time {run.settings['max_time']}"
     if flag is not None:
         run.remark(
-            f"{run.directory}: has been trained as long as {flag} allows, by {updates} updates; "
+            f"{run.directory}: has been trained as long as {flag} allows, by {updates:,} updates; "
             "more of it trains further, another --trainer.default_root_dir begins anew"
         )
 

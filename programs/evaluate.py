@@ -187,7 +187,7 @@ def make_stages(cli: EvaluateCLI, subject: Subject, split: str) -> dict[str, flo
     datastore, seconds = make_products(subject, split, cli.knn, with_index)
     if with_index:
         print(f"index: {resolve(datastore, cli.knn.index)}")
-    print(f"datastore: {datastore.path}, {len(datastore)} keys of width {datastore.dim}")
+    print(f"datastore: {datastore.path}, {len(datastore):,} keys of width {datastore.dim}")
     return seconds
 
 
@@ -225,7 +225,7 @@ def show_memories(cli: EvaluateCLI, subject: Subject, evaluated: Evaluated) -> N
         page = compared_with_scores(page, Path(config.page_against))
     title = f"{cli.run_dir.name}: {' + '.join(cli.memories)}, {split} split"
     write_page(Path(config.page), page, subject.data, title, f"evaluation {cli.record.name}")
-    print(f"page: {config.page}, {len(page.positions)} tokens")
+    print(f"page: {config.page}, {len(page.positions):,} tokens")
 
 
 @exit_with_one_sentence

@@ -73,7 +73,7 @@ def evaluate(
     else:
         evaluated = evaluate_alone(subject, split, keep_scores)
     tokens, whole = evaluated.results["tokens"], tokens_of(subject.data, split)
-    part = {"part": f"first {tokens} of {whole} tokens"} if tokens < whole else {}
+    part = {"part": f"first {tokens:,} of {whole:,} tokens"} if tokens < whole else {}
     results = measure_of(subject.data) | part | evaluated.results
     size = text_size_of(subject.data, split, tokens)
     if size is not None:

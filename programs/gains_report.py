@@ -69,7 +69,7 @@ def findings(
         if not np.isfinite(loss).all():
             zeros = int((~np.isfinite(loss)).sum())
             raise InputError(
-                f"{name} gives {zeros} of {len(loss)} tokens probability 0; expected --lmbda "
+                f"{name} gives {zeros:,} of {len(loss):,} tokens probability 0; expected --lmbda "
                 "below 1"
             )
     sure = -(-len(losses[LM]) // block) >= FEWEST_BLOCKS

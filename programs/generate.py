@@ -153,7 +153,7 @@ def say_what_is_unknown(cli: GenerateCLI, subject: Subject) -> None:
     ids = [i for prompt in cli.prompts for i in dictionary.encode(prompt)]
     if unknown := ids.count(UNK):
         print(
-            f"prompt: {unknown} of its {len(ids)} tokens are not in the dictionary and stand as "
+            f"prompt: {unknown} of its {len(ids):,} tokens are not in the dictionary and stand as "
             "<unk>"
         )
 
@@ -215,9 +215,9 @@ def show_memories(
     page = page_of_text(subject, mixture, ids, neighbors=16)
     title = f"{cli.run_dir.name}: {' + '.join(cli.memories)}, generated"
     before = len(ids) - len(generated.tokens) - 1
-    made = f"{len(generated.tokens)} tokens, behind a prompt of {before}"
+    made = f"{len(generated.tokens):,} tokens, behind a prompt of {before:,}"
     write_page(Path(cli.config.page), page, subject.data, title, made)
-    print(f"page: {cli.config.page}, {len(page.positions)} tokens")
+    print(f"page: {cli.config.page}, {len(page.positions):,} tokens")
 
 
 def print_piece(text: str) -> None:

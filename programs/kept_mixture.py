@@ -1,4 +1,4 @@
-"""What an evaluation with memories has tuned and fitted, kept in its run: `mixtures/*.npz`, from
+"""What an evaluation with memories has tuned and fitted, kept in its run: `generation/*.npz`, from
 which the same mixture is made again without another pass over the validation split.
 """
 
@@ -106,6 +106,9 @@ def read_kept(
 ) -> tuple[dict, dict]:
     """What `keep_mixture` wrote: its description, and its arrays."""
     path = path_of(subject, names, mixer)
+    earlier = subject.run.directory / "mixtures" / path.name  # where version 0.1 has kept it
+    if earlier.is_file() and not path.is_file():
+        path = earlier
     if not path.is_file():
         raise InputError(
             f"{path}: no such mixture; expected an evaluation with --memories {','.join(names)} "
@@ -125,7 +128,7 @@ def made_from(subject: Subject, names: Sequence[str], settings: MemorySettings) 
 
 def path_of(subject: Subject, names: Sequence[str], mixer: str) -> Path:
     """The file of a mixture."""
-    return subject.run.directory / "mixtures" / f"{mixer}-{'+'.join(names)}.npz"
+    return subject.run.directory / "generation" / f"{mixer}-{'+'.join(names)}.npz"
 
 
 def of_section(section: str, arrays: dict) -> dict:

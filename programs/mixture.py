@@ -233,9 +233,12 @@ def check_order(subject: Subject, memories: Mapping[str, Memory]) -> None:
 
 def check_names(memories: Sequence[str], mixer: str) -> None:
     """Refuses unknown memories and mixers, and a memory that is named twice."""
+    known = ", ".join(MEMORIES)
     for name in memories:
+        if not name:
+            given = ",".join(memories)
+            raise InputError(f"--memories {given!r}: names no memory; expected some of {known}")
         if name not in MEMORIES:
-            known = ", ".join(MEMORIES)
             raise InputError(f"--memories: {name} is no memory; expected some of {known}")
     if len(set(memories)) < len(memories):
         raise InputError(f"--memories are {','.join(memories)}; expected each once")

@@ -205,12 +205,18 @@ class Products:
             InputError: it was made from another text, or with other settings.
         """
         path = self.datastore_path(split)
-        if is_raw(path) or not artifact_of(path).exists():
+        if not is_raw(path) and not artifact_of(path).exists():
             return
-        manifest = artifact_of(path).read()
+        manifest = {"made_from": {}} if is_raw(path) else artifact_of(path).read()
         made_from, now = manifest["made_from"], self.made_from(split)
-        if "model" not in made_from:  # the original program's
-            return
+        other = None if "model" in made_from else "is of the original program"
+        if "thinned" in made_from:
+            other = "was made smaller, by neighborlm datastore thin or merge-entries"
+        if other is not None:
+            raise InputError(
+                f"{path}: {other}; expected another place for the one that this command makes "
+                f"({self.place_flag} FOLDER)"
+            )
         names = (*self.expected_of_datastore(), "corpus", "split")
         self.refuse_mismatch(path, made_from, {name: now[name] for name in names})
         found = differences(made_from, now) + differences_in_shards(manifest, self.knn)
@@ -229,7 +235,7 @@ class Products:
         )
         if len(datastore.masked):
             self.run.remark(
-                f"{source}: {len(datastore.masked)} rows that are zeros or not finite are masked"
+                f"{source}: {len(datastore.masked):,} rows that are zeros or not finite are masked"
             )
         return self.check_raw(datastore)
 
@@ -280,7 +286,7 @@ class Products:
         )
         before = builder.n_written
         if before > len(builder.masked):
-            print(f"{builder.path}: {before} of {builder.n_rows} rows are written; going on")
+            print(f"{builder.path}: {before:,} of {builder.n_rows:,} rows are written; going on")
         wanted = None if self.knn.shard is None else builder.is_wanted()
         loader = self.data.evaluation_dataloader(split, builder.is_written, wanted)
         writer, throughput = DatastoreWriter(builder, self.knn.key_type), Throughput()

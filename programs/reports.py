@@ -13,6 +13,12 @@ from neighborlm.common.units import size_of
 
 WIDTH = 110
 """Columns of a table in a file or pipe."""
+OF_TEXT = {
+    "word_ppl": "of a\nword",
+    "bits_per_byte": "bits / byte",
+    "bits_per_character": "bits / char",
+}
+"""Columns of the figures that compare whatever a token is."""
 
 
 def figures(loss: float, tokens: int, seconds: float) -> dict[str, float]:
@@ -106,8 +112,11 @@ def as_table(results: dict[str, Any]) -> Table:
     rows = results.get("table") or plain_rows(results)
     title = ", ".join(filter(None, (f"{results['split']} split", results.get("part"))))
     title += f", {results['unit']} level"
+    if "words" in results:
+        title += f"; {results['words']:,} words, {results['bytes']:,} bytes"
+    by_text = [name for name in OF_TEXT if name in rows[0]]
     more = ("weights", "on disk", "searches") if "table" in results else ()
-    names = ("perplexity", "nats / token", "tokens / s", *more)
+    names = ("perplexity", *map(OF_TEXT.get, by_text), "nats / token", "tokens / s", *more)
     knn = results.get("knn")
     caption = f"kNN: lmbda {knn['lmbda']:g}, temperature {knn['temperature']:g}" if knn else None
     table = Table(box=SIMPLE, pad_edge=False, title=title, caption=caption)
@@ -115,7 +124,9 @@ def as_table(results: dict[str, Any]) -> Table:
     for name in names:
         table.add_column(name.replace(" / ", "\n/ "), justify="right", no_wrap=True)
     for r in rows:
-        figures = (f"{r['ppl']:.2f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:,.0f}")
+        of_text = (f"{r[name]:.{2 if name == 'word_ppl' else 4}f}" for name in by_text)
+        rates = (f"{r['loss']:.4f}", f"{r['tokens_per_second']:,.0f}")
+        figures = (f"{r['ppl']:.2f}", *of_text, *rates)
         if more:
             weights = " ".join(f"{weight:.2f}" for weight in r["weights"].values())
             on_disk, searches = r["bytes_on_disk"], r["searches"]
@@ -138,11 +149,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """What must be said of figures lest they be misread, a sentence each."""
     name = "GNN-LM" if "gnn" in results else "LM"
     base = results.get("gnn", results)
-    said = [figures_of_text(results)] if "words" in results else []
-    if "bits_per_character" in results:
-        rows = results.get("table") or plain_rows(results)
-        each = "; ".join(f"{row['name']} {row['bits_per_character']:.4f}" for row in rows)
-        said.append(f"Bits of a character: {each}.")
+    said = []
     for mixture in filter(None, (results.get("knn"), results.get("mixture"))):
         if mixture["ppl"] > base["ppl"]:
             figures = f"{mixture['ppl']:.2f} against {base['ppl']:.2f}"
@@ -155,14 +162,6 @@ def remarks(results: dict[str, Any]) -> list[str]:
             "others: --split test evaluates one."
         )
     return said
-
-
-def figures_of_text(results: dict[str, Any]) -> str:
-    """The figures that compare whatever a token is."""
-    rows = results.get("table") or plain_rows(results)
-    each = [f"{row['name']} {row['word_ppl']:.2f} and {row['bits_per_byte']:.4f}" for row in rows]
-    counts = f"{results['words']:,} words, {results['bytes']:,} bytes"
-    return f"Perplexity of a word and bits of a byte ({counts}): {'; '.join(each)}."
 
 
 def _reason_of_worse(mixture: dict[str, Any]) -> str:

@@ -157,7 +157,7 @@ def check_search(subject: Subject, knn: KNNSettings, splits: Sequence[str]) -> N
                 "its own key; expected another split, or another --knn.datastore"
             )
     if knn.k > n_keys:
-        raise InputError(f"--knn.k is {knn.k}, but {where} has only {n_keys} keys")
+        raise InputError(f"--knn.k is {knn.k}, but {where} has only {n_keys:,} keys")
     if is_path(knn.index):
         if existing is None:
             raise InputError(

@@ -59,6 +59,7 @@ def store(workplace, run_program):
         (("--knn.temperature", "4"), ("--knn.temperature 4", "no effect with --knn.lmbda auto")),
         (("--mixer", "gate", "--knn.lmbda", "0.3"), ("--knn.lmbda 0.3", "--mixer gate")),
         (("--recent.size", "9"), ("--recent.size 9", "no effect")),
+        (("--memories", ""), ("--memories '': names no memory", "knn, ngram, recent")),
         (("--knn.k", "100000"), ("--knn.k", "100000", "keys")),
         (("--split", "train"), ("--split train", "its own key")),
         (("--trainer.strategy", "ddpp"), ("--trainer.*", "ddpp")),

@@ -61,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
                 raise InputError(f"{flag} {path}: no such file; expected one of the original")
         taken = import_codes(Datastore.open(datastore), codes, quantizer)
         error = taken.manifest["relative_error"]
-        print(f"codes: {taken.path}, {len(taken.codes)} rows, relative error {error:.4f}")
+        print(f"codes: {taken.path}, {len(taken.codes):,} rows, relative error {error:.4f}")
 
     auto_cli(
         {"compare": compare, "import": take_over},

@@ -3,6 +3,7 @@ these, makes smaller ones, and takes over those of the original programs."""
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +15,15 @@ from neighborlm.callbacks.neighbor_table_writer import NeighborTableWriter
 from neighborlm.common.contracts import NProbe
 from neighborlm.common.errors import InputError
 from neighborlm.common.progress import progress_bars
+from neighborlm.common.units import size_of
 from neighborlm.originals.raw_datastore import import_datastore
 from neighborlm.programs.arguments import ToolParser
 from neighborlm.programs.exits import exit_with_one_sentence
 from neighborlm.programs.places import check_writable
-from neighborlm.programs.verification import products_at, verify_product
+from neighborlm.programs.verification import FORMATS, Found, products_at, verify_product
 from neighborlm.retrieval.neighbors.tables import NeighborTable
 from neighborlm.retrieval.search import Search
-from neighborlm.retrieval.store.artifact import refuse_mismatch
+from neighborlm.retrieval.store.artifact import Artifact, refuse_mismatch
 from neighborlm.retrieval.store.datastore import (
     DTYPES,
     FORMAT,
@@ -87,8 +89,7 @@ def line_of(path: Path) -> str:
     rows, dim, made_from = manifest["rows"], manifest["dim"], manifest["made_from"]
     row_bytes = dim * DTYPES[manifest["dtype"]].itemsize
     size = rows * (row_bytes + np.dtype(manifest["value_dtype"]).itemsize)
-    room = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-    parts = [f"{path}: {rows} rows x {dim} {manifest['dtype']}", room]
+    parts = [f"{path}: {rows:,} rows x {dim} {manifest['dtype']}", size_of(size)]
     if "shards" in manifest:
         parts.append(f"{len(manifest['shards'])} shards {manifest['placement']}")
     if "shard" in manifest:
@@ -101,8 +102,18 @@ def line_of(path: Path) -> str:
 # -- the program ---------------------------------------------------------------------------------
 
 
+def other_line_of(product: Found) -> str:
+    """An index, a neighbour table or another product in one line."""
+    artifact = Artifact(FORMATS[product.kind], product.path, product.name)
+    files = artifact.read().get("files", {}).values()
+    size = [size_of(sum(file["bytes"] for file in files))] if files else []
+    state = "complete" if artifact.is_complete() else "unfinished"
+    return ", ".join([f"{product.name}: {product.kind}", *size, state])
+
+
 def list_datastores(path: Path) -> None:
-    """Prints a line for every datastore under a folder.
+    """Prints a line for every datastore under a folder, and for every index, neighbour table and
+    other product that was made of one or of a text.
 
     Args:
         path: the folder, searched with all folders in it.
@@ -113,9 +124,16 @@ def list_datastores(path: Path) -> None:
     if not path.is_dir():
         found = "is a file" if path.exists() else "no such folder"
         raise InputError(f"--path {path}: {found}; expected a folder with datastores below it")
-    for place in below(path):
+    listed = [(place, line_of, place) for place in below(path)]
+    with suppress(InputError):  # there is none
+        listed += [
+            (found.path, other_line_of, found)
+            for found in products_at(path)
+            if found.kind in set(FORMATS) - {FORMAT.kind}
+        ]
+    for _, line, product in sorted(listed, key=lambda one: one[0]):
         try:
-            print(line_of(place))
+            print(line(product))
         except InputError as error:
             print(error)
 
@@ -240,9 +258,9 @@ def take_over(
     """
     check_writable(output, "--output", "folder")
     datastore = import_datastore(source, output, size, dim, dtype, vocab_size)
-    print(f"datastore: {output}, {len(datastore)} rows of {datastore.dim}")
+    print(f"datastore: {output}, {len(datastore):,} rows of {datastore.dim}")
     if len(datastore.masked):
-        print(f"{len(datastore.masked)} rows that are zeros or not finite are masked")
+        print(f"{len(datastore.masked):,} rows that are zeros or not finite are masked")
 
 
 def merge_entries(

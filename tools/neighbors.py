@@ -30,7 +30,7 @@ def main(args: list[str] | None = None) -> None:
         """
         with progress_bars(f"neighbours k={k}", transient=True) as report:
             taken = import_table(table, k, Datastore.open(queries), Datastore.open(memory), report)
-        print(f"neighbours: {taken.path}, {len(taken.rows)} tokens")
+        print(f"neighbours: {taken.path}, {len(taken.rows):,} tokens")
 
     auto_cli(
         take_over,

@@ -83,4 +83,4 @@ def main(args: list[str] | None = None) -> None:
         page = compared_with_scores(page, against)
     title = f"{data.name}: knn, {cache.manifest['made_from']['split']} split"
     write_page(options.output, page, data, title, made)
-    print(f"page: {options.output}, {len(page.positions)} tokens")
+    print(f"page: {options.output}, {len(page.positions):,} tokens")

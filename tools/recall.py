@@ -275,7 +275,7 @@ def check_pair(memory: Datastore, queries: Datastore, k: int) -> None:
     if queries.n_keys == 0:
         raise InputError(f"--queries {queries.path}: has no keys; expected some")
     if k > memory.n_keys:
-        raise InputError(f"--ks {k}: --memory {memory.path} has only {memory.n_keys} keys")
+        raise InputError(f"--ks {k}: --memory {memory.path} has only {memory.n_keys:,} keys")
 
 
 def check_search(memory: Datastore, name: str, metric: Metric) -> None:

@@ -142,7 +142,7 @@ def main(args: list[str] | None = None) -> None:
         "losses": losses.tolist(),
     }
     alone, best = results["lm"]["ppl"], results["best"]["ppl"]
-    print(f"{cache.path}: perplexity {alone:.2f} of {cache.n_scored} tokens, {best:.2f} at best")
+    print(f"{cache.path}: perplexity {alone:.2f} of {cache.n_scored:,} tokens, {best:.2f} at best")
     Console(markup=False).print(as_table(results))
     if options.output is not None:
         write_all({options.output: as_json(results)})

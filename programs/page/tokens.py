@@ -311,7 +311,7 @@ def chosen(
     else:
         found = with_largest_gains(gains, positions, line_starts, int(best[1]))
     if not found.any():
-        raise InputError(f"--page_tokens {which}: holds none of the {len(positions)} tokens")
+        raise InputError(f"--page_tokens {which}: holds none of the {len(positions):,} tokens")
     return found
 
 

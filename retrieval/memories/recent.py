@@ -255,7 +255,7 @@ class RecentMemory(Memory):
             return
         asked = 0 if self.asked is None else len(self.asked[1])
         if len(tokens) != asked:
-            raise ValueError(f"{len(tokens)} tokens are observed, but {asked} were asked about")
+            raise ValueError(f"{len(tokens):,} tokens are observed, but {asked} were asked about")
         if asked:
             (keys, positions, _), self.asked = self.asked, None
             self.last_position = int(positions[-1])

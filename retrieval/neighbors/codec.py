@@ -21,7 +21,7 @@ import numpy as np
 from neighborlm.common.errors import InputError, raise_no_memory
 from neighborlm.common.files import digest_of, publishing
 from neighborlm.common.progress import Report
-from neighborlm.retrieval.search.factory import check_factory
+from neighborlm.retrieval.search.factory import check_factory, hush_training
 from neighborlm.retrieval.search.index import write_index
 from neighborlm.retrieval.search.index_check import check_file, is_sound
 from neighborlm.retrieval.search.retriever import faiss_reason
@@ -72,6 +72,7 @@ class FeatureCodec:
         check_factory(factory, dim, "codec")
         try:
             codec = faiss.index_factory(dim, factory)
+            hush_training(codec)
             quantizer = _parts(codec)[1]
             if isinstance(quantizer, faiss.IndexPQ):
                 # It would number the centroids anew for Hamming distances, seconds for each byte.
@@ -80,7 +81,7 @@ class FeatureCodec:
             codec.sa_decode(codec.sa_encode(sample[:1]))
         except RuntimeError as error:
             raise InputError(
-                f"codec {factory!r}: expected a faiss factory string of a codec that {size} keys "
+                f"codec {factory!r}: expected a faiss factory string of a codec that {size:,} keys "
                 f"of width {dim} can train ({faiss_reason(error)})"
             ) from None
         return cls(codec)

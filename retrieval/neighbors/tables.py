@@ -242,7 +242,7 @@ class NeighborSearch:
         window = settings.exclude_window
         if window > 0 and tokens != self.memory_rows:
             raise InputError(
-                f"{queries.path}: has {tokens} rows and {memory.path} {self.memory_rows}; "
+                f"{queries.path}: has {tokens:,} rows and {memory.path} {self.memory_rows:,}; "
                 f"expected the same split where a window of {window} tokens is excluded"
             )
         if retriever.metric != settings.metric:

@@ -278,7 +278,7 @@ class IndexBuilding:
             index.train(normalized(sample, self.metric))
         except RuntimeError as error:
             raise InputError(
-                f"--knn.index {self.factory} cannot be trained on {size} keys "
+                f"--knn.index {self.factory} cannot be trained on {size:,} keys "
                 f"({faiss_reason(error)})"
             ) from None
 

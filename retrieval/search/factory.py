@@ -4,6 +4,8 @@ ends the process, and too large a number takes minutes, or all memory, before fa
 import re
 import sys
 
+import faiss
+
 from neighborlm.common.errors import InputError
 
 NUMBER = re.compile(r"([A-Za-z]*)(\d+)")
@@ -68,7 +70,7 @@ def check_lists(factory: str, lists: int, n_keys: int) -> None:
     """
     if lists > n_keys:
         raise InputError(
-            f"--knn.index {factory} has {lists} lists but the datastore only {n_keys} keys; "
+            f"--knn.index {factory} has {lists:,} lists but the datastore only {n_keys:,} keys; "
             "choose fewer lists"
         )
 
@@ -84,3 +86,21 @@ def warn_of_lists(factory: str, lists: int, n_keys: int) -> None:
             "chooses",
             file=sys.stderr,
         )
+
+
+def hush_training(index: faiss.Index) -> None:
+    """Has faiss not write on stderr, when it trains an index, that it would rather have 39 keys a
+    centroid: `warn_of_lists` says where there are too few."""
+    index = faiss.downcast_index(index)
+    for owner in (index, *(getattr(index, name, None) for name in ("pq", "rq", "lsq"))):
+        if hasattr(owner, "cp"):
+            owner.cp.min_points_per_centroid = 1
+    for name in ("index", "base_index", "refine_index", "quantizer", "storage"):
+        if isinstance(part := getattr(index, name, None), faiss.Index):
+            hush_training(part)
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            before = faiss.downcast_VectorTransform(index.chain.at(number))
+            if isinstance(before, faiss.OPQMatrix):
+                before.pq = faiss.ProductQuantizer(before.d_out, before.M, 8)  # as it would make
+                before.pq.cp.min_points_per_centroid = 1

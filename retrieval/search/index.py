@@ -20,7 +20,7 @@ import torch
 from neighborlm.common.contracts import Metric, NProbe, Retriever
 from neighborlm.common.errors import InputError, raise_no_memory
 from neighborlm.retrieval.engine import stores_halves
-from neighborlm.retrieval.search.factory import check_factory, check_lists, lists_of
+from neighborlm.retrieval.search.factory import check_factory, check_lists, hush_training, lists_of
 from neighborlm.retrieval.search.faiss_retriever import FaissRetriever
 from neighborlm.retrieval.search.index_check import check_belongs, check_centroids, check_file
 from neighborlm.retrieval.search.index_file import list_file_of, open_file
@@ -314,4 +314,5 @@ def make_index(dim: int, factory: str, metric: Metric) -> faiss.Index:
     if isinstance(ivf, faiss.IndexIVFPQ):
         # It would reorder the centroids for Hamming distances, which takes seconds for each byte.
         ivf.do_polysemous_training = False
+    hush_training(index)
     return index

@@ -80,7 +80,7 @@ def try_out(path: Path) -> None:
     if lists is not None:
         size = max(size, lists.totsize)
     if not (0 <= index.ntotal <= size and 0 < index.d <= size):
-        raise ValueError(f"says that it has {index.ntotal} keys of width {index.d}")
+        raise ValueError(f"says that it has {index.ntotal:,} keys of width {index.d}")
     one = np.linspace(-1, 1, index.d, dtype=np.float32)[None]
     ivf = faiss.try_extract_index_ivf(index)
     if index.ntotal == 0:
@@ -99,7 +99,7 @@ def _check_lists(ivf: faiss.IndexIVF) -> None:
         raise ValueError(f"says that it has {ivf.nlist} lists, but there are {lists.nlist}")
     sizes = [lists.list_size(number) for number in range(ivf.nlist)]
     if sum(sizes) != ivf.ntotal:
-        raise ValueError(f"says that it has {ivf.ntotal} keys, but its lists {sum(sizes)}")
+        raise ValueError(f"says that it has {ivf.ntotal:,} keys, but its lists {sum(sizes):,}")
     seen = np.zeros(ivf.ntotal, dtype=bool)
     for number in np.flatnonzero(sizes).tolist():
         pointer = lists.get_ids(number)

@@ -50,7 +50,7 @@ class Placement:
         filled = min(-(-rows // placement.block_rows), shards)
         if filled < shards:
             raise InputError(
-                f"{shards} shards: {rows} rows in blocks of {placement.block_rows} fill only "
+                f"{shards} shards: {rows:,} rows in blocks of {placement.block_rows} fill only "
                 f"{filled} of them; expected fewer shards"
             )
         return placement

@@ -84,7 +84,7 @@ def random_rows(datastore: Datastore, share: float, seed: int = 1) -> np.ndarray
     count = round(share * datastore.n_keys)
     if not 0 < count < datastore.n_keys:
         raise InputError(
-            f"--share is {share}, which keeps {count} of the {datastore.n_keys} keys of "
+            f"--share is {share}, which keeps {count:,} of the {datastore.n_keys:,} keys of "
             f"{datastore.path}; expected some of them"
         )
     chosen = np.random.default_rng(seed).choice(datastore.n_keys, count, replace=False)

@@ -147,6 +147,12 @@ def test_a_mixture_is_the_one_that_was_evaluated(subject):
     mixture = make_mixture(subject, ["knn"], "constant", knn)
     assert mixture.memories["knn"].temperature == pytest.approx(results["temperature"])
     assert mixture.mixer.shares.tolist() == pytest.approx([1 - results["lmbda"], results["lmbda"]])
+    kept = subject.run.directory / "generation"
+    kept.rename(kept.with_name("mixtures"))  # as up to version 0.1
+    assert make_mixture(subject, ["knn"], "constant", knn).memories["knn"].temperature == (
+        mixture.memories["knn"].temperature
+    )
+    kept.with_name("mixtures").rename(kept)
     other = replace(knn, knn=replace(knn.knn, k=9))
     with pytest.raises(InputError, match=r"its knn is .*evaluate with these settings first"):
         make_mixture(subject, ["knn"], "constant", other)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import without_digests
 
 from neighborlm.common.errors import InputError
 from neighborlm.datamodules.lm import LMDataModule
@@ -107,6 +108,24 @@ def test_a_datastore_that_was_dealt_otherwise(capsys, knn, words):
     with pytest.raises(InputError) as refusal:
         made.refuse_other("train")
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"thinned": {"method": "random"}}, "was made smaller, by neighborlm datastore thin"),
+        ({"model": None}, "is of the original program"),
+    ],
+)
+def test_a_datastore_that_this_command_cannot_make(tmp_path, changed, words):
+    """Is not taken for the one that it is to make, and stays."""
+    copy = shutil.copytree("datastores/first/train", tmp_path / "copy")
+    manifest = copy / "manifest.json"
+    made_from = json.loads(manifest.read_text())["made_from"] | changed
+    without_digests(manifest, made_from={k: v for k, v in made_from.items() if v is not None})
+    made = products("first", KNNSettings(k=4, datastore=str(copy)))
+    with pytest.raises(InputError, match=rf"copy: {words}.*\(--knn.datastore FOLDER\)"):
+        made.refuse_other("train")
 
 
 def test_the_figures_say_how_the_datastore_was_made():

@@ -3,6 +3,7 @@ were copied, moved or linked to."""
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,3 +254,18 @@ def test_what_is_no_product(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["verify", "--path", str(path)])
         assert f"{path}: is no product and holds none" in capsys.readouterr().err
+
+
+def test_all_products_are_listed(folders, capsys):
+    main(["list", "--path", str(folders[0])])
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [line.split(": ")[1].split(",")[0] for line in lines]
+    others = {"neighbour table": 1, "set of feature codes": 1, "retrieval": 1}
+    assert Counter(kinds) == {
+        "300 rows x 8 fp32": 2,
+        "index": 2,
+        "suffix array": 1,
+        "set of clusters": 1,
+        **others,
+    }
+    assert all(", complete" in line for line in lines)

@@ -1,12 +1,14 @@
 """Factory strings with numbers that faiss cannot work with: each of these ends the process, hangs
 or takes all memory where it is given to faiss."""
 
+import faiss
+import numpy as np
 import pytest
 
 from neighborlm.common.errors import InputError
 from neighborlm.retrieval.neighbors.codec import check_codec
 from neighborlm.retrieval.search.factory import check_factory, warn_of_lists
-from neighborlm.retrieval.search.index import check_index
+from neighborlm.retrieval.search.index import check_index, make_index
 
 
 @pytest.mark.parametrize(
@@ -60,10 +62,24 @@ def test_numbers_that_faiss_takes(factory):
 
 def test_more_lists_than_keys():
     check_index("IVF1000,SQ8", 16, "l2", 1000)
-    with pytest.raises(InputError, match="IVF1001,SQ8 has 1001 lists but the datastore only 1000"):
+    with pytest.raises(InputError, match=r"IVF1001,SQ8 has 1,001 lists but .* only 1,000 keys"):
         check_index("IVF1001,SQ8", 16, "l2", 1000)
-    with pytest.raises(InputError, match="has 4096 lists"):
+    with pytest.raises(InputError, match="has 4,096 lists"):
         check_index("IMI2x6,PQ4", 16, "l2", 1000)
+
+
+@pytest.mark.parametrize("factory", ["IVF40,Flat", "PQ4x4", "RQ2x6"])
+def test_faiss_does_not_say_it_too(capfd, factory):
+    """In its own words, on stderr, for each part that it trains; what it trains is the same."""
+    keys = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    index, loud = make_index(16, factory, "l2"), faiss.index_factory(16, factory)
+    index.train(keys)
+    assert capfd.readouterr().err == ""
+    loud.train(keys)
+    assert "WARNING" in capfd.readouterr().err
+    for one in (index, loud):
+        one.add(keys)
+    np.testing.assert_array_equal(index.search(keys[:9], 5)[1], loud.search(keys[:9], 5)[1])
 
 
 def test_few_keys_a_list_are_said(capsys):

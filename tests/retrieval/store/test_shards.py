@@ -373,7 +373,7 @@ def test_split_and_merge(tmp_path, whole, capsys):
     flags = [text for name, path in places.items() for text in (f"--{name}", str(path))]
     main(["split", *flags, "--shards", "4", "--placement", "round_robin", "--block_rows", "16"])
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.endswith("four: 300 rows x 8 fp32, 0.0 MB, 4 shards round_robin, complete")
+    assert line.endswith("four: 300 rows x 8 fp32, 9.9 kB, 4 shards round_robin, complete")
     deal_again(Datastore.open(tmp_path / "four"), tmp_path / "three", 3)
     main(["merge", "--source", str(tmp_path / "three"), "--output", str(tmp_path / "one")])
     assert files(tmp_path / "one") == files(whole.path)
@@ -402,7 +402,7 @@ def test_list(tmp_path, whole, sharded, capsys):
     write(builder_of(tmp_path / "half", *DEALT[1]), np.arange(2, 152))
     builder_of(tmp_path / "host", *DEALT[1], only=2)
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "manifest.json").write_text(json.dumps({"kind": "retrieval"}))
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps({"kind": "another"}))
     main(["list", "--path", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     named = [line.split(":")[0].split("/")[-1] for line in lines]
