@@ -14,7 +14,7 @@
 
 PYTHON ?= python3
 HF ?= 1
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 # The kind of faiss is in the stamp's name, so that asking for the other kind installs it.

@@ -27,6 +27,17 @@ os.environ["PYTHONPATH"] = str(ROOT)
 multiprocessing.set_forkserver_preload(IMPORTED)  # before any test starts the one server there is
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run programs come first: where workers take a file at a time, the last ones, which
+    only one of them has, are then short."""
+    long = {
+        item.path
+        for item in items
+        if "run_program" in item.fixturenames or item.get_closest_marker("slow")
+    }
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(params=["cpu", *ACCELERATORS], scope="session")
 def device(request) -> str:
     """A device of torch: the CPU, the stand-in accelerator, CUDA."""
