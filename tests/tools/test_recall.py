@@ -192,7 +192,7 @@ def program(pair, *flags):
         (("--limit", "0"), "--limit is 0; expected at least 1"),
         (("--nprobes", "0"), "--nprobes is [0]; expected at least 1"),
         (("--indexes", "IFV8"), "--knn.index is 'IFV8'; expected auto, flat,"),
-        (("--indexes", "IVF1000,Flat"), "--knn.index IVF1000,Flat has 1000 lists but the datast"),
+        (("--indexes", "IVF1000,Flat"), "--knn.index IVF1000,Flat has 1,000 lists but the datas"),
         (("--indexes", "none.faiss"), "none.faiss: no such index; expected one that was built"),
         (("--memory", "elsewhere"), "--queries was given 1 times and --memory 2; expected one"),
     ],
