@@ -1,5 +1,7 @@
 """`neighborlm convert ...`: checkpoints and corpora to fairseq's files, and checkpoints back."""
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -33,6 +35,17 @@ def to_databin(
     print(f"data-bin: {output}, a vocabulary of {len(source.dictionary):,} symbols")
 
 
+def refusing(command: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+    """The command of a checkpoint and an output, which looks first whether it can write there."""
+
+    @wraps(command)
+    def run(checkpoint: Path, output: Path) -> None:
+        check_writable(output, "output")
+        command(checkpoint, output)
+
+    return run
+
+
 @exit_with_one_sentence
 def main(args: list[str] | None = None) -> None:
     """Reads and writes files of fairseq.
@@ -41,9 +54,12 @@ def main(args: list[str] | None = None) -> None:
     neighborlm convert to_fairseq lm.ckpt checkpoint_best.pt
     neighborlm convert to_databin FOLDER DATA-BIN
     """
-    commands = {"from_fairseq": convert, "to_fairseq": export, "to_databin": to_databin}
     auto_cli(
-        commands,
+        {
+            "from_fairseq": refusing(convert),
+            "to_fairseq": refusing(export),
+            "to_databin": to_databin,
+        },
         args=args,
         parser_class=ToolParser,
         prog="neighborlm convert",

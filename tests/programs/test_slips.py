@@ -80,6 +80,7 @@ SLIPS = [
     ("codec compare --datastore none --codecs [SQ8] --output .", "--output .: is a folder"),
     ("codec import --datastore none --codes none --quantizer none", "--codes none: no such file"),
     ("convert to_databin none empty.yaml", "--output empty.yaml: is no folder"),
+    ("convert from_fairseq none empty.yaml/x", "output empty.yaml/x: empty.yaml is no folder"),
     ("prepare text.yaml --output empty.yaml/x", "--output empty.yaml/x: empty.yaml is no folder"),
     ("datastore thin --source none --output empty.yaml --share .5", "empty.yaml: is no folder"),
     ("datastore merge-entries --source none --output empty.yaml", "empty.yaml: is no folder"),
