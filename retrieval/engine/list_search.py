@@ -25,8 +25,9 @@ from neighborlm.retrieval.engine.sieve import Sieve
 from neighborlm.retrieval.engine.visit import Take, Visit
 from neighborlm.retrieval.engine.votes import Ballot
 
-FEW = 8
-"""Queries whose neighbours are selected by the calling thread."""
+LITTLE = 1 << 24
+"""Numbers of vectors that the calling thread reads in less time than it takes to have other threads
+do it, while those of a model's matrix products wait for the next one on the same cores."""
 
 
 class ListSearch(InvertedLists):
@@ -78,15 +79,19 @@ class ListSearch(InvertedLists):
         begins = (self.codes_at[lists] - self._odd) // 2
         numbers = np.broadcast_to(np.arange(len(lists))[:, None], lists.shape)
         visits = [column.ravel() for column in (begins, sizes, numbers, rows)]
-        shares = len(distances) * np.arange(1, self.threads) // self.threads
-        cuts = [0, *np.searchsorted(ends.ravel(), shares).tolist(), ends.size]
 
-        def measure(part: tuple[int, int]) -> None:
-            begin, size, number, row = (column[slice(*part)] for column in visits)
+        def measure(part: slice) -> None:
+            begin, size, number, row = (column[part] for column in visits)
             of_lists = (self._halves, begin, size)
             measure_halves(*of_lists, queries, number, self.similar, row, distances)
 
-        self.map(measure, itertools.pairwise(cuts))
+        is_little = len(distances) * self.ivf.d <= LITTLE
+        if is_little:
+            measure(slice(None))
+        else:
+            shares = len(distances) * np.arange(1, self.threads) // self.threads
+            cuts = [0, *np.searchsorted(ends.ravel(), shares).tolist(), ends.size]
+            self.map(measure, [slice(*part) for part in itertools.pairwise(cuts)])
         found = np.empty((len(queries), k), dtype=np.float32)
         ids = np.empty((len(queries), k), dtype=np.int64)
         ids_at, lengths = self.ids_at[lists], np.zeros(len(queries), dtype=np.float32)
@@ -95,8 +100,8 @@ class ListSearch(InvertedLists):
             of_visits = (distances, rows[part], sizes[part], ids_at[part], self.ids)
             nearest_of_visits(*of_visits, lengths[part], found[part], ids[part])
 
-        if len(queries) <= FEW:
-            select(slice(None))  # handing it to a thread takes longer than doing it
+        if is_little:
+            select(slice(None))
         else:
             step = -(-len(queries) // self.threads)
             self.map(select, [slice(at, at + step) for at in range(0, len(queries), step)])

@@ -325,9 +325,16 @@ def measure_halves(halves, begins, sizes, queries, numbers, similar, rows, buffe
     for visit in range(len(begins)):
         query, at = queries[numbers[visit]], begins[visit]
         row = buffer[rows[visit] : rows[visit] + sizes[visit]]
+        # In place of an infinite half there is 2**16 or more, 2**15 away from the query.
+        is_small = not similar and np.abs(query).max() <= np.float32(2**15)
         for j in range(len(row)):
             vector = halves[at : at + d]
-            row[j] = -_product(vector, query) if similar else _squared_distance(vector, query)
+            if similar:
+                row[j] = -_product(vector, query)
+            else:
+                row[j] = _distance_to_finite(vector, query) if is_small else np.float32(np.inf)
+                if row[j] >= np.float32(2**30):
+                    row[j] = _squared_distance(vector, query)
             at += d
 
 
@@ -336,6 +343,18 @@ def _product(halves, query):
     found = np.float32(0)
     for j in range(len(query)):
         found += _number_of_half(halves[j]) * query[j]
+    return found
+
+
+@summing
+def _distance_to_finite(halves, query):
+    """As `_squared_distance`, in two thirds of the time."""
+    found = np.float32(0)
+    for j in range(len(query)):
+        half = np.int32(np.int16(halves[j]))
+        bits = np.int32(np.int32(half << np.int32(13)) & np.int32(0x8FFFE000 - 2**32))
+        difference = bits.view(np.float32) * np.float32(2.0**112) - query[j]
+        found += difference * difference
     return found
 
 

@@ -85,8 +85,11 @@ class Probing:
         if self.compares_all:
             rows = max(self.block // self.ivf.nlist, 1)
             blocks = [queries[first : first + rows] for first in range(0, len(queries), rows)]
-            found = in_parallel(self._of_all, blocks or [queries], threads)
-            distances, lists = map(np.concatenate, zip(*found, strict=True))
+            if len(blocks) < 2:  # handing it to a thread takes longer than doing it
+                distances, lists = self._of_all(queries)
+            else:
+                found = in_parallel(self._of_all, blocks, threads)
+                distances, lists = map(np.concatenate, zip(*found, strict=True))
         else:
             distances, numbers = self.ivf.quantizer.search(queries, self.most)
             columns = self._choose(-distances if self.similar else distances)

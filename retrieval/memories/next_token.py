@@ -149,11 +149,14 @@ class NextToken:
                 f"({', '.join(opinions)}); expected one for each"
             )
         weights = of_those_that_speak(weights, list(said.values()))
+        ids = torch.cat([found.ids for found in said.values()], dim=1)
         voted = torch.zeros(of_model.shape, dtype=torch.float64)
         for weight, found in zip(weights.unbind(dim=1)[1:], said.values(), strict=True):
             voted.scatter_add_(1, found.ids, weight[:, None] * found.probs)
-        of_memories = voted.to(log_probs).log_()
-        mixed = torch.logaddexp(of_model + weights[:, :1].log().to(log_probs), of_memories)
+        # Few tokens of a vocabulary have votes; of all others the model alone speaks.
+        of_memories, ids = voted.gather(1, ids).to(log_probs).log_(), ids.to(log_probs.device)
+        mixed = of_model + weights[:, :1].log().to(log_probs)
+        mixed.scatter_(1, ids, torch.logaddexp(mixed.gather(1, ids), of_memories))
         if everywhere:
             return Mixed(mixed, weights, said)
         whole = log_probs.clone()

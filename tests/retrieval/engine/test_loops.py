@@ -4,7 +4,13 @@ from numba.core.dispatcher import Dispatcher
 from small import ROOT
 
 from neighborlm.retrieval.engine import loops, suffix_loops
-from neighborlm.retrieval.engine.loops import compiled, kth_smallest, round_to_bytes, shift_halves
+from neighborlm.retrieval.engine.loops import (
+    compiled,
+    kth_smallest,
+    measure_halves,
+    round_to_bytes,
+    shift_halves,
+)
 from neighborlm.retrieval.store import thinning
 
 
@@ -58,6 +64,24 @@ def test_every_half_is_decoded():
     np.testing.assert_array_equal(vectors[:, :32], expected)
     with np.errstate(over="ignore", invalid="ignore"):
         np.testing.assert_allclose(squares, (expected**2).sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("query", [-1.5, 3e4, -1e5])
+@pytest.mark.parametrize("similar", [False, True])
+def test_every_half_is_measured(query, similar):
+    """Also the infinite ones and those that are no numbers, which have no distance."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    numbers = bits.view(np.float16).astype(np.float32)
+    halves, found = np.zeros((1 << 16, 9), np.uint16), np.empty(1 << 16, np.float32)
+    halves[:, 4] = bits
+    of_visit = [np.array([number]) for number in (0, len(bits))]
+    queries = np.full((1, 9), 2, np.float32)
+    queries[0, 4] = query
+    visitor = row = np.array([0])
+    measure_halves(halves.ravel(), *of_visit, queries, visitor, similar, row, found)
+    with np.errstate(invalid="ignore"):
+        expected = -query * numbers if similar else (numbers - query) ** 2 + 32
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_every_other_vector_of_some_lists_is_shifted():
