@@ -12,7 +12,12 @@ _place: list[Path] = []
 
 def keep_log(path: Path) -> None:
     """Has what is logged from now on appended to a file, which is made with its first line."""
-    _place[:] = [path]
+    _place[:] = [path.absolute()]
+
+
+def end_log() -> None:
+    """Has nothing more logged: what comes next is no longer of that run."""
+    _place.clear()
 
 
 def log(line: str, make: bool = True) -> None:

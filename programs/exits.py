@@ -30,7 +30,7 @@ from neighborlm.common.interrupts import (
     interrupts_do,
     interrupts_raise,
 )
-from neighborlm.common.log import log
+from neighborlm.common.log import end_log, log
 from neighborlm.retrieval.cluster.ending import ENDING
 
 
@@ -101,7 +101,10 @@ def exit_with_one_sentence(main: Callable[..., None]) -> Callable[..., None]:
                 ENDING.leave("stop")
                 raise
             _end_interrupted()
-        ENDING.leave("end")
+        else:
+            ENDING.leave("end")
+        finally:
+            end_log()
 
     return run
 

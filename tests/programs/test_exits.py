@@ -16,6 +16,7 @@ from small import ROOT
 
 from neighborlm.common.errors import InputError, LostRank
 from neighborlm.common.files import publishing
+from neighborlm.common.log import keep_log, log
 from neighborlm.programs.exits import Ended, exit_with_one_sentence
 from neighborlm.retrieval.search.index import write_index
 
@@ -192,3 +193,21 @@ def test_a_defect_keeps_its_traceback():
 
     with pytest.raises(OSError, match="No such file"):
         main()
+
+
+def test_a_log_is_of_one_program_wherever_it_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    @exit_with_one_sentence
+    def main() -> None:
+        keep_log(Path("run/log.txt"))
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        log("of the program")
+
+    main()
+    log("of nobody")
+    kept = (tmp_path / "run/log.txt").read_text()
+    assert "of the program" in kept
+    assert "of nobody" not in kept
+    assert not list((tmp_path / "elsewhere").iterdir())
