@@ -66,8 +66,8 @@ class ListSearch(InvertedLists):
         return stores_halves(self.ivf) and not self.ivf.by_residual
 
     def search_each(self, queries: np.ndarray, k: int, ordered: bool = True) -> Neighbors:
-        """As `search`, query by query: faster for a few, which share no lists. The threads share
-        the lists, so that one query is faster with several too."""
+        """As `search`, query by query: faster for a few, which share no lists. Where there is more
+        to read than `LITTLE`, threads share the lists, even those of one query."""
         self.threads = faiss.omp_get_max_threads()
         finite = np.isfinite(queries).all(axis=1)
         lists = self.nearest(queries)  # none for a query that is not finite

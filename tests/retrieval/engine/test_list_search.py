@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neighborlm.common.contracts import Votes
-from neighborlm.retrieval.engine import Limits, ListSearch, sieve, visit
+from neighborlm.retrieval.engine import Limits, ListSearch, list_search, sieve, visit
 from neighborlm.retrieval.engine.processor import bytes_are_exact
 from neighborlm.retrieval.search.index import make_index, read_index
 from neighborlm.retrieval.search.index_check import is_sound
@@ -83,10 +83,11 @@ def test_it_finds_what_faiss_finds(tmp_path, monkeypatch, factory, metric, threa
 
 
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "little"), [(1, 0), (3, 0), (3, list_search.LITTLE)])
 @pytest.mark.parametrize("n", [1, 8, 20])
-def test_a_few_queries_find_what_faiss_finds(tmp_path, monkeypatch, metric, threads, n):
-    """Also where there are fewer than k vectors, and for a query that is not finite."""
+def test_a_few_queries_find_what_faiss_finds(tmp_path, monkeypatch, metric, threads, little, n):
+    """Also where there are fewer than k vectors, and for a query that is not finite; by several
+    threads where there is much to read."""
     keys = np.random.default_rng(0).standard_normal((N, DIM), dtype=np.float32)
     keys[::100] *= 1e-4  # many halves below 2**-14, which have fewer digits
     keys[7] = 6e4  # a centroid far out
@@ -94,6 +95,7 @@ def test_a_few_queries_find_what_faiss_finds(tmp_path, monkeypatch, metric, thre
     search, looking = searching(index), queries(n)
     assert search.reads_halves
     monkeypatch.setattr(faiss, "omp_get_max_threads", lambda: threads)
+    monkeypatch.setattr(list_search, "LITTLE", little)
     for k in (1, 70, 900):
         expected = index.search(looking, k)
         assert_same(search.search_each(looking, k), expected)
